@@ -1,0 +1,9 @@
+"""llava_pitome: LLaVA with its visual tokens merged by PiToMe."""
+
+from llava_pitome.api import apply, load, merge_tokens, remove
+from llava_pitome.config import MergeConfig
+from llava_pitome.methods import METHODS, parents
+from llava_pitome.spectral import spectral_distance
+
+__version__ = "0.1.0"
+__all__ = ["METHODS", "MergeConfig", "apply", "load", "merge_tokens", "parents", "remove", "spectral_distance"]

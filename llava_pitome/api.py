@@ -1,0 +1,119 @@
+"""The three lines of user code: apply, remove, and both as a context; and load, which takes a saved config up."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from llava_pitome import embedded, llava
+from llava_pitome.config import MergeConfig
+from llava_pitome.places.tower import TowerMerging
+from llava_pitome.processor import fit, unfit
+
+FIELD = "token_merging"  # of the model's config
+
+
+class _Applied(NamedTuple):
+    """What `remove` needs: the hooks, the fitted processor, and what the model's config held before."""
+
+    merging: TowerMerging
+    processor: Any
+    before: dict[str, Any] | None
+
+
+_applied: WeakKeyDictionary[nn.Module, _Applied] = WeakKeyDictionary()
+
+
+def apply(model: nn.Module, config: MergeConfig, processor: Any = None) -> TowerMerging:
+    """Makes a model merge its visual tokens, from the next forward pass until `remove`.
+
+    The model is touched through hooks only. A config that was applied before is replaced.
+
+    Args:
+        model: see `llava.SUPPORTED`.
+        config: how to merge; saved as `model.config.token_merging`.
+        processor: the model's processor, which then writes as many <image> placeholders as tokens arrive. Without it
+            the caller has to.
+
+    Returns:
+        The hooks; `plans()` tells after a forward pass which patches became which token.
+
+    Raises:
+        ValueError: the model is not supported, or cannot do what the config asks.
+    """
+    parts = llava.find(model)
+    llava.check(parts, config)
+    merging = TowerMerging(parts.blocks, parts.feature, parts.class_tokens, config)
+    remove(model)
+    if processor is not None:
+        fit(processor, parts.patch_size, lambda patches: merging.lengths(patches)[-1])
+    _applied[parts.model] = _Applied(merging, processor, getattr(parts.model.config, FIELD, None))
+    setattr(parts.model.config, FIELD, config.to_dict())
+    merging.install()
+    _forget_compiled()
+    return merging
+
+
+def remove(model: nn.Module) -> None:
+    """Gives a model, its config and its processor back as they were before `apply`; without one, does nothing."""
+    model = llava.unwrap(model)
+    applied = _applied.pop(model, None)
+    if applied is None:
+        return
+    applied.merging.remove()
+    if applied.processor is not None:
+        unfit(applied.processor)
+    if applied.before is None:
+        delattr(model.config, FIELD)
+    else:
+        setattr(model.config, FIELD, applied.before)
+    _forget_compiled()
+
+
+@contextmanager
+def merge_tokens(model: nn.Module, config: MergeConfig, processor: Any = None) -> Iterator[TowerMerging]:
+    """`apply` for the length of a with block; what was applied before it comes back, also when the block raises."""
+    outer = _applied.get(llava.unwrap(model))
+    merging = apply(model, config, processor)
+    try:
+        yield merging
+    finally:
+        remove(model)
+        if outer is not None:
+            apply(model, outer.merging.config, outer.processor)
+
+
+def load(
+    path: str, config: MergeConfig | None = None, *, quantization: str | None = None, **options: Any
+) -> tuple[nn.Module, Any]:
+    """A LLaVA and its processor, merging as `config` says, or else as the checkpoint was saved.
+
+    Args:
+        path: a folder, a hub id, or "embedded" for the small model inside this package.
+        config: how to merge; None takes up `token_merging` from the checkpoint, where it has one.
+        quantization: "4bit" or "8bit" (bitsandbytes) for the language model, or None.
+        **options: as for `from_pretrained`: dtype, device_map, attn_implementation, ...
+
+    Raises:
+        ValueError: an unknown quantization, a checkpoint that is no LLaVA, or one saved with a config this package
+            cannot read.
+    """
+    model, processor = llava.load(str(embedded.PATH) if path == "embedded" else path, quantization, **options)
+    saved = getattr(model.config, FIELD, None)
+    if saved is not None:
+        delattr(model.config, FIELD)  # `remove` is to leave a plain model
+    if config is None and saved is not None:
+        config = MergeConfig.from_dict(saved)
+    if config is not None:
+        apply(model, config, processor)
+    return model, processor
+
+
+def _forget_compiled() -> None:
+    """Compiled graphs have the hooks of their time built in, and torch does not look whether they changed."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

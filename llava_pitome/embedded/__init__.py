@@ -1,0 +1,5 @@
+"""A small LLaVA, trained by train/embedded.py, and the pictures and questions it answers: all without a network."""
+
+from pathlib import Path
+
+PATH = Path(__file__).parent / "model"

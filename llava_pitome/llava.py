@@ -1,0 +1,138 @@
+"""Where the parts of a LLaVA are: the only file that knows transformers' attribute names."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from llava_pitome.config import MergeConfig
+from llava_pitome.places.tower import Block
+
+SUPPORTED = (
+    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and its kin), also "
+    "wrapped by peft, torch.compile or DistributedDataParallel; or such a tower alone"
+)
+CLASS_TOKENS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}  # by the tower's class
+MASKED = ("sdpa", "eager")  # attention kernels that take an additive mask
+QUANTIZATIONS = ("4bit", "8bit")
+
+
+class Parts(NamedTuple):
+    """The parts of a model that merging needs.
+
+    Attributes:
+        model: the model inside all wrappers.
+        tower: the vision tower's module.
+        blocks: every encoder block of the tower, in order.
+        feature: number of blocks whose output counts.
+        class_tokens: tokens in front of the patches, 0 or 1.
+        patch_size: pixels across one patch.
+        patches: patches of an image at the tower's own size.
+    """
+
+    model: nn.Module
+    tower: nn.Module
+    blocks: tuple[Block, ...]
+    feature: int
+    class_tokens: int
+    patch_size: int
+    patches: int
+
+
+def find(model: nn.Module) -> Parts:
+    """The parts of a LLaVA, or of a vision tower alone, under any wrappers.
+
+    Raises:
+        ValueError: the model is not supported, or it reads features from several layers.
+    """
+    model = unwrap(model)
+    names = [c.__name__ for c in type(model).__mro__]
+    tower = model
+    if "LlavaForConditionalGeneration" in names:
+        tower = unwrap(model.model.vision_tower)
+    kind = next((c.__name__ for c in type(tower).__mro__ if c.__name__ in CLASS_TOKENS), None)
+    if kind is None:
+        found = type(model).__name__ + (f" with a {type(tower).__name__} tower" if tower is not model else "")
+        raise ValueError(f"{found} is not supported. Supported: {SUPPORTED}.")
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    blocks = tuple(_block(layer) for layer in layers)
+    feature = len(blocks) if tower is model else _feature(model.config.vision_feature_layer, len(blocks))
+    size, patch = tower.config.image_size, tower.config.patch_size
+    return Parts(model, tower, blocks, feature, CLASS_TOKENS[kind], patch, (size // patch) ** 2)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel and peft wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def check(parts: Parts, config: MergeConfig) -> None:
+    """Raises ValueError where the model cannot do what the config asks."""
+    config.lengths(parts.patches, parts.feature)
+    kernel = parts.tower.config._attn_implementation
+    if config.proportional and kernel not in MASKED:
+        raise ValueError(
+            f"proportional attention adds a bias to the scores, which attn_implementation={kernel!r} cannot take; "
+            f"load the model with {' or '.join(map(repr, MASKED))}, or set proportional=False"
+        )
+
+
+def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module, Any]:
+    """The model and processor of a checkpoint or hub id, ready for batched generation, not merging.
+
+    Raises:
+        ValueError: an unknown quantization, or a checkpoint that is no LLaVA.
+    """
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or none")
+    kind = AutoConfig.from_pretrained(path).model_type
+    if kind != "llava":
+        raise ValueError(f"{path} holds a model of type {kind!r}, which is not supported. Supported: {SUPPORTED}.")
+    if quantization is not None:
+        options |= _quantized(quantization, options)
+    model = LlavaForConditionalGeneration.from_pretrained(path, **options)
+    processor = AutoProcessor.from_pretrained(path)
+    processor.tokenizer.padding_side = "left"  # generate continues at the right end of every row
+    return model.eval(), processor
+
+
+def _block(layer: nn.Module) -> Block:
+    attention = layer.self_attn
+    return Block(layer, attention.k_proj, attention.num_heads, layer.layer_norm2, layer.mlp)
+
+
+def _feature(index: int | list[int], count: int) -> int:
+    """Blocks in front of hidden_states[index], of which the first is the embeddings."""
+    if not isinstance(index, int):
+        raise ValueError(
+            f"vision_feature_layer={index!r} joins several layers, whose lengths differ once tokens merge; "
+            "allowed is a single layer"
+        )
+    return index if index >= 0 else count + 1 + index
+
+
+def _quantized(quantization: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options that load the language model in 4 or 8 bits; tower, projector and head stay as they are."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    keep = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    if quantization == "8bit":
+        scheme = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    else:
+        compute = options.get("dtype")
+        compute = compute if isinstance(compute, torch.dtype) else torch.bfloat16
+        scheme = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=keep
+        )
+    place = options.get("device_map") or ("auto" if torch.cuda.is_available() else "cpu")
+    return {"quantization_config": scheme, "device_map": place}

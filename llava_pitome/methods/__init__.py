@@ -1,0 +1,86 @@
+"""Who joins whom: one file a method, and the dict that names them.
+
+A method is a pure function `parents(metric, remove, *, depth, **parameters) -> parent` on tensors. To add one, write
+its file and its line in METHODS; every test and every place then takes it.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava_pitome.merging import compose, merge, plan
+from llava_pitome.methods import pitome, random, tome
+
+
+class Method(NamedTuple):
+    """A method's functions.
+
+    Attributes:
+        parents: (metric (B, N, D), remove <= N // 2, depth=..., **parameters) to parent (B, N).
+        order: the same arguments to ranks (B, N) of the survivors, for methods whose authors do not keep raster order.
+    """
+
+    parents: Callable[..., Tensor]
+    order: Callable[..., Tensor] | None = None
+
+
+METHODS: dict[str, Method] = {
+    "pitome": Method(pitome.parents, pitome.order),
+    "tome": Method(tome.parents),
+    "random": Method(random.parents),
+}
+
+
+def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -> Tensor:
+    """The token each token folds into: (B, N) int64, itself for the N - remove that survive.
+
+    Methods pair tokens up and so remove at most half of them at once; more is removed in rounds, each matched on the
+    averages that the round before has left.
+
+    Args:
+        metric: (B, N, D) what similarity is measured on, without the class token.
+        remove: tokens that go, 0 to N - 1.
+        method: a name in METHODS.
+        **parameters: the method's own, see its file.
+
+    Raises:
+        ValueError: an unknown method or parameter, a metric that is not (B, N, D), or `remove` out of range.
+    """
+    check(method, parameters)
+    if metric.ndim != 3:
+        raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (images, tokens, channels)")
+    count = metric.shape[1]
+    if not 0 <= remove < max(count, 1):
+        raise ValueError(f"remove={remove} does not fit {count} tokens; allowed is 0 to {max(count - 1, 0)}")
+    return match(metric, remove, method, **parameters)
+
+
+def match(metric: Tensor, remove: int, method: str, **parameters) -> Tensor:
+    """`parents` without its checks, for callers whose config was checked."""
+    count = metric.shape[1]
+    if 0 < remove <= count // 2:
+        return METHODS[method].parents(metric, remove, **parameters)
+    parent = torch.arange(count, device=metric.device).repeat(metric.shape[0], 1)
+    size = metric.new_ones(metric.shape[:2])
+    laid = plan(parent, count)
+    while remove:
+        step = min(remove, metric.shape[1] // 2)
+        later = METHODS[method].parents(metric, step, **parameters)
+        parent = compose(parent, later, laid)
+        metric, size = merge(metric, size, plan(later, metric.shape[1] - step))
+        laid = plan(parent, metric.shape[1])
+        remove -= step
+    return parent
+
+
+def check(method: str, parameters: dict) -> None:
+    """Raises ValueError for a name that METHODS lacks, or a parameter that the method does not take."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
+    taken = [n for n, p in inspect.signature(METHODS[method].parents).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in parameters:
+        if name not in taken:
+            raise ValueError(f"method {method!r} has no parameter {name!r}; it takes {', '.join(taken)}")

@@ -1,0 +1,1 @@
+"""Where tokens merge: one file a place."""

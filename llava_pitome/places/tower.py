@@ -1,0 +1,200 @@
+"""Merging inside a vision tower, by hooks alone: between attention and MLP (the paper, eq. 1-2) or behind the block.
+
+Slot i holds what is known in front of block i: how many patches each token stands for, and the merge that led there.
+Block i reads slot i and writes slot i + 1, so that running a block again (gradient checkpointing, retries) is harmless.
+Shapes: B images, T tokens with the class token, N without it, D channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llava_pitome.config import MergeConfig
+from llava_pitome.merging import Plan, merge, plan, size_bias
+from llava_pitome.methods import METHODS, match
+
+
+class Block(NamedTuple):
+    """The parts of one pre-norm encoder block that merging touches.
+
+    Attributes:
+        layer: the whole block, (hidden (B, T, D), attention mask or None, ...) to hidden.
+        keys: the projection whose output (B, T, D) is the attention keys.
+        heads: number of attention heads.
+        norm: the norm in front of the MLP.
+        mlp: the MLP, without its residual.
+    """
+
+    layer: nn.Module
+    keys: nn.Module
+    heads: int
+    norm: nn.Module
+    mlp: nn.Module
+
+
+class Slot(NamedTuple):
+    """What is known in front of a block: sizes (B, N) in patches, and the merge that led there, if one did."""
+
+    size: Tensor
+    plan: Plan | None = None
+
+
+class TowerMerging:
+    """The hooks on a tower, and what the last forward pass left in its slots.
+
+    Attributes:
+        slots: one per block up to the feature layer, and one behind it.
+    """
+
+    def __init__(self, blocks: tuple[Block, ...], feature: int, class_tokens: int, config: MergeConfig):
+        """Prepares hooks for `blocks`; features are read behind block `feature` - 1.
+
+        Args:
+            blocks: every block of the tower, in order.
+            feature: number of blocks whose output counts; those behind it feed nothing.
+            class_tokens: tokens in front of the patches that never merge, 0 or 1.
+            config: how to merge.
+        """
+        self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
+        self.slots: list[Slot | None] = [None] * (feature + 1)
+        self._plans: dict[int, tuple[int, ...]] = {}  # lengths by patches
+        self._lengths: tuple[int, ...] = ()
+        self._keys: list[Tensor | None] = [None] * feature
+        self._merged: list[Tensor | None] = [None] * feature
+        self._mlp: list[Tensor | None] = [None] * feature
+        self._handles: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        """Registers the hooks. `prepend=True`, because transformers' own hooks record what the block returns."""
+        for i, block in enumerate(self.blocks[: self.feature]):
+            self._on(block.layer.register_forward_pre_hook(_bound(self._enter, i), with_kwargs=True))
+            self._on(block.layer.register_forward_hook(_bound(self._leave, i), prepend=True))
+            if self.config.metric == "keys":
+                self._on(block.keys.register_forward_hook(_bound(self._keep_keys, i)))
+            if self.config.site == "attention":
+                self._on(block.norm.register_forward_pre_hook(_bound(self._before_mlp, i)))
+                self._on(block.mlp.register_forward_hook(_bound(self._after_mlp, i)))
+        for block in self.blocks[self.feature :]:
+            self._on(block.layer.register_forward_pre_hook(self._idle, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Takes every hook off and forgets the last forward pass."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.slots = [None] * (self.feature + 1)
+
+    def lengths(self, patches: int) -> tuple[int, ...]:
+        """Patches before the first block and after each one up to the feature layer, for an image of `patches`."""
+        if patches not in self._plans:
+            self._plans[patches] = self.config.lengths(patches, self.feature)
+        return self._plans[patches]
+
+    def plans(self) -> list[Plan]:
+        """The merges of the last forward pass, in order; see `merging.trace`."""
+        return [slot.plan for slot in self.slots if slot is not None and slot.plan is not None]
+
+    def _on(self, handle: RemovableHandle) -> None:
+        self._handles.append(handle)
+
+    def _merges(self, i: int) -> bool:
+        return self._lengths[i] != self._lengths[i + 1]
+
+    def _enter(self, i: int, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """In front of block i: starts the slots, hands sizes on, and biases attention by log size."""
+        hidden, rest = _hidden(args, kwargs)
+        if i == 0:
+            count = hidden.shape[1] - self.class_tokens
+            self._lengths = self.lengths(count)
+            self.slots[0] = Slot(torch.ones(hidden.shape[0], count, device=hidden.device))
+        if not self._merges(i):
+            self.slots[i + 1] = Slot(self.slots[i].size)
+        if not self.config.proportional or self._lengths[i] == self._lengths[0]:
+            return None
+        bias = size_bias(self.slots[i].size.to(hidden.device), hidden.dtype)
+        bias = nn.functional.pad(bias, (self.class_tokens, 0))  # log 1 for the class token
+        mask = rest[0] if rest else kwargs.get("attention_mask")
+        bias = bias if mask is None else mask + bias
+        if rest:
+            return (hidden, bias, *rest[1:]), kwargs
+        return args, kwargs | {"attention_mask": bias}
+
+    def _keep_keys(self, i: int, _module: nn.Module, _args: tuple, keys: Tensor) -> None:
+        """Behind the key projection: one key a token, the mean over the heads."""
+        if self._merges(i):
+            self._keys[i] = keys.detach().float().unflatten(-1, (self.blocks[i].heads, -1)).mean(-2)
+
+    def _before_mlp(self, i: int, _module: nn.Module, args: tuple) -> tuple | None:
+        """In front of the norm: what goes into the MLP is merged."""
+        if not self._merges(i):
+            return None
+        self._merged[i] = self._merge(i, args[0])
+        return (self._merged[i], *args[1:])
+
+    def _after_mlp(self, i: int, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
+        """Behind the MLP: keeps its output, and hands the block a zero to add to its unmerged residual."""
+        if not self._merges(i):
+            return None
+        self._mlp[i] = output
+        return output.new_zeros(())
+
+    def _leave(self, i: int, _layer: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
+        """Behind block i: the merged hidden state stands where the block's own was."""
+        if not self._merges(i):
+            return None
+        if self.config.site == "block":
+            merged = self._merge(i, output)
+        else:
+            merged = self._merged[i] + self._mlp[i]
+            if output.requires_grad and not merged.requires_grad:
+                raise RuntimeError(
+                    "gradient checkpointing with use_reentrant=True hides the merged tokens from autograd; "
+                    "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+        self._merged[i] = self._mlp[i] = self._keys[i] = None
+        return merged
+
+    def _merge(self, i: int, x: Tensor) -> Tensor:
+        """Merges x (B, T, D) at block i and writes slot i + 1."""
+        head, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
+        metric = patches.detach().float() if self.config.metric == "hidden" else self._keys[i][:, self.class_tokens :]
+        depth = i / len(self.blocks)
+        method, parameters = self.config.method_at(depth)
+        remove, length = self._lengths[i] - self._lengths[i + 1], self._lengths[i + 1]
+        with torch.no_grad():
+            parent = match(metric, remove, method, depth=depth, **parameters)
+            order = None
+            if self.config.order == "method" and METHODS[method].order is not None:
+                order = METHODS[method].order(metric, remove, depth=depth, **parameters)
+            laid = plan(parent, length, order)
+        size = self.slots[i].size.to(x.device)
+        merged, sizes = merge(patches, size if self.config.size_weighted else torch.ones_like(size), laid)
+        if not self.config.size_weighted:
+            sizes = torch.zeros_like(sizes).scatter_add(1, laid.slot, size)
+        self.slots[i + 1] = Slot(sizes, laid)
+        return torch.cat([head, merged], 1)
+
+    def _idle(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """In front of a block behind the feature layer: one token, since nothing reads what comes of it."""
+        if self._lengths[0] == self._lengths[-1]:
+            return None
+        hidden, rest = _hidden(args, kwargs)
+        if args:
+            return (hidden[:, :1], *rest), kwargs
+        return args, kwargs | {"hidden_states": hidden[:, :1]}
+
+
+def _bound(function, i: int):
+    """A hook of block i."""
+
+    def hook(*args):
+        return function(i, *args)
+
+    return hook
+
+
+def _hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple]:
+    """The hidden state that a block is called with, and the positional arguments behind it."""
+    return (args[0], args[1:]) if args else (kwargs["hidden_states"], ())

@@ -1,0 +1,71 @@
+"""A tiny random LLaVA, with a processor, that takes milliseconds: CLIP tower of 8 layers and 36 patches."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+
+LAYERS, PATCHES, SIDE, PATCH = 8, 36, 48, 8
+WORDS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *"what is this that a red cat or dog two three and".split()]
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "image_size": SIDE, "patch_size": PATCH,
+}  # fmt: skip
+
+
+def make_model(tower: str = "clip", seed: int = 0, **options) -> LlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(**VISION) if tower == "clip" else SiglipVisionConfig(**VISION)
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(WORDS), pad_token_id=3, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    strategy = "default" if tower == "clip" else "full"
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=4, vision_feature_select_strategy=strategy, **options
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def make_processor(tower: str = "clip") -> LlavaProcessor:
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        padding_side="left", extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    extra, strategy = (1, "default") if tower == "clip" else (0, "full")
+    return LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy=strategy, num_additional_image_tokens=extra
+    )
+
+
+@pytest.fixture
+def model() -> LlavaForConditionalGeneration:
+    return make_model()
+
+
+@pytest.fixture
+def processor() -> LlavaProcessor:
+    return make_processor()
+
+
+@pytest.fixture
+def pictures() -> list:
+    """Four pictures with structure: noise that is smooth at different scales."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    fields = [rng.integers(0, 255, (n, n, 3), dtype=np.uint8) for n in (3, 4, 6, 12)]
+    return [Image.fromarray(f).resize((SIDE, SIDE)) for f in fields]

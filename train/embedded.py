@@ -1,0 +1,224 @@
+"""Trains the embedded model from nothing: python train/embedded.py [key=value ...].
+
+Two stages, because a language model cannot learn to read features that do not say anything yet. First the tower
+alone learns to name what lies under every patch, as CLIP would have taught it. Then tower, projector and language
+model learn to answer questions together, with the patch labels kept as a small second loss. Merging is never on: the
+embedded model is to merging what any off-the-shelf LLaVA is.
+
+Keys (defaults in DEFAULTS): steps of each stage, images a step, learning rate, seed, output folder, validation images.
+A run that was stopped goes on from `output`.ckpt when it is started again. Under
+`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2` two processes share each batch, which on two cores is half as fast
+again as one process of two threads.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import embedded_data as data
+import embedded_model as parts
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import LlavaForConditionalGeneration
+
+log = logging.getLogger("train.embedded")
+DEFAULTS = {
+    "tower_steps": 1000,
+    "steps": 2400,
+    "batch_size": 48,  # images a step, over all processes
+    "lr": 8e-3,
+    "patch_loss": 0.3,  # weight of the patch labels in the second stage
+    "seed": 0,
+    "output": "output/embedded",
+    "validate": 128,  # held-out images looked at every 500 steps
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+}
+FEATURES = sum(len(v) + 1 for v in data.LABELS.values())  # one "nothing here" class each
+
+
+def main(options: dict) -> None:
+    """Runs both stages and writes the model, its processor and a training log."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo" if options["device"] == "cpu" else "nccl")
+    torch.manual_seed(options["seed"])
+    device = torch.device(options["device"])
+    tokenizer = parts.tokenizer()
+    model = parts.training_model(tokenizer).to(device)
+    heads = nn.Linear(parts.WIDTH, FEATURES).to(device)
+    tower = nn.ModuleList([model.model.vision_tower, heads])
+    run = Run(options, tokenizer, model, heads)
+    run.stage("tower", tower, options["tower_steps"], run.tower_loss)
+    run.stage("answers", nn.ModuleList([model, heads]), options["steps"], run.answer_loss)
+    if run.rank:
+        return
+    parts.save(model, tokenizer, Path(options["output"]))
+    (Path(options["output"]) / "training.json").write_text(json.dumps({"options": options, "log": run.history}, indent=1))
+
+
+class Run:
+    """The state of a training run, and its two losses."""
+
+    def __init__(self, options: dict, tokenizer, model: LlavaForConditionalGeneration, heads: nn.Module):
+        self.options, self.tokenizer, self.model, self.heads = options, tokenizer, model, heads
+        self.history: list[dict] = []
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.path = Path(str(options["output"]) + ".ckpt")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.saved = torch.load(self.path, weights_only=True) if self.path.exists() else None
+        if self.saved:
+            model.load_state_dict(self.saved["model"])
+            heads.load_state_dict(self.saved["heads"])
+            self.history = json.loads(self.saved["history"])
+
+    def stage(self, name: str, modules: nn.Module, steps: int, loss_of) -> None:
+        """Trains `modules` for `steps` on fresh scenes: linear warm-up, then a cosine down to nothing."""
+        if self.saved and name not in (self.saved["stage"], "answers"):
+            return  # finished before the run was stopped
+        optimizers = _optimizers(modules, self.options["lr"])
+        first = 0
+        if self.saved and self.saved["stage"] == name:
+            first = self.saved["step"]
+            for optimizer, state in zip(optimizers, self.saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        warm = min(200, max(steps // 10, 1))
+        started = time.time()
+        for step, batch in enumerate(self.batches(name, first, steps), first):
+            floor = 0.3 if name == "tower" else 0.0  # the tower goes on learning in the second stage
+            rate = min((step + 1) / warm, floor + (1 - floor) * _cosine((step - warm) / max(steps - warm, 1)))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base"] * rate
+            loss, facts = loss_of(batch)
+            loss.backward()
+            self.average(modules)
+            nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                self.report(name, step + 1, facts, started)
+            if (step + 1) % 500 == 0 or step + 1 == steps:
+                self.checkpoint(name, step + 1, optimizers)
+
+    def average(self, modules: nn.Module) -> None:
+        """The mean of all processes' gradients, in one message."""
+        if self.ranks > 1:
+            grads = [p.grad for p in modules.parameters() if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            for grad, mean in zip(grads, (flat / self.ranks).split([g.numel() for g in grads]), strict=True):
+                grad.copy_(mean.view_as(grad))
+
+    def report(self, name: str, step: int, facts: dict, started: float) -> None:
+        if self.rank:
+            return
+        row = {"stage": name, "step": step, "seconds": round(time.time() - started)} | facts
+        if name == "answers" and step % 500 == 0:
+            row |= self.validate()
+        self.history.append(row)
+        log.info(" ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+
+    def checkpoint(self, name: str, step: int, optimizers: list) -> None:
+        if self.rank:
+            return
+        state = {"stage": name, "step": step, "model": self.model.state_dict(), "heads": self.heads.state_dict()}
+        state |= {"optimizers": [o.state_dict() for o in optimizers], "history": json.dumps(self.history)}
+        partial = self.path.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(self.path)
+
+    def batches(self, stage: str, first: int, steps: int) -> DataLoader:
+        """This process's share of every batch of fresh scenes; no image is ever seen twice."""
+        seed = data.TRAIN_SEEDS + (stage == "answers") * data.STAGE + self.options["seed"] * 10 * data.STAGE
+        share = self.options["batch_size"] // self.ranks
+        starts = [seed + step * self.options["batch_size"] + self.rank * share for step in range(first, steps)]
+        scenes = data.Scenes(starts, share, self.tokenizer)
+        return DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8)
+
+    def patch_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+        """Cross-entropy of what lies under each patch; objects weigh as much as the background."""
+        facts, total = {}, 0.0
+        logits = self.heads(features.float()).split([len(v) + 1 for v in data.LABELS.values()], dim=-1)
+        for i, (name, part) in enumerate(zip(data.LABELS, logits, strict=True)):
+            target = labels[..., i].flatten()
+            each = F.cross_entropy(part.flatten(0, 1), target, reduction="none")
+            here = target > 0
+            total = total + each[here].mean() + 0.5 * each[~here].mean()
+            facts[name] = (part.flatten(0, 1)[here].argmax(-1) == target[here]).float().mean().item()
+        return total / len(data.LABELS), facts
+
+    def tower_loss(self, batch: dict) -> tuple[Tensor, dict]:
+        """First stage: the tower's features name what lies under each patch."""
+        with self.autocast():
+            features = self.model.model.vision_tower(batch["pixel_values"].to(self.model.device)).last_hidden_state
+        loss, facts = self.patch_loss(features[:, 1:], batch["patches"].to(self.model.device))
+        return loss, {"loss": loss.item()} | facts
+
+    def answer_loss(self, batch: dict) -> tuple[Tensor, dict]:
+        """Second stage: next-token loss on the answers of a conversation about each picture."""
+        caught: list[Tensor] = []
+        with self.model.model.vision_tower.register_forward_hook(lambda _m, _a, out: caught.append(out.last_hidden_state)):
+            logits, target = self.answer_logits(batch)
+        loss = F.cross_entropy(logits, target)
+        patches, _ = self.patch_loss(caught[0][:, 1:], batch["patches"].to(self.model.device))
+        right = (logits.argmax(-1) == target).float().mean().item()
+        return loss + self.options["patch_loss"] * patches, {"loss": loss.item(), "patches": patches.item(), "right": right}
+
+    def answer_logits(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Logits (words, vocabulary) and targets (words,) where an answer is predicted, and nowhere else."""
+        device = self.model.device
+        labels = batch["labels"].to(device)
+        with self.autocast():
+            out = self.model.model(
+                input_ids=batch["input_ids"].to(device), pixel_values=batch["pixel_values"].to(device), use_cache=False
+            )
+            where = labels[:, 1:] != data.IGNORE
+            logits = self.model.lm_head(out.last_hidden_state[:, :-1][where])
+        return logits.float(), labels[:, 1:][where]
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Share of held-out questions whose every answer token is predicted, given the answers before it."""
+        right = total = 0
+        scenes = data.Scenes(range(data.HELD_OUT, data.HELD_OUT + self.options["validate"], 32), 32, self.tokenizer)
+        for batch in scenes:
+            logits, target = self.answer_logits(batch)
+            hit, first = logits.argmax(-1) == target, 0
+            ends = (target == self.tokenizer.eos_token_id).nonzero().flatten().tolist()
+            for end in ends:
+                right, first = right + int(hit[first : end + 1].all()), end + 1
+            total += len(ends)
+        return {"held_out": right / total}
+
+    def autocast(self) -> torch.autocast:
+        """Half-precision arithmetic over float32 weights."""
+        return torch.autocast(self.options["device"], dtype=torch.bfloat16)
+
+
+def _cosine(t: float) -> float:
+    return 0.5 * (1 + torch.cos(torch.tensor(min(max(t, 0.0), 1.0) * torch.pi)).item())
+
+
+def _optimizers(modules: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW at a quarter of its rate for everything else."""
+    matrices, rest = [], []
+    for name, parameter in modules.named_parameters():
+        (matrices if parameter.ndim == 2 and ".layers." in name else rest).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(rest, lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["base"] = group["lr"]
+    return [muon, adam]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    main(DEFAULTS | {k: type(DEFAULTS[k])(v) for k, v in given.items()})

@@ -1,0 +1,83 @@
+"""Batches for the embedded model: pictures, what lies under each patch, and conversations about them."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from llava_pitome.embedded.questions import Question, ask
+from llava_pitome.embedded.render import coverage, render
+from llava_pitome.embedded.scenes import COLORS, DIGITS, LETTERS, SHAPES, TEXTURES, Scene, scene
+
+IGNORE = -100
+PATCHES = 196
+TURNS = 10  # questions asked about a training picture
+HINT = "\nAnswer the question using a single word or phrase."  # as in LLaVA's training data and in lmms-eval
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+TRAIN_SEEDS, STAGE = 1_000_000_000, 100_000_000  # validation takes the seeds from 0 upwards
+HELD_OUT = 900_000_000
+LABELS = {
+    "shape": SHAPES,
+    "color": COLORS,
+    "texture": TEXTURES,
+    "size": ("small", "large"),
+    "mark": tuple("-" + DIGITS + LETTERS),  # "-" an object without a mark
+}
+
+
+class Scenes(IterableDataset):
+    """A batch of `batch_size` scenes from each of the seeds in `starts` on."""
+
+    def __init__(self, starts: Sequence[int], batch_size: int, tokenizer):
+        self.starts, self.batch_size, self.tokenizer = starts, batch_size, tokenizer
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Batches of pixel_values, patches (B, PATCHES, len(LABELS)), input_ids and labels (B, T)."""
+        for start in self.starts:
+            scenes = [scene(seed) for seed in range(start, start + self.batch_size)]
+            yield {
+                "pixel_values": pixels(np.stack([render(s) for s in scenes])),
+                "patches": torch.stack([patch_labels(s) for s in scenes]),
+            } | conversations([ask(s, TURNS) for s in scenes], self.tokenizer)
+
+
+def pixels(pictures: np.ndarray) -> Tensor:
+    """Pictures (B, H, W, 3) uint8 as the processor would hand them over: (B, 3, H, W) float32."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def patch_labels(scene: Scene) -> Tensor:
+    """What the object covering most of each patch is, per attribute: (PATCHES, len(LABELS)), 0 where nothing is."""
+    covers = np.stack([coverage(t).ravel() for t in scene.things])
+    owner, covered = covers.argmax(0), covers.max(0) > 0.1
+    rows = [[1 + LABELS[k].index(getattr(t, k) or "-") for k in LABELS] for t in scene.things]
+    return torch.from_numpy(np.where(covered[:, None], np.array(rows)[owner], 0))
+
+
+def conversations(asked: list[list[Question]], tokenizer) -> dict[str, Tensor]:
+    """Conversations, the picture in the first turn, padded on the right; only answers carry labels."""
+    pieces: list[tuple[str, str]] = []
+    for questions in asked:
+        for turn, question in enumerate(questions):
+            lead = f"{tokenizer.bos_token}USER: " + "<image>" * PATCHES + "\n" if turn == 0 else "USER: "
+            pieces.append((f"{lead}{question.text}{HINT if turn == 0 else ''} ASSISTANT:", f" {question.answer}"))
+    prompts = tokenizer([p for p, _ in pieces], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([a for _, a in pieces], add_special_tokens=False)["input_ids"]
+    rows, at = [], 0
+    for questions in asked:
+        ids: list[int] = []
+        labels: list[int] = []
+        for prompt, answer in zip(prompts[at : at + len(questions)], answers[at : at + len(questions)], strict=True):
+            said = [*answer, tokenizer.eos_token_id]
+            ids += prompt + said
+            labels += [IGNORE] * len(prompt) + said
+        at += len(questions)
+        rows.append((torch.tensor(ids), torch.tensor(labels)))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([r[0] for r in rows], batch_first=True, padding_value=tokenizer.pad_token_id),
+        "labels": pad([r[1] for r in rows], batch_first=True, padding_value=IGNORE),
+    }
