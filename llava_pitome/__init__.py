@@ -6,4 +6,13 @@ from llava_pitome.methods import METHODS, parents
 from llava_pitome.spectral import spectral_distance
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "MergeConfig", "apply", "load", "merge_tokens", "parents", "remove", "spectral_distance"]
+__all__ = [
+    "METHODS",
+    "MergeConfig",
+    "apply",
+    "load",
+    "merge_tokens",
+    "parents",
+    "remove",
+    "spectral_distance",
+]

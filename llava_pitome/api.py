@@ -1,4 +1,4 @@
-"""The three lines of user code: apply, remove, and both as a context; and load, which takes a saved config up."""
+"""The verbs: apply, remove, both as a context; and load, which takes a saved config up."""
 
 import sys
 from collections.abc import Iterator
@@ -36,8 +36,8 @@ def apply(model: nn.Module, config: MergeConfig, processor: Any = None) -> Tower
     Args:
         model: see `llava.SUPPORTED`.
         config: how to merge; saved as `model.config.token_merging`.
-        processor: the model's processor, which then writes as many <image> placeholders as tokens arrive. Without it
-            the caller has to.
+        processor: the model's processor, which then writes as many <image> placeholders as tokens arrive.
+            Without it the caller has to.
 
     Returns:
         The hooks; `plans()` tells after a forward pass which patches became which token.
@@ -59,7 +59,7 @@ def apply(model: nn.Module, config: MergeConfig, processor: Any = None) -> Tower
 
 
 def remove(model: nn.Module) -> None:
-    """Gives a model, its config and its processor back as they were before `apply`; without one, does nothing."""
+    """Gives a model, its config and its processor back as they were before `apply`."""
     model = llava.unwrap(model)
     applied = _applied.pop(model, None)
     if applied is None:
@@ -76,7 +76,7 @@ def remove(model: nn.Module) -> None:
 
 @contextmanager
 def merge_tokens(model: nn.Module, config: MergeConfig, processor: Any = None) -> Iterator[TowerMerging]:
-    """`apply` for the length of a with block; what was applied before it comes back, also when the block raises."""
+    """`apply` for a with block; what was applied before comes back, also when it raises."""
     outer = _applied.get(llava.unwrap(model))
     merging = apply(model, config, processor)
     try:
@@ -99,8 +99,8 @@ def load(
         **options: as for `from_pretrained`: dtype, device_map, attn_implementation, ...
 
     Raises:
-        ValueError: an unknown quantization, a checkpoint that is no LLaVA, or one saved with a config this package
-            cannot read.
+        ValueError: an unknown quantization, a checkpoint that is no LLaVA, or one saved with a config this
+            package cannot read.
     """
     model, processor = llava.load(str(embedded.PATH) if path == "embedded" else path, quantization, **options)
     saved = getattr(model.config, FIELD, None)

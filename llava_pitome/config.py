@@ -22,18 +22,19 @@ class MergeConfig:
     Give `ratio` or `tokens`, not both. Every field is saved with the model as `model.config.token_merging`.
 
     Attributes:
-        ratio: share of the patches that each tower layer keeps, in (0, 1]; or one share per layer up to the feature
-            layer, as a tuple. 1.0 merges nothing.
-        tokens: image tokens that are to reach the language model; the ratio is then solved for each image size.
+        ratio: share of the patches that each tower layer keeps, in (0, 1]; or one share per layer up to the
+            feature layer, as a tuple. 1.0 merges nothing.
+        tokens: image tokens that are to reach the language model; the ratio is then solved for each image
+            size.
         method: who joins whom, a name in METHODS.
         parameters: the method's own, as in its file.
-        early_method: another method for the first layers, up to the share `early_depth` of the encoder; None for one
-            method throughout.
+        early_method: another method for the first layers, up to the share `early_depth` of the encoder; None
+            for one method throughout.
         early_depth: share of the encoder's layers, in [0, 1], that `early_method` takes.
-        metric: what similarity is measured on: "keys", the block's attention keys averaged over heads (the paper), or
-            "hidden", the hidden state that is merged.
-        site: where in a block tokens merge: "attention", between attention and MLP (the paper), or "block", behind the
-            whole block.
+        metric: what similarity is measured on: "keys", the block's attention keys averaged over heads (the
+            paper), or "hidden", the hidden state that is merged.
+        site: where in a block tokens merge: "attention", between attention and MLP (the paper), or "block",
+            behind the whole block.
         size_weighted: average tokens by the patches that they stand for (the paper) instead of plainly.
         proportional: add log size to the attention scores of later layers (the paper).
         order: "raster" keeps survivors where they were; "method" lays them out as the method's authors do.
@@ -57,22 +58,30 @@ class MergeConfig:
     def __post_init__(self) -> None:
         """Checks every field where the value is made."""
         if (self.ratio is None) == (self.tokens is None):
-            raise ValueError(f"give ratio or tokens, and not both: ratio={self.ratio!r}, tokens={self.tokens!r}")
+            raise ValueError(
+                f"give ratio or tokens, and not both: ratio={self.ratio!r}, tokens={self.tokens!r}"
+            )
         if isinstance(self.ratio, list):  # as JSON brings it
             object.__setattr__(self, "ratio", tuple(self.ratio))
         shares = self.ratio if isinstance(self.ratio, tuple) else () if self.ratio is None else (self.ratio,)
         for share in shares:
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise ValueError(f"ratio={self.ratio!r} is not allowed: each ratio must be a number in (0, 1]")
+                raise ValueError(
+                    f"ratio={self.ratio!r} is not allowed: each ratio must be a number in (0, 1]"
+                )
         if self.ratio == ():
             raise ValueError("ratio=() is not allowed: give one share per tower layer, or a single number")
         if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int)):
             raise ValueError(f"tokens={self.tokens!r} is not allowed: it must be a whole number")
         if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens} is not allowed: at least 1 token must reach the language model")
+            raise ValueError(
+                f"tokens={self.tokens} is not allowed: at least 1 token must reach the language model"
+            )
         for name, allowed in (("metric", METRICS), ("site", SITES), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; allowed are {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; allowed are {', '.join(allowed)}"
+                )
         for name in ("size_weighted", "proportional"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False")
@@ -84,7 +93,9 @@ class MergeConfig:
         if "depth" in self.parameters:
             raise ValueError("parameters may not hold 'depth': the layer sets it")
         if self.order == "method" and METHODS[self.method].order is None:
-            raise ValueError(f"order='method' is not allowed: method {self.method!r} defines no order of its own")
+            raise ValueError(
+                f"order='method' is not allowed: method {self.method!r} defines no order of its own"
+            )
 
     @classmethod
     def recipe(cls, name: str, **changes: Any) -> "MergeConfig":
@@ -104,11 +115,14 @@ class MergeConfig:
         """The config of a dict, as `to_dict` or JSON gives it.
 
         Raises:
-            ValueError: a key that is no field (the nearest one is named), or a version this package cannot read.
+            ValueError: a key that is no field (the nearest one is named), or a version this package cannot
+                read.
         """
         values = dict(values)
         if (version := values.pop("version", VERSION)) != VERSION:
-            raise ValueError(f"token_merging has version {version!r}; this llava_pitome reads version {VERSION}")
+            raise ValueError(
+                f"token_merging has version {version!r}; this llava_pitome reads version {VERSION}"
+            )
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -129,11 +143,15 @@ class MergeConfig:
         if self.tokens is not None:
             return schedule.lengths_for(patches, layers, self.tokens)
         if isinstance(self.ratio, tuple) and len(self.ratio) != layers:
-            raise ValueError(f"ratio holds {len(self.ratio)} shares; the tower has {layers} layers that can merge")
-        return schedule.lengths(patches, self.ratio if isinstance(self.ratio, tuple) else (self.ratio,) * layers)
+            raise ValueError(
+                f"ratio holds {len(self.ratio)} shares; the tower has {layers} layers that can merge"
+            )
+        return schedule.lengths(
+            patches, self.ratio if isinstance(self.ratio, tuple) else (self.ratio,) * layers
+        )
 
     def method_at(self, depth: float) -> tuple[str, dict[str, Any]]:
-        """The method and its parameters at a depth in [0, 1): l_i / l, the layer's index by the number of layers."""
+        """The method and its parameters at a depth l_i / l in [0, 1)."""
         if self.early_method is not None and depth < self.early_depth:
             return self.early_method, {}
         return self.method, self.parameters

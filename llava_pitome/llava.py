@@ -8,8 +8,8 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.places.tower import Block
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and its kin), also "
-    "wrapped by peft, torch.compile or DistributedDataParallel; or such a tower alone"
+    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and its kin), "
+    "also wrapped by peft, torch.compile or DistributedDataParallel; or such a tower alone"
 )
 CLASS_TOKENS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}  # by the tower's class
 MASKED = ("sdpa", "eager")  # attention kernels that take an additive mask
@@ -79,8 +79,8 @@ def check(parts: Parts, config: MergeConfig) -> None:
     kernel = parts.tower.config._attn_implementation
     if config.proportional and kernel not in MASKED:
         raise ValueError(
-            f"proportional attention adds a bias to the scores, which attn_implementation={kernel!r} cannot take; "
-            f"load the model with {' or '.join(map(repr, MASKED))}, or set proportional=False"
+            f"proportional attention adds a bias to the scores, which attn_implementation={kernel!r} cannot "
+            f"take; load the model with {' or '.join(map(repr, MASKED))}, or set proportional=False"
         )
 
 
@@ -93,10 +93,14 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
     if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or none")
+        raise ValueError(
+            f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or none"
+        )
     kind = AutoConfig.from_pretrained(path).model_type
     if kind != "llava":
-        raise ValueError(f"{path} holds a model of type {kind!r}, which is not supported. Supported: {SUPPORTED}.")
+        raise ValueError(
+            f"{path} holds a model of type {kind!r}, which is not supported. Supported: {SUPPORTED}."
+        )
     if quantization is not None:
         options |= _quantized(quantization, options)
     model = LlavaForConditionalGeneration.from_pretrained(path, **options)
@@ -132,7 +136,73 @@ def _quantized(quantization: str, options: dict[str, Any]) -> dict[str, Any]:
         compute = options.get("dtype")
         compute = compute if isinstance(compute, torch.dtype) else torch.bfloat16
         scheme = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=keep
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=keep,
         )
     place = options.get("device_map") or ("auto" if torch.cuda.is_available() else "cpu")
     return {"quantization_config": scheme, "device_map": place}
+
+
+class Shapes(NamedTuple):
+    """The sizes that decide what a LLaVA costs.
+
+    Attributes:
+        class_tokens: tokens in front of the patches.
+        patch_inputs: numbers in one patch: colours x pixels.
+        tower_layers: blocks of the tower, those behind the feature layer included.
+        tower_width: channels of the tower.
+        tower_mlp: channels inside its MLPs.
+        llm_layers: blocks of the language model.
+        llm_width: its channels.
+        llm_kv: channels of its keys, over all heads.
+        llm_mlp: channels inside its MLPs.
+        vocabulary: tokens it can say.
+    """
+
+    class_tokens: int
+    patch_inputs: int
+    tower_layers: int
+    tower_width: int
+    tower_mlp: int
+    llm_layers: int
+    llm_width: int
+    llm_kv: int
+    llm_mlp: int
+    vocabulary: int
+
+
+def shapes(model: nn.Module) -> Shapes:
+    """The sizes of a LLaVA, from its config."""
+    parts = find(model)
+    vision, text = parts.tower.config, parts.model.config.text_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shapes(
+        parts.class_tokens, 3 * parts.patch_size**2, vision.num_hidden_layers, vision.hidden_size,
+        vision.intermediate_size, text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
+        text.intermediate_size, text.vocab_size,
+    )  # fmt: skip
+
+
+def counts(path: str) -> tuple[int, int]:
+    """Patches of an image, and layers that may merge, from a checkpoint's config alone.
+
+    Raises:
+        ValueError: the path is no LLaVA.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(
+            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
+        ) from error
+    if config.model_type != "llava":
+        raise ValueError(
+            f"{path} holds a model of type {config.model_type!r}, not supported. Supported: {SUPPORTED}."
+        )
+    vision = config.vision_config
+    layers = _feature(config.vision_feature_layer, vision.num_hidden_layers)
+    return (vision.image_size // vision.patch_size) ** 2, layers

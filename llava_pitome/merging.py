@@ -24,9 +24,10 @@ class Plan(NamedTuple):
 
 
 def plan(parent: Tensor, length: int, order: Tensor | None = None) -> Plan:
-    """The output position of every token, survivors in raster order unless `order` (B, N) ranks them otherwise.
+    """The output position of every token: raster order, unless `order` (B, N) ranks otherwise.
 
-    `length` is how many tokens survive; it is passed because the schedule knows it and a GPU would have to be asked.
+    `length` is how many tokens survive; it is passed because the schedule knows it and a GPU would have to be
+    asked.
     """
     here = torch.arange(parent.shape[1], device=parent.device)
     survives = parent == here  # (B, N)
@@ -41,8 +42,8 @@ def plan(parent: Tensor, length: int, order: Tensor | None = None) -> Plan:
 def merge(x: Tensor, size: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Average the tokens (B, N, D) that share a slot, weighted by the patches (B, N) they stand for.
 
-    Returns the merged tokens (B, M, D) in the dtype of `x` and their sizes (B, M). Sums run in float32 at least: a
-    slot can collect hundreds of half-precision tokens.
+    Returns the merged tokens (B, M, D) in the dtype of `x` and their sizes (B, M). Sums run in float32 at
+    least: a slot can collect hundreds of half-precision tokens.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = size.to(wide)
@@ -60,7 +61,7 @@ def unmerge(x: Tensor, plan: Plan) -> Tensor:
 
 
 def trace(plans: Sequence[Plan]) -> Tensor:
-    """Which token each patch of the image ended up in after merges one after the other: (B, N) into the last M.
+    """Which token each patch ended up in after several merges: (B, N) into the last M.
 
     Raises:
         ValueError: no merge is given, so that there is nothing to trace.
@@ -79,6 +80,6 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def compose(first: Tensor, second: Tensor, plan: Plan) -> Tensor:
-    """One parent (B, N) for two merges: `second` (B, M) was matched on what `first`, laid out by `plan`, left."""
+    """One parent (B, N) for two merges: `second` (B, M) was matched on what `first` left under `plan`."""
     survivors = torch.zeros_like(second).scatter(1, plan.slot, first)  # (B, M) which token each slot is
     return survivors.gather(1, second).gather(1, plan.slot)

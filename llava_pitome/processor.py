@@ -1,7 +1,7 @@
 """As many <image> placeholders as image tokens will arrive.
 
-transformers writes one placeholder per patch and checks the number against the features. Counts are known beforehand,
-so the processor is told, and nothing behind it (generate, padding, labels, caches) has to be touched.
+transformers writes one placeholder per patch and checks the number against the features. Counts are known
+beforehand, so the processor is told, and nothing behind it (generate, padding, labels, caches) has to be touched.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ def fit(processor: Any, patch_size: int, kept: Callable[[int], int]) -> None:
     """
     if not all(hasattr(type(processor), name) for name in METHODS):
         raise ValueError(
-            f"{type(processor).__name__} writes no image placeholders; pass the LlavaProcessor that AutoProcessor loads"
+            f"{type(processor).__name__} writes no image placeholders; "
+            "pass the LlavaProcessor that AutoProcessor loads"
         )
     if processor.patch_size != patch_size:
         raise ValueError(f"the processor has patch_size={processor.patch_size!r}, the model {patch_size}")
@@ -28,7 +29,9 @@ def fit(processor: Any, patch_size: int, kept: Callable[[int], int]) -> None:
     replace, count = processor.replace_image_token, processor._get_num_multimodal_tokens
 
     def after(placeholders: int) -> int:
-        extra = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+        extra = processor.num_additional_image_tokens - (
+            processor.vision_feature_select_strategy == "default"
+        )
         return kept(placeholders - extra) + extra
 
     def replace_image_token(*args: Any, **kwargs: Any) -> str:

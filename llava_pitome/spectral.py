@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 
 def spectral_distance(features: Tensor, parent: Tensor) -> Tensor:
-    """The L1 distance (B,) between the Laplacian eigenvalues of the token graph and of the merged one (eq. 5).
+    """L1 distance (B,) between Laplacian eigenvalues of the token graph and the merged one.
 
-    The graph has the edges W[i, j] = 1 - cos(i, j) (eq. 3). Merging averages the edges between two groups; the merged
-    graph is lifted back to N nodes, so that both have N eigenvalues.
+    The graph has the edges W[i, j] = 1 - cos(i, j) (eq. 3). Merging averages the edges between two groups;
+    the merged graph is lifted back to N nodes, so that both have N eigenvalues.
 
     Args:
         features: (B, N, D) one vector a token.
@@ -19,10 +19,14 @@ def spectral_distance(features: Tensor, parent: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
     """
     if features.ndim != 3 or parent.shape != features.shape[:2]:
-        raise ValueError(f"features {tuple(features.shape)} and parent {tuple(parent.shape)} must be (B, N, D) and (B, N)")
+        raise ValueError(
+            f"features {tuple(features.shape)} and parent {tuple(parent.shape)} must be (B, N, D) and (B, N)"
+        )
     unit = F.normalize(features.double(), dim=-1)
     edges = (1 - unit @ unit.transpose(1, 2)).clamp_min(0)  # (B, N, N)
-    together = (parent.unsqueeze(2) == parent.unsqueeze(1)).double()  # (B, N, N) who is in one group with whom
+    together = (
+        parent.unsqueeze(2) == parent.unsqueeze(1)
+    ).double()  # (B, N, N) who is in one group with whom
     average = together / together.sum(-1, keepdim=True)
     lifted = average @ edges @ average.transpose(1, 2)
     return (_spectrum(edges) - _spectrum(lifted)).abs().sum(-1)

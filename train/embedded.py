@@ -1,14 +1,15 @@
 """Trains the embedded model from nothing: python train/embedded.py [key=value ...].
 
-Two stages, because a language model cannot learn to read features that do not say anything yet. First the tower
-alone learns to name what lies under every patch, as CLIP would have taught it. Then tower, projector and language
-model learn to answer questions together, with the patch labels kept as a small second loss. Merging is never on: the
-embedded model is to merging what any off-the-shelf LLaVA is.
+Three stages, because a language model cannot learn to read features that do not say anything yet. "tower":
+the tower alone learns to name what lies under every patch, as CLIP would have taught it. "language":
+projector and language model learn to answer questions about frozen features. "together": all of it learns on,
+with the patch labels kept as a small second loss. Merging is never on: the embedded model is to merging what
+any off-the-shelf LLaVA is.
 
-Keys (defaults in DEFAULTS): steps of each stage, images a step, learning rate, seed, output folder, validation images.
+Keys and their defaults stand in DEFAULTS.
 A run that was stopped goes on from `output`.ckpt when it is started again. Under
-`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2` two processes share each batch, which on two cores is half as fast
-again as one process of two threads.
+`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2` two processes share each batch, which on two cores is half as
+fast again as one process of two threads.
 """
 
 import json
@@ -30,20 +31,24 @@ from transformers import LlavaForConditionalGeneration
 log = logging.getLogger("train.embedded")
 DEFAULTS = {
     "tower_steps": 1000,
-    "steps": 2400,
+    "language_steps": 1500,
+    "together_steps": 900,
     "batch_size": 48,  # images a step, over all processes
-    "lr": 8e-3,
-    "patch_loss": 0.3,  # weight of the patch labels in the second stage
+    "tower_lr": 8e-3,
+    "language_lr": 4e-3,
+    "together_lr": 2e-3,
+    "patch_loss": 0.3,  # weight of the patch labels in the last stage
     "seed": 0,
     "output": "output/embedded",
     "validate": 128,  # held-out images looked at every 500 steps
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
+STAGES = ("tower", "language", "together")
 FEATURES = sum(len(v) + 1 for v in data.LABELS.values())  # one "nothing here" class each
 
 
 def main(options: dict) -> None:
-    """Runs both stages and writes the model, its processor and a training log."""
+    """Runs the stages and writes the model, its processor and a training log."""
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo" if options["device"] == "cpu" else "nccl")
     torch.manual_seed(options["seed"])
@@ -51,14 +56,18 @@ def main(options: dict) -> None:
     tokenizer = parts.tokenizer()
     model = parts.training_model(tokenizer).to(device)
     heads = nn.Linear(parts.WIDTH, FEATURES).to(device)
-    tower = nn.ModuleList([model.model.vision_tower, heads])
+    tower = model.model.vision_tower
+    language = nn.ModuleList([model.model.multi_modal_projector, model.model.language_model])
     run = Run(options, tokenizer, model, heads)
-    run.stage("tower", tower, options["tower_steps"], run.tower_loss)
-    run.stage("answers", nn.ModuleList([model, heads]), options["steps"], run.answer_loss)
+    run.stage("tower", nn.ModuleList([tower, heads]), run.tower_loss)
+    run.stage("language", language, run.answer_loss)
+    run.stage("together", nn.ModuleList([model, heads]), run.answer_loss)
     if run.rank:
         return
     parts.save(model, tokenizer, Path(options["output"]))
-    (Path(options["output"]) / "training.json").write_text(json.dumps({"options": options, "log": run.history}, indent=1))
+    (Path(options["output"]) / "training.json").write_text(
+        json.dumps({"options": options, "log": run.history}, indent=1)
+    )
 
 
 class Run:
@@ -76,11 +85,15 @@ class Run:
             heads.load_state_dict(self.saved["heads"])
             self.history = json.loads(self.saved["history"])
 
-    def stage(self, name: str, modules: nn.Module, steps: int, loss_of) -> None:
-        """Trains `modules` for `steps` on fresh scenes: linear warm-up, then a cosine down to nothing."""
-        if self.saved and name not in (self.saved["stage"], "answers"):
+    def stage(self, name: str, modules: nn.Module, loss_of) -> None:
+        """Trains `modules`, and nothing else, on fresh scenes: linear warm-up, then a cosine down."""
+        if self.saved and STAGES.index(name) < STAGES.index(self.saved["stage"]):
             return  # finished before the run was stopped
-        optimizers = _optimizers(modules, self.options["lr"])
+        steps = self.options[f"{name}_steps"]
+        for parameter in (*self.model.parameters(), *self.heads.parameters()):
+            parameter.requires_grad, parameter.grad = False, None
+        modules.requires_grad_(True)
+        optimizers = _optimizers(modules, self.options[f"{name}_lr"])
         first = 0
         if self.saved and self.saved["stage"] == name:
             first = self.saved["step"]
@@ -89,7 +102,7 @@ class Run:
         warm = min(200, max(steps // 10, 1))
         started = time.time()
         for step, batch in enumerate(self.batches(name, first, steps), first):
-            floor = 0.3 if name == "tower" else 0.0  # the tower goes on learning in the second stage
+            floor = 0.0 if name == STAGES[-1] else 0.2
             rate = min((step + 1) / warm, floor + (1 - floor) * _cosine((step - warm) / max(steps - warm, 1)))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -103,7 +116,7 @@ class Run:
                 optimizer.zero_grad(set_to_none=True)
             if (step + 1) % 50 == 0 or step + 1 == steps:
                 self.report(name, step + 1, facts, started)
-            if (step + 1) % 500 == 0 or step + 1 == steps:
+            if (step + 1) % 250 == 0 or step + 1 == steps:
                 self.checkpoint(name, step + 1, optimizers)
 
     def average(self, modules: nn.Module) -> None:
@@ -116,18 +129,25 @@ class Run:
                 grad.copy_(mean.view_as(grad))
 
     def report(self, name: str, step: int, facts: dict, started: float) -> None:
+        """Logs how training goes; every now and then, on held-out pictures."""
         if self.rank:
             return
         row = {"stage": name, "step": step, "seconds": round(time.time() - started)} | facts
-        if name == "answers" and step % 500 == 0:
+        if name != "tower" and step % 250 == 0:
             row |= self.validate()
         self.history.append(row)
         log.info(" ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
 
     def checkpoint(self, name: str, step: int, optimizers: list) -> None:
+        """Writes what is needed to go on from here."""
         if self.rank:
             return
-        state = {"stage": name, "step": step, "model": self.model.state_dict(), "heads": self.heads.state_dict()}
+        state = {
+            "stage": name,
+            "step": step,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+        }
         state |= {"optimizers": [o.state_dict() for o in optimizers], "history": json.dumps(self.history)}
         partial = self.path.with_suffix(".part")
         torch.save(state, partial)
@@ -135,9 +155,11 @@ class Run:
 
     def batches(self, stage: str, first: int, steps: int) -> DataLoader:
         """This process's share of every batch of fresh scenes; no image is ever seen twice."""
-        seed = data.TRAIN_SEEDS + (stage == "answers") * data.STAGE + self.options["seed"] * 10 * data.STAGE
+        seed = data.TRAIN_SEEDS + (STAGES.index(stage) + 10 * self.options["seed"]) * data.STAGE
         share = self.options["batch_size"] // self.ranks
-        starts = [seed + step * self.options["batch_size"] + self.rank * share for step in range(first, steps)]
+        starts = [
+            seed + step * self.options["batch_size"] + self.rank * share for step in range(first, steps)
+        ]
         scenes = data.Scenes(starts, share, self.tokenizer)
         return DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8)
 
@@ -156,19 +178,23 @@ class Run:
     def tower_loss(self, batch: dict) -> tuple[Tensor, dict]:
         """First stage: the tower's features name what lies under each patch."""
         with self.autocast():
-            features = self.model.model.vision_tower(batch["pixel_values"].to(self.model.device)).last_hidden_state
+            features = self.model.model.vision_tower(
+                batch["pixel_values"].to(self.model.device)
+            ).last_hidden_state
         loss, facts = self.patch_loss(features[:, 1:], batch["patches"].to(self.model.device))
         return loss, {"loss": loss.item()} | facts
 
     def answer_loss(self, batch: dict) -> tuple[Tensor, dict]:
-        """Second stage: next-token loss on the answers of a conversation about each picture."""
+        """Later stages: next-token loss on the answers of a conversation about each picture."""
         caught: list[Tensor] = []
-        with self.model.model.vision_tower.register_forward_hook(lambda _m, _a, out: caught.append(out.last_hidden_state)):
+        tower = self.model.model.vision_tower
+        with tower.register_forward_hook(lambda _m, _a, out: caught.append(out.last_hidden_state)):
             logits, target = self.answer_logits(batch)
         loss = F.cross_entropy(logits, target)
         patches, _ = self.patch_loss(caught[0][:, 1:], batch["patches"].to(self.model.device))
         right = (logits.argmax(-1) == target).float().mean().item()
-        return loss + self.options["patch_loss"] * patches, {"loss": loss.item(), "patches": patches.item(), "right": right}
+        facts = {"loss": loss.item(), "patches": patches.item(), "right": right}
+        return loss + self.options["patch_loss"] * patches, facts
 
     def answer_logits(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Logits (words, vocabulary) and targets (words,) where an answer is predicted, and nowhere else."""
@@ -176,7 +202,9 @@ class Run:
         labels = batch["labels"].to(device)
         with self.autocast():
             out = self.model.model(
-                input_ids=batch["input_ids"].to(device), pixel_values=batch["pixel_values"].to(device), use_cache=False
+                input_ids=batch["input_ids"].to(device),
+                pixel_values=batch["pixel_values"].to(device),
+                use_cache=False,
             )
             where = labels[:, 1:] != data.IGNORE
             logits = self.model.lm_head(out.last_hidden_state[:, :-1][where])
@@ -186,7 +214,9 @@ class Run:
     def validate(self) -> dict:
         """Share of held-out questions whose every answer token is predicted, given the answers before it."""
         right = total = 0
-        scenes = data.Scenes(range(data.HELD_OUT, data.HELD_OUT + self.options["validate"], 32), 32, self.tokenizer)
+        scenes = data.Scenes(
+            range(data.HELD_OUT, data.HELD_OUT + self.options["validate"], 32), 32, self.tokenizer
+        )
         for batch in scenes:
             logits, target = self.answer_logits(batch)
             hit, first = logits.argmax(-1) == target, 0

@@ -50,7 +50,7 @@ def pixels(pictures: np.ndarray) -> Tensor:
 
 
 def patch_labels(scene: Scene) -> Tensor:
-    """What the object covering most of each patch is, per attribute: (PATCHES, len(LABELS)), 0 where nothing is."""
+    """What covers most of each patch, by attribute: (PATCHES, len(LABELS)), 0 for nothing."""
     covers = np.stack([coverage(t).ravel() for t in scene.things])
     owner, covered = covers.argmax(0), covers.max(0) > 0.1
     rows = [[1 + LABELS[k].index(getattr(t, k) or "-") for k in LABELS] for t in scene.things]
@@ -63,14 +63,18 @@ def conversations(asked: list[list[Question]], tokenizer) -> dict[str, Tensor]:
     for questions in asked:
         for turn, question in enumerate(questions):
             lead = f"{tokenizer.bos_token}USER: " + "<image>" * PATCHES + "\n" if turn == 0 else "USER: "
-            pieces.append((f"{lead}{question.text}{HINT if turn == 0 else ''} ASSISTANT:", f" {question.answer}"))
+            pieces.append(
+                (f"{lead}{question.text}{HINT if turn == 0 else ''} ASSISTANT:", f" {question.answer}")
+            )
     prompts = tokenizer([p for p, _ in pieces], add_special_tokens=False)["input_ids"]
     answers = tokenizer([a for _, a in pieces], add_special_tokens=False)["input_ids"]
     rows, at = [], 0
     for questions in asked:
         ids: list[int] = []
         labels: list[int] = []
-        for prompt, answer in zip(prompts[at : at + len(questions)], answers[at : at + len(questions)], strict=True):
+        for prompt, answer in zip(
+            prompts[at : at + len(questions)], answers[at : at + len(questions)], strict=True
+        ):
             said = [*answer, tokenizer.eos_token_id]
             ids += prompt + said
             labels += [IGNORE] * len(prompt) + said

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import embedded_data as data
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -21,7 +21,7 @@ from llava_pitome.embedded.scenes import PATCH, SIDE, scene
 WIDTH, HEADS, TOWER_LAYERS, TEXT_LAYERS, VOCABULARY = 128, 4, 12, 4, 512
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 CHAT = (  # LLaVA-1.5's own form: pictures first, then the words
-    "{{ bos_token }}{% for m in messages %}"
+    "{% for m in messages %}"
     "{% set parts = [{'type': 'text', 'text': m['content']}] if m['content'] is string else m['content'] %}"
     "{% if m['role'] == 'system' %}{% for c in parts %}{{ c['text'] + ' ' }}{% endfor %}"
     "{% elif m['role'] == 'user' %}{{ 'USER: ' }}"
@@ -33,15 +33,20 @@ CHAT = (  # LLaVA-1.5's own form: pictures first, then the words
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from the questions themselves: their words are one token, any other text still passes."""
+    """Byte-level BPE learnt from the questions: their words are one token, any text passes."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     words = [q for seed in range(400) for q in ask(scene(data.TRAIN_SEEDS + seed), data.TURNS)]
     bpe.train_from_iterator([f"USER: \n{q.text}{data.HINT} ASSISTANT: {q.answer}" for q in words], trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         padding_side="left", model_max_length=2048, extra_special_tokens={"image_token": "<image>"},
@@ -51,12 +56,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def config(words: PreTrainedTokenizerFast, tower_layers: int, feature_layer: int) -> LlavaConfig:
     """The shape of the model; the features are the output of the last layer but one, as in LLaVA-1.5."""
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=tower_layers, num_attention_heads=HEADS,
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=tower_layers,
+        num_attention_heads=HEADS,
         image_size=SIDE, patch_size=PATCH, projection_dim=WIDTH,
     )  # fmt: skip
     text = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=TEXT_LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True,
+        hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, vocab_size=VOCABULARY,
+        max_position_embeddings=2048, tie_word_embeddings=True,
         bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
     )  # fmt: skip
     return LlavaConfig(
@@ -68,10 +75,13 @@ def config(words: PreTrainedTokenizerFast, tower_layers: int, feature_layer: int
 def training_model(words: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """The model without the tower's last layer, which nothing reads and which would only cost time.
 
-    Positions start as two-dimensional waves, so that the tower need not find out first which patches are neighbours.
+    Positions start as two-dimensional waves, so that the tower need not find out first which patches are
+    neighbours.
     """
     model = LlavaForConditionalGeneration(config(words, TOWER_LAYERS - 1, -1))
-    model.model.vision_tower.embeddings.position_embedding.weight.data[1:] = 0.3 * _waves(SIDE // PATCH, WIDTH)
+    model.model.vision_tower.embeddings.position_embedding.weight.data[1:] = 0.3 * _waves(
+        SIDE // PATCH, WIDTH
+    )
     return model
 
 
@@ -86,7 +96,10 @@ def _waves(side: int, width: int) -> torch.Tensor:
 def processor(words: PreTrainedTokenizerFast) -> LlavaProcessor:
     """CLIP's preprocessing at the model's own size, and its chat template."""
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=data.MEAN, image_std=data.STD
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=data.MEAN,
+        image_std=data.STD,
     )
     return LlavaProcessor(
         images, words, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=CHAT,
@@ -95,7 +108,7 @@ def processor(words: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def save(trained: LlavaForConditionalGeneration, words: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the whole model, bfloat16 safetensors, with the unread last tower layer as it was initialised."""
+    """Writes the whole model as bfloat16; the unread last tower layer is as initialised."""
     whole = LlavaForConditionalGeneration(config(words, TOWER_LAYERS, -2))
     missing, unexpected = whole.load_state_dict(trained.state_dict(), strict=False)
     unread = f"vision_tower.encoder.layers.{TOWER_LAYERS - 1}."

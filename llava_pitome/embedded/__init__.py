@@ -1,4 +1,4 @@
-"""A small LLaVA, trained by train/embedded.py, and the pictures and questions it answers: all without a network."""
+"""A small trained LLaVA, and the pictures and questions it answers: all without a network."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Questions about a scene, in VQAv2's three answer types.
 
-Every kind picks its answer before its question, evenly among the answers that the scene allows, so that a model that
-sees no picture gains little from knowing the question.
+Every kind picks its answer before its question, evenly among the answers that the scene allows, so that a
+model that sees no picture gains little from knowing the question.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,7 +65,9 @@ def _names(thing: Thing, scene: Scene, hide: str = "") -> list[str]:
             if not keys:
                 continue
             if sum(all(getattr(t, k) == getattr(thing, k) for k in keys) for t in scene.things) == 1:
-                found.append(" ".join([*(getattr(thing, k) for k in used), thing.shape if noun == "shape" else noun]))
+                found.append(
+                    " ".join([*(getattr(thing, k) for k in used), thing.shape if noun == "shape" else noun])
+                )
         if len(found) >= 2:
             break
     return found
@@ -139,8 +141,12 @@ def _neighbour(scene: Scene) -> Iterator[Question]:
             beside = [t for t in others if distance(t, b) > -CLEAR]
             if len(beside) == 1 and distance(beside[0], b) >= CLEAR:
                 for name in _names(b, scene):
-                    yield Question(f"What shape is {side} the {name}?", beside[0].shape, "other", "what shape is")
-                    yield Question(f"What color is {side} the {name}?", beside[0].color, "other", "what color is")
+                    yield Question(
+                        f"What shape is {side} the {name}?", beside[0].shape, "other", "what shape is"
+                    )
+                    yield Question(
+                        f"What color is {side} the {name}?", beside[0].color, "other", "what color is"
+                    )
 
 
 def _read(scene: Scene) -> Iterator[Question]:
@@ -148,7 +154,9 @@ def _read(scene: Scene) -> Iterator[Question]:
         if thing.mark:
             noun = "digit" if thing.mark in DIGITS else "letter"
             for name in _names(thing, scene):
-                yield Question(f"What {noun} is on the {name}?", thing.mark, "other", f"what {noun} is on the")
+                yield Question(
+                    f"What {noun} is on the {name}?", thing.mark, "other", f"what {noun} is on the"
+                )
 
 
 KINDS: dict[str, tuple[Callable[[Scene], Iterator[Question]], float]] = {

@@ -9,10 +9,11 @@ RGB = {
     "cyan": (60, 205, 220), "blue": (45, 75, 220), "purple": (150, 55, 190), "white": (242, 242, 242),
 }  # fmt: skip
 GLYPHS = {  # 5 x 7 pixels, a row a byte
-    "0": "0e11131519110e", "1": "040c040404040e", "2": "0e11010204081f", "3": "1f02040201110e", "4": "02060a121f0202",
-    "5": "1f101e0101110e", "6": "0608101e11110e", "7": "1f010204080808", "8": "0e11110e11110e", "9": "0e11110f01020c",
-    "C": "0e11101010110e", "E": "1f10101e10101f", "F": "1f10101e101010", "H": "1111111f111111", "K": "11121418141211",
-    "L": "1010101010101f", "P": "1e11111e101010", "T": "1f040404040404", "U": "1111111111110e", "Y": "11110a04040404",
+    "0": "0e11131519110e", "1": "040c040404040e", "2": "0e11010204081f", "3": "1f02040201110e",
+    "4": "02060a121f0202", "5": "1f101e0101110e", "6": "0608101e11110e", "7": "1f010204080808",
+    "8": "0e11110e11110e", "9": "0e11110f01020c", "C": "0e11101010110e", "E": "1f10101e10101f",
+    "F": "1f10101e101010", "H": "1111111f111111", "K": "11121418141211", "L": "1010101010101f",
+    "P": "1e11111e101010", "T": "1f040404040404", "U": "1111111111110e", "Y": "11110a04040404",
 }  # fmt: skip
 
 
@@ -62,7 +63,9 @@ def _cluttered(rng: np.random.Generator) -> np.ndarray:
     shapes = tuple(OUTLINES)
     for _ in range(int(rng.integers(25, 45))):
         x, y = rng.integers(0, SIDE, 2)
-        window, mask, _, _ = _mask(shapes[rng.integers(len(shapes))], int(x), int(y), int(rng.integers(5, 22)))
+        window, mask, _, _ = _mask(
+            shapes[rng.integers(len(shapes))], int(x), int(y), int(rng.integers(5, 22))
+        )
         canvas[window] += mask[..., None] * (_muted(rng) - canvas[window])
     return canvas
 
@@ -81,8 +84,10 @@ OUTLINES = {
 }
 
 
-def _mask(shape: str, x: int, y: int, across: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
-    """The window a shape touches, its antialiased mask (h, w) there, and the pixels' offsets from its centre."""
+def _mask(
+    shape: str, x: int, y: int, across: int
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
+    """The window a shape touches, its mask (h, w) there, and offsets from its centre."""
     half = across // 2 + 2
     rows = slice(max(y - half, 0), min(y + half + 1, SIDE))
     cols = slice(max(x - half, 0), min(x + half + 1, SIDE))

@@ -1,7 +1,7 @@
 """A scene as data: a few objects on a background, drawn from a seed.
 
-Made for token merging to have something to lose: most of a picture is background or the inside of a large object,
-while what a question asks about can be one to three patches wide.
+Made for token merging to have something to lose: most of a picture is background or the inside of a large
+object, while what a question asks about can be one to three patches wide.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Who joins whom: one file a method, and the dict that names them.
 
-A method is a pure function `parents(metric, remove, *, depth, **parameters) -> parent` on tensors. To add one, write
+A method is a pure function `parents(metric, remove, *, depth, **parameters) -> parent`. To add one, write
 its file and its line in METHODS; every test and every place then takes it.
 """
 
@@ -20,7 +20,8 @@ class Method(NamedTuple):
 
     Attributes:
         parents: (metric (B, N, D), remove <= N // 2, depth=..., **parameters) to parent (B, N).
-        order: the same arguments to ranks (B, N) of the survivors, for methods whose authors do not keep raster order.
+        order: the same arguments to ranks (B, N) of the survivors, for methods whose authors do not keep
+            raster order.
     """
 
     parents: Callable[..., Tensor]
@@ -37,8 +38,8 @@ METHODS: dict[str, Method] = {
 def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -> Tensor:
     """The token each token folds into: (B, N) int64, itself for the N - remove that survive.
 
-    Methods pair tokens up and so remove at most half of them at once; more is removed in rounds, each matched on the
-    averages that the round before has left.
+    Methods pair tokens up and so remove at most half of them at once; more is removed in rounds, each matched
+    on the averages that the round before has left.
 
     Args:
         metric: (B, N, D) what similarity is measured on, without the class token.
@@ -80,7 +81,11 @@ def check(method: str, parameters: dict) -> None:
     """Raises ValueError for a name that METHODS lacks, or a parameter that the method does not take."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
-    taken = [n for n, p in inspect.signature(METHODS[method].parents).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    taken = [
+        n
+        for n, p in inspect.signature(METHODS[method].parents).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    ]
     for name in parameters:
         if name not in taken:
             raise ValueError(f"method {method!r} has no parameter {name!r}; it takes {', '.join(taken)}")

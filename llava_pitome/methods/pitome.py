@@ -18,8 +18,8 @@ def parents(
 ) -> Tensor:
     """The token each token folds into: (B, N), itself for the N - remove that survive.
 
-    The 2 `remove` tokens of highest energy alternate between A and B down the list; every a joins its most similar b.
-    Ties go to the lower index.
+    The 2 `remove` tokens of highest energy alternate between A and B down the list; every a joins its most
+    similar b. Ties go to the lower index.
 
     Args:
         metric: (B, N, D) what similarity is measured on; the attention keys, in the paper.
@@ -47,7 +47,7 @@ def order(
     alpha: float = 1.0,
     energy: str = "eq4",
 ) -> Tensor:
-    """Ranks (B, N) that lay survivors out as the authors' branch does: protected by energy, then the merged ones."""
+    """Ranks (B, N) that lay survivors out as the authors do: protected by energy, then merged."""
     down = _crowded_first(cosine(metric), depth, margin, alpha, energy)
     return (down.argsort(dim=1) - 2 * remove) % metric.shape[1]
 
@@ -69,14 +69,16 @@ ENERGIES = {
 }
 
 
-def _crowded_first(similarity: Tensor, depth: float, margin: float | None, alpha: float, energy: str) -> Tensor:
+def _crowded_first(
+    similarity: Tensor, depth: float, margin: float | None, alpha: float, energy: str
+) -> Tensor:
     """Token indices (B, N) by falling energy."""
     m = START * (1 - depth) if margin is None else margin
     return mean_energy(similarity, m, alpha, energy).argsort(dim=1, descending=True, stable=True)
 
 
 def _first_max(scores: Tensor, index: Tensor) -> Tensor:
-    """Per row of `scores` (B, A, M), the entry of `index` (B, M) with the highest score, the lowest index of equals."""
+    """Per row of `scores` (B, A, M), the entry of `index` (B, M) that scores highest."""
     best = scores.amax(-1, keepdim=True)
     candidates = index.unsqueeze(1).masked_fill(scores < best, torch.iinfo(index.dtype).max)
     return candidates.amin(-1)

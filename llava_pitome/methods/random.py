@@ -8,8 +8,8 @@ from torch.nn import functional as F
 def parents(metric: Tensor, remove: int, *, depth: float = 0.0, seed: int = 0) -> Tensor:
     """The token each token folds into: (B, N), itself for the N - remove that survive.
 
-    The draw is the same for every image, so that an answer does not depend on who else is in the batch; those who go
-    join the most similar of those who stay.
+    The draw is the same for every image, so that an answer does not depend on who else is in the batch; those
+    who go join the most similar of those who stay.
 
     Args:
         metric: (B, N, D) what similarity is measured on.

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 def parents(metric: Tensor, remove: int, *, depth: float = 0.0) -> Tensor:
     """The token each token folds into: (B, N), itself for the N - remove that survive.
 
-    Even positions are A, odd positions B; the `remove` tokens of A that are most similar to their closest b join it.
-    Ties go to the lower index. The method is the same at every `depth`.
+    Even positions are A, odd positions B; the `remove` tokens of A that are most similar to their closest b
+    join it. Ties go to the lower index. The method is the same at every `depth`.
 
     Args:
         metric: (B, N, D) what similarity is measured on; the attention keys, in the paper.

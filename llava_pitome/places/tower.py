@@ -1,7 +1,8 @@
-"""Merging inside a vision tower, by hooks alone: between attention and MLP (the paper, eq. 1-2) or behind the block.
+"""Merging inside a vision tower, by hooks alone: between attention and MLP, or behind the block.
 
-Slot i holds what is known in front of block i: how many patches each token stands for, and the merge that led there.
-Block i reads slot i and writes slot i + 1, so that running a block again (gradient checkpointing, retries) is harmless.
+Slot i holds what is known in front of block i: how many patches each token stands for, and the merge that led
+there. Block i reads slot i and writes slot i + 1, so that running a block again (gradient checkpointing,
+retries) is harmless.
 Shapes: B images, T tokens with the class token, N without it, D channels.
 """
 
@@ -35,7 +36,7 @@ class Block(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """What is known in front of a block: sizes (B, N) in patches, and the merge that led there, if one did."""
+    """What is known in front of a block: sizes (B, N) in patches, and the merge that led there."""
 
     size: Tensor
     plan: Plan | None = None
@@ -67,7 +68,7 @@ class TowerMerging:
         self._handles: list[RemovableHandle] = []
 
     def install(self) -> None:
-        """Registers the hooks. `prepend=True`, because transformers' own hooks record what the block returns."""
+        """Registers the hooks; prepended, because transformers' own record what the block returns."""
         for i, block in enumerate(self.blocks[: self.feature]):
             self._on(block.layer.register_forward_pre_hook(_bound(self._enter, i), with_kwargs=True))
             self._on(block.layer.register_forward_hook(_bound(self._leave, i), prepend=True))
@@ -87,7 +88,7 @@ class TowerMerging:
         self.slots = [None] * (self.feature + 1)
 
     def lengths(self, patches: int) -> tuple[int, ...]:
-        """Patches before the first block and after each one up to the feature layer, for an image of `patches`."""
+        """Patches before the first block and after each one, up to the feature layer."""
         if patches not in self._plans:
             self._plans[patches] = self.config.lengths(patches, self.feature)
         return self._plans[patches]
@@ -159,7 +160,11 @@ class TowerMerging:
     def _merge(self, i: int, x: Tensor) -> Tensor:
         """Merges x (B, T, D) at block i and writes slot i + 1."""
         head, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
-        metric = patches.detach().float() if self.config.metric == "hidden" else self._keys[i][:, self.class_tokens :]
+        metric = (
+            patches.detach().float()
+            if self.config.metric == "hidden"
+            else self._keys[i][:, self.class_tokens :]
+        )
         depth = i / len(self.blocks)
         method, parameters = self.config.method_at(depth)
         remove, length = self._lengths[i] - self._lengths[i + 1], self._lengths[i + 1]

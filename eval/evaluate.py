@@ -1,0 +1,122 @@
+"""Runs a plan through lmms-eval and reports it: answers cached as they come, then the table and the files."""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import results
+from plan import EMBEDDED_TASK, Plan
+
+from llava_pitome.embedded import dataset
+
+
+def run(plan: Plan) -> int:
+    """Evaluates every model of the plan; returns the command's exit status."""
+    first = os.environ.get("RANK", "0") == "0"
+    _quiet()
+    rows = []
+    with _writing(plan.output):
+        plan.output.mkdir(parents=True, exist_ok=True)
+        if plan.tasks == (EMBEDDED_TASK,) and first:
+            dataset.write(plan.embedded_folder())
+        _offline(plan)
+        for label, merging in plan.runs().items():
+            if first:
+                print(f"{label}: {plan.patches if merging is None else plan.tokens} image tokens", flush=True)
+            found = _evaluate(plan, label, merging)
+            if first:
+                rows += results.rows(plan, label, merging, found, _journal(plan, merging))
+                results.write_answers(plan.output, label, found)
+        if first:
+            results.show(rows)
+            print(f"written to {results.write(plan, rows)}")
+    return 0
+
+
+def _evaluate(plan: Plan, label: str, merging) -> dict | None:
+    """lmms-eval's own result for one model; None on every process but the first."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    from llava_pitome.lmms import LlavaPitome
+
+    arguments = plan.model_args(merging)
+    cache, journal = plan.output / "cache", _journal(plan, merging)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["LMMS_CACHE_RUN_ID"] = _name(
+        plan, merging
+    )  # so that a stopped run finds its own answers again
+    load = {k: v for k, v in arguments.items() if k not in ("merging", "weights")}
+    fields = {} if merging is None else {k: v for k, v in merging.to_dict().items() if k != "version"}
+    model = LlavaPitome(**load, merging=fields, journal=str(journal))
+    extra = argparse.Namespace(output_path=str(plan.output), process_with_media=False, reasoning_tags=None)
+    found = simple_evaluate(
+        model=model,
+        model_args=arguments,
+        tasks=list(plan.tasks),
+        batch_size=plan.options["batch_size"],
+        limit=plan.options["limit"],
+        use_cache=str(cache),
+        task_manager=TaskManager("ERROR", include_path=str(plan.task_folder()), model_name="llava_pitome"),
+        bootstrap_iters=0,
+        distributed_executor_backend="torchrun",
+        cli_args=extra,
+        verbosity="ERROR",
+    )
+    if found is not None and any(not found["samples"].get(task) for task in plan.tasks):
+        raise RuntimeError(f"lmms-eval returned no samples for {label}")
+    return found
+
+
+def _name(plan: Plan, merging) -> str:
+    """One name for the same work: model, config, tasks."""
+    work = json.dumps([plan.model_args(merging), plan.tasks], sort_keys=True)
+    return hashlib.sha256(work.encode()).hexdigest()[:16]
+
+
+def _journal(plan: Plan, merging) -> Path:
+    """Where this work's timings go; a process adds its rank."""
+    return plan.output / "cache" / "journals" / _name(plan, merging)
+
+
+def _offline(plan: Plan) -> None:
+    """Local data needs no hub, and its copies belong to this run's folder."""
+    os.environ["HF_DATASETS_CACHE"] = str(plan.output / "cache" / "datasets")
+    if plan.tasks == (EMBEDDED_TASK,):
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def _quiet() -> None:
+    """Leaves warnings that matter; a picture that is suspiciously large is an error."""
+    from loguru import logger
+    from PIL import Image
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+@contextmanager
+def _writing(output: Path):
+    """Names the cause where the disk refuses; the answers so far stay in the cache."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise  # not the disk: a broken picture, say
+        free = shutil.disk_usage(output if output.exists() else Path.cwd()).free // 2**20
+        print(
+            f"eval: {error}. {free} MiB are free there. Answers so far are kept in {output / 'cache'}; "
+            "the same command goes on from them.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error

@@ -1,0 +1,75 @@
+"""Writes the embedded questions as VQAv2 is published: parquet with pictures and ten answers.
+
+lmms-eval's own `vqav2_val` task and metric then run on it unmodified.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+
+from llava_pitome.embedded import questions, render, scenes
+from llava_pitome.embedded.questions import ask
+
+PICTURES, EACH = 1024, 3  # validation pictures, and questions about each
+FILE = "data/validation-00000-of-00001.parquet"
+
+
+def version() -> str:
+    """Eight letters that change when the pictures or questions do."""
+    sources = b"".join(Path(m.__file__).read_bytes() for m in (scenes, render, questions))
+    return hashlib.sha256(sources + f"{PICTURES} {EACH}".encode()).hexdigest()[:8]
+
+
+def write(folder: Path, pictures: int = PICTURES, each: int = EACH, first_seed: int = 0) -> Path:
+    """Writes the validation split below `folder` and returns its file; an existing one is left as it is.
+
+    Training takes its scenes from seed 900,000,000 upwards; validation from 0.
+    """
+    import datasets
+
+    path = folder / FILE
+    if path.exists():
+        return path
+    rows = [row for seed in range(first_seed, first_seed + pictures) for row in _rows(seed, each)]
+    answer = {"answer": datasets.Value("string"), "answer_confidence": datasets.Value("string")}
+    answer["answer_id"] = datasets.Value("int64")
+    features = datasets.Features(
+        {
+            "question_type": datasets.Value("string"),
+            "multiple_choice_answer": datasets.Value("string"),
+            "answers": datasets.List(answer),
+            "image_id": datasets.Value("int64"),
+            "answer_type": datasets.Value("string"),
+            "question_id": datasets.Value("int64"),
+            "question": datasets.Value("string"),
+            "image": datasets.Image(),
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    datasets.Dataset.from_list(rows, features=features).to_parquet(partial)
+    partial.replace(path)
+    return path
+
+
+def _rows(seed: int, each: int) -> list[dict]:
+    from PIL import Image
+
+    seen = scenes.scene(seed)
+    png = io.BytesIO()
+    Image.fromarray(render.render(seen)).save(png, "PNG")
+    return [
+        {
+            "question_type": question.question_type,
+            "multiple_choice_answer": question.answer,
+            "answers": [
+                {"answer": question.answer, "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)
+            ],
+            "image_id": seed,
+            "answer_type": question.answer_type,
+            "question_id": seed * 1000 + number,
+            "question": question.text,
+            "image": {"bytes": png.getvalue(), "path": f"{seed}.png"},
+        }
+        for number, question in enumerate(ask(seen, each))
+    ]

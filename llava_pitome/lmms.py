@@ -1,0 +1,209 @@
+"""The lmms-eval model: batches, one shard a process, answers handed over as they come, errors fatal.
+
+The only file that knows lmms-eval. Registered by the entry point `lmms_eval.models`, so that
+`python -m lmms_eval --model llava_pitome --model_args pretrained=...,ratio=0.9` works as well as eval/run.py.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from tqdm import tqdm
+
+from llava_pitome.api import load, remove
+from llava_pitome.config import MergeConfig
+from llava_pitome.measure import counted
+
+MANIFEST = ModelManifest("llava_pitome", simple_class_path="llava_pitome.lmms.LlavaPitome")
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GREY = (122, 116, 104)  # CLIP's mean colour: all zeros behind the preprocessing
+
+
+class LlavaPitome(lmms):
+    """A LLaVA that merges its visual tokens, as lmms-eval asks it questions."""
+
+    def __init__(
+        self,
+        pretrained: str = "embedded",
+        ratio: float | None = None,
+        tokens: int | None = None,
+        recipe: str = "paper",
+        method: str | None = None,
+        merging: dict | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        blank: bool = False,
+        journal: str | None = None,
+        **options: Any,
+    ):
+        """Loads the model.
+
+        Args:
+            pretrained: a folder, a hub id, or "embedded".
+            ratio: share of the patches each tower layer keeps; with neither `ratio` nor `tokens` nothing
+                merges.
+            tokens: image tokens at the language model, instead of a ratio.
+            recipe: a named recipe, which `method` and `merging` change.
+            method: who joins whom.
+            merging: further fields of MergeConfig.
+            batch_size: questions at a time.
+            device: "cpu", "cuda", "cuda:1", ...; one per process where there are several.
+            dtype: a key of DTYPES; "auto" is how the checkpoint was saved.
+            quantization: "4bit", "8bit" or None.
+            blank: show a grey picture instead of each image, to see what the questions alone give away.
+            journal: a file, to whose name the rank is added, that gets a JSON line with the FLOPs of the
+                first prompt and one a batch with its samples and seconds. **options: as for
+                `from_pretrained`, such as attn_implementation.
+
+        Raises:
+            ValueError: a value that is not allowed.
+        """
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
+        options.pop(
+            "max_batch_size", None
+        )  # lmms-eval hands it to every model; without "auto" it says nothing
+        self.batch_size = int(batch_size)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not allowed: it must be at least 1")
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        changes = dict(merging or {}) | {
+            k: v for k, v in (("ratio", ratio), ("tokens", tokens)) if v is not None
+        }
+        changes |= {"method": method} if method is not None else {}
+        self.merging = MergeConfig.recipe(recipe, **changes) if changes.keys() & {"ratio", "tokens"} else None
+        if quantization is None or self.device.type == "cuda":
+            options["device_map"] = str(self.device)
+        self.model, self.processor = load(
+            pretrained, self.merging, quantization=quantization, dtype=DTYPES[dtype], **options
+        )
+        if self.merging is None:
+            remove(self.model)  # a checkpoint that was saved merging is measured plain when no ratio is given
+        self.blank, self.journal = blank, Path(f"{journal}.{self._rank}") if journal else None
+
+    def __str__(self) -> str:
+        """The name under which lmms-eval caches responses; what distinguishes models is in model_args."""
+        return MANIFEST.model_id
+
+    def generate_until(self, requests: list[Instance]) -> Iterator[str]:
+        """Answers in the order of the questions, each handed over as soon as its batch is done.
+
+        lmms-eval's response cache stores what it is handed one by one, so that a run that is killed loses a
+        batch.
+        """
+        with tqdm(total=len(requests), desc="Questions", unit="q", disable=self.rank != 0) as bar:
+            for _, run in groupby(requests, key=lambda r: json.dumps(r.args[1], sort_keys=True, default=str)):
+                same = list(run)  # neighbours with the same generation settings
+                for first in range(0, len(same), self.batch_size):
+                    batch = same[first : first + self.batch_size]
+                    with _Naming(batch):
+                        self._count(batch[:1])
+                        started = time.perf_counter()
+                        answers = self._answer(batch)
+                    self._note({"samples": len(batch), "seconds": time.perf_counter() - started})
+                    bar.update(len(batch))
+                    yield from answers
+
+    def inputs(self, batch: list[Instance]) -> dict[str, torch.Tensor]:
+        """What the model is called with for a batch of questions."""
+        prompts, pictures = [], []
+        for request in batch:
+            context, _, doc_to_visual, doc_id, task, split = request.args
+            seen = doc_to_visual(self.task_dict[task][split][doc_id])
+            pictures += [_blanked(p) for p in seen] if self.blank else seen
+            prompts.append(self._prompt(context, len(seen)))
+        inputs = self.processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
+        return inputs.to(self.device, self.model.dtype)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered: none of the tasks that LLaVA-1.5 is measured on asks for it."""
+        raise NotImplementedError(
+            "llava_pitome answers generate_until tasks only; this task asks for log-likelihoods"
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered: none of the tasks that LLaVA-1.5 is measured on asks for it."""
+        raise NotImplementedError(
+            "llava_pitome answers generate_until tasks only; this task asks for several rounds"
+        )
+
+    def _prompt(self, context: str, images: int) -> str:
+        marker = self.processor.image_token
+        if marker in context:
+            if context.count(marker) != images:
+                raise ValueError(
+                    f"the question holds {context.count(marker)} {marker} but comes with {images} images"
+                )
+            content = [{"type": "text", "text": context}]
+        else:
+            content = [{"type": "image"}] * images + [{"type": "text", "text": context}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+
+    @torch.inference_mode()
+    def _answer(self, batch: list[Instance]) -> list[str]:
+        inputs = self.inputs(batch)
+        options = dict(batch[0].args[1])
+        until = options.pop("until", [])
+        sample = bool(options.pop("do_sample", False) or options.get("temperature", 0))
+        if not sample:
+            options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")}
+        tokenizer = self.processor.tokenizer
+        said = self.model.generate(
+            **inputs,
+            **({"max_new_tokens": 1024} | options),
+            do_sample=sample,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers = tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for stop in [until] if isinstance(until, str) else until:
+            answers = [a.split(stop)[0] if stop else a for a in answers]
+        return [a.strip() for a in answers]
+
+    def _count(self, one: list[Instance]) -> None:
+        """Notes what the first prompt costs, once."""
+        if self.journal is None or self.journal.exists():
+            return
+        inputs = self.inputs(one)
+        flops = counted(self.model, inputs)
+        cost = {f"{part}_gflops": n / 1e9 for part, n in flops._asdict().items()}
+        self._note({"cost": cost | {"prompt_tokens": inputs["input_ids"].shape[1]}})
+
+    def _note(self, entry: dict) -> None:
+        if self.journal is not None:
+            with self.journal.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+class _Naming:
+    """Adds the samples' ids to any error raised inside."""
+
+    def __init__(self, batch: list[Instance]):
+        self.names = ", ".join(f"{r.args[4]} {r.args[5]} {r.args[3]}" for r in batch)
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, _kind: type | None, error: BaseException | None, _trace: Any) -> None:
+        if error is not None:
+            error.add_note(f"while answering (task, split, sample id): {self.names}")
+
+
+def _blanked(picture: Any) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", picture.size, GREY)

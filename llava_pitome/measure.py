@@ -1,0 +1,93 @@
+"""What a prompt with pictures costs: floating-point operations, counted and by formula.
+
+Units: FLOPs, a multiply-add being two. Prefill only, which is what merging shortens.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from llava_pitome import llava
+
+
+class Flops(NamedTuple):
+    """FLOPs of one forward pass by part of the model."""
+
+    tower: float
+    projector: float
+    llm: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.tower + self.projector + self.llm
+
+
+def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
+    """Runs the prompt once and counts the matrix products and attentions that really ran."""
+    parts = llava.find(model)
+    with FlopCounterMode(display=False, depth=None, custom_mapping=UNCOUNTED) as counter, torch.no_grad():
+        parts.model(**inputs, use_cache=False, logits_to_keep=1)
+    by_name = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    total = by_name["Global"]
+    tower = max((n for name, n in by_name.items() if name.endswith("vision_tower")), default=0)
+    projector = max((n for name, n in by_name.items() if name.endswith("multi_modal_projector")), default=0)
+    return Flops(tower, projector, total - tower - projector)
+
+
+def closed_form(model: nn.Module, lengths: tuple[int, ...], text: int) -> Flops:
+    """FLOPs of one picture and `text` further tokens by formula, with attention counted in full.
+
+    Args:
+        model: a LLaVA.
+        lengths: patches before the first block and after each, as `TowerMerging.lengths` gives them; for a
+            plain model, the same number throughout.
+        text: tokens of the prompt that are no image tokens.
+    """
+    s = llava.shapes(model)
+    tower = 2 * s.patch_inputs * s.tower_width * lengths[0]
+    for before, after in pairwise(lengths):
+        n, m = before + s.class_tokens, after + s.class_tokens
+        tower += _block(n, m, s.tower_width, s.tower_width, s.tower_mlp, 2)
+    idle = s.tower_layers - (len(lengths) - 1)
+    rest = lengths[-1] + s.class_tokens if lengths[-1] == lengths[0] else 1
+    tower += idle * _block(rest, rest, s.tower_width, s.tower_width, s.tower_mlp, 2)
+    projector = 2 * lengths[-1] * (s.tower_width * s.llm_width + s.llm_width**2)
+    n = lengths[-1] + text
+    llm = s.llm_layers * _block(n, n, s.llm_width, s.llm_kv, s.llm_mlp, 3) + 2 * s.llm_width * s.vocabulary
+    return Flops(tower, projector, llm)
+
+
+def literature(tokens: int, model: nn.Module) -> float:
+    """The formula in common use, T (4 n d^2 + 2 n^2 d + 2 n d m): the language model alone, in multiply-adds.
+
+    It leaves out the tower and one of the three MLP matrices; given for comparison with other papers.
+    """
+    s = llava.shapes(model)
+    return s.llm_layers * (
+        4 * tokens * s.llm_width**2 + 2 * tokens**2 * s.llm_width + 2 * tokens * s.llm_width * s.llm_mlp
+    )
+
+
+def _block(n: int, m: int, width: int, kv: int, mlp: int, matrices: int) -> int:
+    """FLOPs of a block: attention over n tokens, an MLP of `matrices` matrices over the m that are left."""
+    return 2 * n * width * (2 * width + 2 * kv) + 4 * n * n * width + 2 * matrices * m * width * mlp
+
+
+def _attention(query: tuple, key: tuple, value: tuple, *_args: Any, **_kwargs: Any) -> int:
+    """FLOPs of an attention from the shapes of its inputs."""
+    return sdpa_flop_count(query, key, value)
+
+
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention
+}  # torch's counter lacks it
+
+
+def image_tokens(input_ids: Tensor, image_token_id: int) -> int:
+    """Image placeholders in a prompt (B, T), over all rows."""
+    return int((input_ids == image_token_id).sum())

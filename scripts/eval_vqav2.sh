@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Evaluates a merged LLaVA on VQAv2 beside the unmerged one: bash scripts/eval_vqav2.sh ratio=0.9 (help lists the keys).
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+bash "$root/scripts/setup.sh"
+exec "$root/.venv/bin/python" "$root/eval/run.py" "$@"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Runs the tests that touch transformers with the oldest version that is supported.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VENV=.venv.floor FLOOR=true bash scripts/setup.sh
+exec .venv.floor/bin/python -m pytest tests/test_tower.py tests/test_api.py tests/test_processor.py "$@"
