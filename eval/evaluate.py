@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import results
+import torch
 from plan import EMBEDDED_TASK, Plan
 
 from llava_pitome.embedded import dataset
@@ -27,6 +28,7 @@ def run(plan: Plan) -> int:
         if plan.tasks == (EMBEDDED_TASK,) and first:
             dataset.write(plan.embedded_folder())
         _offline(plan)
+        _meet()
         for label, merging in plan.runs().items():
             if first:
                 print(f"{label}: {plan.patches if merging is None else plan.tokens} image tokens", flush=True)
@@ -84,6 +86,14 @@ def _name(plan: Plan, merging) -> str:
 def _journal(plan: Plan, merging) -> Path:
     """Where this work's timings go; a process adds its rank."""
     return plan.output / "cache" / "journals" / _name(plan, merging)
+
+
+def _meet() -> None:
+    """Where several processes share the questions: waits until the first has written them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend)
+        torch.distributed.barrier()
 
 
 def _offline(plan: Plan) -> None:

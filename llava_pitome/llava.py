@@ -8,8 +8,8 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.places.tower import Block
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and its kin), "
-    "also wrapped by peft, torch.compile or DistributedDataParallel; or such a tower alone"
+    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and its kin); "
+    "also wrapped by peft, torch.compile or DistributedDataParallel, or such a tower alone"
 )
 CLASS_TOKENS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}  # by the tower's class
 MASKED = ("sdpa", "eager")  # attention kernels that take an additive mask
@@ -96,17 +96,26 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
         raise ValueError(
             f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or none"
         )
-    kind = AutoConfig.from_pretrained(path).model_type
-    if kind != "llava":
-        raise ValueError(
-            f"{path} holds a model of type {kind!r}, which is not supported. Supported: {SUPPORTED}."
-        )
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "llava":
+        raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {SUPPORTED}.")
+    options["dtype"] = _dtype(options.get("dtype"), config)
     if quantization is not None:
         options |= _quantized(quantization, options)
     model = LlavaForConditionalGeneration.from_pretrained(path, **options)
     processor = AutoProcessor.from_pretrained(path)
     processor.tokenizer.padding_side = "left"  # generate continues at the right end of every row
     return model.eval(), processor
+
+
+def _dtype(wanted: Any, config: Any) -> Any:
+    """As saved where nothing is asked for; but float16, hundreds of times slower on CPUs, becomes bfloat16 there."""
+    import torch
+
+    if wanted not in (None, "auto"):
+        return wanted
+    half = str(config.dtype).endswith("float16") and not str(config.dtype).endswith("bfloat16")
+    return torch.bfloat16 if half and not torch.cuda.is_available() else "auto"
 
 
 def _block(layer: nn.Module) -> Block:

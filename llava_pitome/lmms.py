@@ -62,13 +62,14 @@ class LlavaPitome(lmms):
             quantization: "4bit", "8bit" or None.
             blank: show a grey picture instead of each image, to see what the questions alone give away.
             journal: a file, to whose name the rank is added, that gets a JSON line with the FLOPs of the
-                first prompt and one a batch with its samples and seconds. **options: as for
-                `from_pretrained`, such as attn_implementation.
+                first prompt and one a batch with its samples and seconds.
+            **options: as for `from_pretrained`, such as attn_implementation.
 
         Raises:
             ValueError: a value that is not allowed.
         """
         super().__init__()
+        _refuse_truncated()
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
         options.pop(
@@ -201,6 +202,13 @@ class _Naming:
     def __exit__(self, _kind: type | None, error: BaseException | None, _trace: Any) -> None:
         if error is not None:
             error.add_note(f"while answering (task, split, sample id): {self.names}")
+
+
+def _refuse_truncated() -> None:
+    """Lets pillow raise on a truncated picture; lmms-eval has it fill the rest with grey, which would be scored."""
+    from PIL import ImageFile
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def _blanked(picture: Any) -> Any:

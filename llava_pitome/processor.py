@@ -1,7 +1,7 @@
 """As many <image> placeholders as image tokens will arrive.
 
 transformers writes one placeholder per patch and checks the number against the features. Counts are known
-beforehand, so the processor is told, and nothing behind it (generate, padding, labels, caches) has to be touched.
+beforehand, so the processor is told, and nothing behind it (generate, padding, labels, caches) is touched.
 """
 
 from collections.abc import Callable

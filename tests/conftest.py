@@ -15,7 +15,10 @@ from transformers import (
 )
 
 LAYERS, PATCHES, SIDE, PATCH = 8, 36, 48, 8
-WORDS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *"what is this that a red cat or dog two three and".split()]
+WORDS = [
+    "<unk>", "<s>", "</s>", "<pad>", "<image>",
+    "what", "is", "this", "that", "a", "red", "cat", "or", "dog", "two", "three", "and",
+]  # fmt: skip
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
     "image_size": SIDE, "patch_size": PATCH,
@@ -26,12 +29,17 @@ def make_model(tower: str = "clip", seed: int = 0, **options) -> LlavaForConditi
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(**VISION) if tower == "clip" else SiglipVisionConfig(**VISION)
     text = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(WORDS), pad_token_id=3, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=len(WORDS),
+        pad_token_id=3, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     strategy = "default" if tower == "clip" else "full"
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=4, vision_feature_select_strategy=strategy, **options
+        vision_config=vision,
+        text_config=text,
+        image_token_index=4,
+        vision_feature_select_strategy=strategy,
+        **options,
     )
     return LlavaForConditionalGeneration(config).eval()
 
@@ -46,7 +54,11 @@ def make_processor(tower: str = "clip") -> LlavaProcessor:
     images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     extra, strategy = (1, "default") if tower == "clip" else (0, "full")
     return LlavaProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy=strategy, num_additional_image_tokens=extra
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=extra,
     )
 
 

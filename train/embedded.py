@@ -37,6 +37,7 @@ DEFAULTS = {
     "tower_lr": 8e-3,
     "language_lr": 4e-3,
     "together_lr": 2e-3,
+    "align_loss": 0.3,  # weight of the words for each patch in the later stages
     "patch_loss": 0.3,  # weight of the patch labels in the last stage
     "seed": 0,
     "output": "output/embedded",
@@ -77,6 +78,7 @@ class Run:
         self.options, self.tokenizer, self.model, self.heads = options, tokenizer, model, heads
         self.history: list[dict] = []
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.words = data.words(tokenizer, model.device)
         self.path = Path(str(options["output"]) + ".ckpt")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.saved = torch.load(self.path, weights_only=True) if self.path.exists() else None
@@ -186,15 +188,32 @@ class Run:
 
     def answer_loss(self, batch: dict) -> tuple[Tensor, dict]:
         """Later stages: next-token loss on the answers of a conversation about each picture."""
-        caught: list[Tensor] = []
-        tower = self.model.model.vision_tower
-        with tower.register_forward_hook(lambda _m, _a, out: caught.append(out.last_hidden_state)):
+        caught: dict[str, Tensor] = {}
+        tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
+        with (
+            tower.register_forward_hook(lambda _m, _a, out: caught.update(tower=out.last_hidden_state)),
+            projector.register_forward_hook(lambda _m, _a, out: caught.update(projected=out)),
+        ):
             logits, target = self.answer_logits(batch)
+        labels = batch["patches"].to(self.model.device)
         loss = F.cross_entropy(logits, target)
-        patches, _ = self.patch_loss(caught[0][:, 1:], batch["patches"].to(self.model.device))
+        patches, _ = self.patch_loss(caught["tower"][:, 1:], labels)
+        align = self.align_loss(caught["projected"], labels)
         right = (logits.argmax(-1) == target).float().mean().item()
-        facts = {"loss": loss.item(), "patches": patches.item(), "right": right}
-        return loss + self.options["patch_loss"] * patches, facts
+        facts = {"loss": loss.item(), "align": align.item(), "patches": patches.item(), "right": right}
+        return loss + self.options["align_loss"] * align + self.options["patch_loss"] * patches, facts
+
+    def align_loss(self, projected: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the words for what lies under a patch, read off its projected features.
+
+        LLaVA's own first stage aligns features with words through captions; here the words are known.
+        """
+        words = torch.stack([table[labels[..., i]] for i, table in enumerate(self.words)], -1)  # -1: no word
+        embeddings = self.model.get_input_embeddings().weight.float()
+        unit = F.rms_norm(projected.float(), projected.shape[-1:])
+        log_p = F.log_softmax(unit @ embeddings.T, -1).gather(-1, words.clamp_min(0))
+        said = words >= 0
+        return -(log_p * said).sum() / said.sum()
 
     def answer_logits(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Logits (words, vocabulary) and targets (words,) where an answer is predicted, and nowhere else."""

@@ -57,6 +57,16 @@ def patch_labels(scene: Scene) -> Tensor:
     return torch.from_numpy(np.where(covered[:, None], np.array(rows)[owner], 0))
 
 
+def words(tokenizer, device: torch.device) -> list[Tensor]:
+    """The token for each value of each attribute in LABELS, -1 for "nothing here" and what questions never name."""
+    unnamed = ("plain", "-")
+    table = []
+    for values in LABELS.values():
+        ids = [-1 if v in unnamed else tokenizer.encode(f" {v}", add_special_tokens=False)[0] for v in values]
+        table.append(torch.tensor([-1, *ids], device=device))
+    return table
+
+
 def conversations(asked: list[list[Question]], tokenizer) -> dict[str, Tensor]:
     """Conversations, the picture in the first turn, padded on the right; only answers carry labels."""
     pieces: list[tuple[str, str]] = []

@@ -1,0 +1,44 @@
+"""Draws the README's picture: python eval/picture.py [seed=N] [ratio=R] [model=...] [output=FILE]
+
+A picture of the embedded benchmark, and which of its patches become one token with each method.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from llava_pitome import METHODS, MergeConfig, load, merge_tokens
+from llava_pitome.draw import overlay, strip
+from llava_pitome.embedded.render import render
+from llava_pitome.embedded.scenes import scene
+from llava_pitome.merging import trace
+from llava_pitome.options import Option, parse, share, whole
+
+SCALE = 3  # screen pixels a picture pixel
+OPTIONS = {
+    "seed": Option(11, whole(0), "a whole number from 0", "of the scene"),
+    "ratio": Option(0.9, share, "a number in (0, 1]", "share each layer keeps"),
+    "output": Option("eval/results/merged.png", str, "a file", "where the picture goes"),
+}
+
+
+def main(words: list[str]) -> int:
+    """Draws the scene, and its tokens under every method."""
+    options = parse(words, OPTIONS)
+    picture = Image.fromarray(render(scene(options["seed"])))
+    model, processor = load("embedded", dtype=torch.float32)
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    drawn = [picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)]
+    for method in METHODS:
+        with merge_tokens(model, MergeConfig(options["ratio"], method=method)) as merging, torch.no_grad():
+            model.model.get_image_features(pixel_values=pixels)
+            drawn.append(overlay(picture, trace(merging.plans())[0], SCALE))
+    Path(options["output"]).parent.mkdir(parents=True, exist_ok=True)
+    strip(drawn).save(options["output"], optimize=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

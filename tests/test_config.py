@@ -1,0 +1,178 @@
+import json
+import math
+
+import pytest
+
+from llava_pitome import METHODS, MergeConfig
+from llava_pitome.config import ORDERS, SITES
+
+
+@pytest.mark.parametrize(
+    "ratio", [0, -0.1, 1.01, 2, math.nan, math.inf, True, False, "0.9", (0.9, 0.0), (0.9, True)]
+)
+def test_a_ratio_outside_0_and_1_raises_with_the_value(ratio):
+    with pytest.raises(ValueError, match=r"ratio=.*\(0, 1\]") as error:
+        MergeConfig(ratio=ratio)
+    assert repr(ratio) in str(error.value)
+
+
+def test_no_ratio_for_no_layer_raises():
+    with pytest.raises(ValueError, match=r"ratio=\(\)"):
+        MergeConfig(ratio=())
+
+
+@pytest.mark.parametrize("ratio", [1, 1.0, 0.9, 1e-6, (0.9, 1, 0.5)])
+def test_a_ratio_in_0_and_1_is_taken(ratio):
+    assert MergeConfig(ratio=ratio).ratio == ratio
+
+
+@pytest.mark.parametrize("tokens", [0, -5, True, 64.0, "64"])
+def test_tokens_that_are_no_positive_whole_number_raise_with_the_value(tokens):
+    with pytest.raises(ValueError, match=f"tokens={tokens!r} is not allowed"):
+        MergeConfig(tokens=tokens)
+
+
+@pytest.mark.parametrize("both", [{}, {"ratio": 0.9, "tokens": 64}])
+def test_ratio_and_tokens_together_or_neither_raise(both):
+    with pytest.raises(ValueError, match="ratio or tokens"):
+        MergeConfig(**both)
+
+
+@pytest.mark.parametrize(
+    "field, value, allowed",
+    [
+        ("method", "pitme", "pitome, tome, random"),
+        ("early_method", "tomme", "pitome, tome, random"),
+        ("metric", "values", "keys, hidden"),
+        ("site", "mlp", "attention, block"),
+        ("order", "shuffled", "raster, method"),
+        ("size_weighted", 1, "True or False"),
+        ("proportional", None, "True or False"),
+        ("early_depth", 1.5, r"\[0, 1\]"),
+        ("early_depth", -0.5, r"\[0, 1\]"),
+        ("parameters", {"margn": 0.5}, "depth, margin, alpha, energy"),
+        ("parameters", {"depth": 0.5}, "the layer sets it"),
+    ],
+)
+def test_a_value_out_of_range_raises_with_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError, match=allowed):
+        MergeConfig(ratio=0.9, **{field: value})
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].order is None])
+def test_an_order_that_the_method_lacks_raises(method):
+    with pytest.raises(ValueError, match=f"'{method}' defines no order"):
+        MergeConfig(ratio=0.9, method=method, order="method")
+
+
+def test_a_parameter_of_another_method_raises():
+    with pytest.raises(ValueError, match="'tome' has no parameter 'margin'"):
+        MergeConfig(ratio=0.9, method="tome", parameters={"margin": 0.5})
+
+
+@pytest.mark.parametrize("parameters", [{"energy": "eq5"}, {"margin": "high"}, {"alpha": None}])
+def test_a_parameter_whose_value_the_method_cannot_use_raises_where_it_is_made(parameters):
+    with pytest.raises(ValueError, match=next(iter(parameters))):
+        MergeConfig(ratio=0.9, parameters=parameters)
+
+
+def test_a_recipe_is_not_changed_through_a_config_made_of_it():
+    MergeConfig.recipe("released", ratio=0.9).parameters["alpha"] = 7.0
+    found = MergeConfig.recipe("released", ratio=0.9).parameters
+    try:
+        assert found == {"energy": "elu"}
+    finally:
+        found.pop("alpha", None)
+
+
+def test_an_unknown_field_raises_with_the_nearest_name():
+    with pytest.raises(ValueError, match=r"no field 'propotional'; the nearest is 'proportional'"):
+        MergeConfig.from_dict({"ratio": 0.9, "propotional": False})
+    with pytest.raises(ValueError, match=r"no field 'ratios'; the nearest is 'ratio'"):
+        MergeConfig.recipe("paper", ratios=0.9)
+
+
+def test_another_version_raises():
+    with pytest.raises(ValueError, match="version 99"):
+        MergeConfig.from_dict(MergeConfig(ratio=0.9).to_dict() | {"version": 99})
+
+
+def test_an_unknown_recipe_raises_with_the_ones_there_are():
+    with pytest.raises(ValueError, match=r"recipe='papr' .*paper, released"):
+        MergeConfig.recipe("papr", ratio=0.9)
+
+
+CONFIGS = (
+    MergeConfig(ratio=0.9),
+    MergeConfig(ratio=(0.9, 0.5, 1.0)),
+    MergeConfig(tokens=64, method="random", parameters={"seed": 3}),
+    MergeConfig(
+        ratio=0.8, parameters={"margin": 0.3, "energy": "elu"}, early_method="tome", early_depth=0.25
+    ),
+    MergeConfig.recipe("paper", ratio=0.95),
+    MergeConfig.recipe("released", tokens=17),
+)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_survives_json(config):
+    values = config.to_dict()
+    assert values["version"] == 1
+    assert MergeConfig.from_dict(values) == config
+    assert MergeConfig.from_dict(json.loads(json.dumps(values))) == config
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(AttributeError):
+        MergeConfig(ratio=0.9).ratio = 0.8
+
+
+def test_reading_a_dict_leaves_it_as_it_was():
+    values = MergeConfig(ratio=0.9).to_dict()
+    before = json.dumps(values)
+    MergeConfig.from_dict(values)
+    assert json.dumps(values) == before
+
+
+def test_the_paper_is_the_default():
+    assert MergeConfig.recipe("paper", ratio=0.9) == MergeConfig(ratio=0.9)
+    config = MergeConfig(ratio=0.9)
+    assert (config.method, config.metric, config.site, config.order) == (
+        "pitome",
+        "keys",
+        SITES[0],
+        ORDERS[0],
+    )
+    assert config.size_weighted and config.proportional
+
+
+def test_released_is_what_the_authors_branch_computes():
+    config = MergeConfig.recipe("released", ratio=0.9)
+    assert [config.method_at(i / 24)[0] for i in range(24)] == ["tome"] * 13 + ["pitome"] * 11
+    assert config.method_at(13 / 24)[1] == {"energy": "elu"}
+    assert (config.metric, config.site, config.order) == ("hidden", "block", "method")
+    assert not config.size_weighted and not config.proportional
+
+
+def test_a_recipe_takes_changes():
+    assert not MergeConfig.recipe("released", ratio=0.9, order="raster").proportional
+    assert MergeConfig.recipe("released", ratio=0.9, order="raster").order == "raster"
+
+
+def test_early_parameters_stay_with_their_method():
+    config = MergeConfig(ratio=0.9, parameters={"margin": 0.1}, early_method="tome", early_depth=0.5)
+    assert config.method_at(0.4) == ("tome", {})
+    assert config.method_at(0.5) == ("pitome", {"margin": 0.1})
+
+
+def test_lengths_follow_ratio_ratios_and_tokens():
+    assert MergeConfig(ratio=0.5).lengths(36, 3) == (36, 18, 9, 5)
+    assert MergeConfig(ratio=(1.0, 0.5, 0.5)).lengths(36, 3) == (36, 36, 18, 9)
+    assert MergeConfig(tokens=7).lengths(36, 3)[-1] == 7
+
+
+def test_lengths_that_do_not_fit_the_tower_raise():
+    with pytest.raises(ValueError, match="2 shares; the tower has 3 layers"):
+        MergeConfig(ratio=(0.9, 0.5)).lengths(36, 3)
+    with pytest.raises(ValueError, match="tokens=37"):
+        MergeConfig(tokens=37).lengths(36, 3)

@@ -1,0 +1,203 @@
+import pytest
+import torch
+
+from llava_pitome import METHODS, parents
+from llava_pitome.merging import compose, merge, plan, size_bias, trace, unmerge
+
+SIZES = ((6, 2), (17, 8), (36, 3), (49, 40))
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-1, torch.float64: 1e-10}
+
+
+def tokens(count, dtype=torch.float64, seed=0):
+    return torch.randn(2, count, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def sizes(count, seed=0):
+    return torch.randint(1, 9, (2, count), generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count, remove", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_sum_of_size_times_token_is_conserved(method, count, remove, dtype):
+    x, size = tokens(count, dtype), sizes(count)
+    merged, total = merge(x, size, plan(parents(x, remove, method), count - remove))
+    assert merged.dtype == dtype
+    assert merged.shape == (2, count - remove, 8)
+    before = (x.double() * size.double()[..., None]).sum(1)
+    after = (merged.double() * total.double()[..., None]).sum(1)
+    torch.testing.assert_close(after, before, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("count, remove", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_sizes_add_up_to_the_patches(method, count, remove):
+    x = tokens(count)
+    _, total = merge(x, torch.ones(2, count), plan(parents(x, remove, method), count - remove))
+    assert total.shape == (2, count - remove)
+    assert total.min() >= 1
+    assert total.sum(1).tolist() == [count, count]
+
+
+@pytest.mark.parametrize("count, remove", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_survivors_keep_raster_order(method, count, remove):
+    parent = parents(tokens(count), remove, method)
+    laid = plan(parent, count - remove)
+    for slots, row in zip(laid.slot, parent):
+        kept = torch.arange(count)[row == torch.arange(count)]
+        assert slots[kept].tolist() == list(range(count - remove))
+        assert torch.equal(slots, slots[row])
+
+
+def test_another_order_lays_survivors_out_as_it_ranks_them():
+    parent = torch.tensor([[0, 0, 2, 4, 4]])
+    laid = plan(parent, 3, order=torch.tensor([[4, 0, 2, 1, 3]]))
+    assert laid.slot.tolist() == [[2, 2, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging_nothing_changes_no_bit(dtype):
+    x, size = tokens(12, dtype), sizes(12)
+    merged, total = merge(x, size, plan(parents(x, 0), 12))
+    assert torch.equal(merged, x)
+    assert torch.equal(total, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_token_that_stays_alone_changes_no_bit(method, dtype):
+    x, size = tokens(20, dtype), sizes(20)
+    parent = parents(x, 6, method)
+    laid = plan(parent, 14)
+    merged, total = merge(x, size, laid)
+    for b in range(2):
+        alone = [i for i in range(20) if (parent[b] == parent[b, i]).sum() == 1]
+        assert alone
+        assert torch.equal(merged[b, laid.slot[b, alone]], x[b, alone])
+        assert torch.equal(total[b, laid.slot[b, alone]], size[b, alone])
+
+
+def test_a_merged_token_is_the_average_weighted_by_size():
+    x, size = torch.tensor([[[1.0], [4.0], [7.0], [9.0]]]), torch.tensor([[2.0, 1.0, 1.0, 5.0]])
+    merged, total = merge(x, size, plan(torch.tensor([[2, 1, 2, 2]]), 2))
+    assert merged.flatten().tolist() == pytest.approx([4.0, (2 * 1 + 1 * 7 + 5 * 9) / 8])
+    assert total.tolist() == [[1.0, 8.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_unmerged_tokens_are_equal_within_a_group_and_merge_to_themselves(method, dtype):
+    x, size = tokens(20, dtype), sizes(20)
+    parent = parents(x, 12, method)
+    laid = plan(parent, 8)
+    merged, _ = merge(x, size, laid)
+    back = unmerge(merged, laid)
+    assert back.shape == x.shape
+    assert torch.equal(back, back.gather(1, parent.unsqueeze(-1).expand_as(back)))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(merge(back, size, laid)[0], merged, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("count", [300, 513, 577])
+def test_half_precision_tokens_are_summed_in_float32(count):
+    x = (torch.randn(1, count, 16, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
+    laid = plan(torch.zeros(1, count, dtype=torch.int64), 1)
+    merged, total = merge(x, torch.ones(1, count), laid)
+    assert merged.dtype == torch.bfloat16
+    assert total.item() == count
+    assert torch.equal(merged[:, 0], x.double().mean(1).bfloat16())
+
+
+def merges(count, removes):
+    """Merges one after the other, and their parents as lists."""
+    x, size, plans, lists = tokens(count), torch.ones(2, count), [], []
+    for remove in removes:
+        parent = parents(x, remove)
+        plans.append(plan(parent, x.shape[1] - remove))
+        lists.append(parent.tolist())
+        x, size = merge(x, size, plans[-1])
+    return plans, lists, x, size
+
+
+def test_the_trace_is_what_a_plain_python_oracle_follows():
+    plans, lists, _, size = merges(30, (10, 3, 8))
+    found = trace(plans)
+    for b in range(2):
+        where = list(range(30))
+        for parent in (rows[b] for rows in lists):
+            kept = [i for i, p in enumerate(parent) if p == i]
+            where = [kept.index(parent[w]) for w in where]
+        assert found[b].tolist() == where
+        assert torch.bincount(found[b], minlength=9).tolist() == size[b].tolist()
+
+
+def test_the_trace_of_one_merge_is_its_slots():
+    plans, *_ = merges(12, (5,))
+    assert torch.equal(trace(plans), plans[0].slot)
+
+
+def test_the_trace_finds_the_average_of_every_patch():
+    plans, _, x, _ = merges(30, (10, 3, 8))
+    start, last = tokens(30), trace(plans)
+    for b in range(2):
+        for token in range(9):
+            torch.testing.assert_close(x[b, token], start[b, last[b] == token].mean(0))
+
+
+def test_there_is_no_trace_of_no_merge():
+    with pytest.raises(ValueError, match="no merge to trace"):
+        trace([])
+
+
+def test_two_merges_compose_into_one():
+    x, size = tokens(20), torch.ones(2, 20)
+    first = parents(x, 8)
+    laid = plan(first, 12)
+    middle, sizes_ = merge(x, size, laid)
+    second = parents(middle, 5, "tome")
+    expected, total = merge(middle, sizes_, plan(second, 7))
+    both = compose(first, second, laid)
+    assert torch.equal(both.gather(1, both), both)
+    found, counted = merge(x, size, plan(both, 7))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(counted, total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_size_bias_is_the_log_of_the_size_as_an_additive_mask(dtype):
+    bias = size_bias(torch.tensor([[1.0, 2.0, 8.0]]), dtype)
+    assert bias.shape == (1, 1, 1, 3)
+    assert bias.dtype == dtype
+    torch.testing.assert_close(
+        bias.flatten().double().exp(), torch.tensor([1.0, 2.0, 8.0]).double(), rtol=1e-2, atol=0
+    )
+
+
+def test_the_size_bias_counts_a_token_as_often_as_it_stands_for_patches():
+    query, keys = torch.randn(1, 1, 4), torch.randn(1, 3, 4)
+    size = torch.tensor([[1.0, 3.0, 2.0]])
+    repeated = keys.repeat_interleave(size[0].long(), 1)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    expected = attention(query, repeated, repeated)
+    found = attention(query, keys, keys, attn_mask=size_bias(size, torch.float32)[:, 0])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_flow_to_every_token_by_its_share(method):
+    x, size = tokens(20, torch.float32).requires_grad_(), sizes(20)
+    laid = plan(parents(x.detach(), 12, method), 8)
+    merged, total = merge(x, size, laid)
+    merged.sum().backward()
+    share = size / total.gather(1, laid.slot)
+    torch.testing.assert_close(x.grad, share.unsqueeze(-1).expand_as(x))
+
+
+def test_gradients_pass_the_numerical_check():
+    x, size = tokens(6).requires_grad_(), sizes(6).double()
+    laid = plan(parents(x.detach(), 3), 3)
+    assert torch.autograd.gradcheck(lambda t: unmerge(merge(t, size, laid)[0], laid), (x,))

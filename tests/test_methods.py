@@ -1,0 +1,273 @@
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from llava_pitome import METHODS, parents
+from llava_pitome import methods as package
+from llava_pitome.methods import pitome
+
+HERE = Path(__file__).parent / "golden"
+ALL = Path(__file__).parents[2] / "shared" / "golden"  # beside the checkout, where there is one
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+SIZES = ((16, 4), (17, 8), (36, 3), (49, 24))
+
+
+def golden(folder):
+    arrays = np.load(folder / "matching.npz")
+    return [
+        (
+            case,
+            {
+                k.removeprefix(case["name"] + "."): arrays[k]
+                for k in arrays
+                if k.startswith(case["name"] + ".")
+            },
+        )
+        for case in json.loads((folder / "matching.json").read_text())
+    ]
+
+
+CASES = [
+    pytest.param(case, arrays, id=f"{folder.parent.name}-{case['name']}")
+    for folder in (HERE, ALL)
+    if folder.exists()
+    for case, arrays in golden(folder)
+]
+
+
+def tokens(batch=3, count=16, channels=8, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, count, channels, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def smallest(parent):
+    """For each token the smallest index of its group."""
+    together = parent[:, :, None] == parent[:, None, :]
+    return together.long().argmax(-1)
+
+
+def survivors(parent):
+    return (parent == torch.arange(parent.shape[1])).sum(1)
+
+
+@pytest.mark.parametrize("case, arrays", CASES)
+def test_golden_vectors_match_in_float64(case, arrays):
+    x = torch.from_numpy(arrays["features"]).double()
+    if case.get("method") == "tome":
+        groups = {"groups": parents(x, case["remove"], "tome")}
+    else:
+        known = {"margin": case["margin"], "alpha": case["alpha"]}
+        energy = pitome.mean_energy(pitome.cosine(x), case["margin"], case["alpha"])
+        torch.testing.assert_close(energy, torch.from_numpy(arrays["energy_eq4"]), rtol=0, atol=1e-12)
+        groups = {f"groups_{e}": parents(x, case["remove"], energy=e, **known) for e in ("eq4", "elu")}
+    compared = [name for name in groups if name in arrays]
+    assert compared
+    for name in compared:
+        assert torch.equal(smallest(groups[name]), torch.from_numpy(arrays[name]).long()), name
+
+
+def test_the_committed_golden_cases_cover_every_size_ratio_margin_and_method():
+    cases = [case for case, _ in golden(HERE)]
+    assert {c["patches"] for c in cases if "patches" in c} == {16, 49, 196, 576}
+    assert {c["ratio"] for c in cases if "ratio" in c} == {0.5, 0.7, 0.9, 0.95}
+    assert {c["margin"] for c in cases if "margin" in c} == {0.9, 0.45, 0.0}
+    assert {c["tokens"] for c in cases if "tokens" in c} == {16, 50}
+
+
+@pytest.mark.parametrize("energy", ["eq4", "elu"])
+@pytest.mark.parametrize("margin, alpha", [(0.9, 1.0), (0.2, 1.0), (0.0, 0.5), (-0.3, 2.0)])
+def test_the_energy_is_the_mean_over_all_tokens_itself_included(energy, margin, alpha):
+    x = tokens(2, 11, dtype=torch.float64)
+    expected = torch.tensor(
+        [oracle.energies(row, margin, alpha, energy) for row in x.tolist()], dtype=torch.float64
+    )
+    torch.testing.assert_close(pitome.mean_energy(pitome.cosine(x), margin, alpha, energy), expected)
+
+
+def test_the_energy_of_eq_4_is_known_for_two_right_angles():
+    x = torch.eye(2, dtype=torch.float64)[None]
+    expected = (1 + np.exp(-0.9) - 1) / 2  # once itself, once a token at a right angle
+    torch.testing.assert_close(
+        pitome.mean_energy(pitome.cosine(x), 0.9), torch.full((1, 2), expected, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("count, remove", [(3, 1), (7, 2), (12, 6), (13, 6), (20, 5)])
+@pytest.mark.parametrize("energy", ["eq4", "elu"])
+@pytest.mark.parametrize("margin, alpha", [(0.9, 1.0), (0.3, 0.5), (0.0, 1.0)])
+def test_pitome_does_what_a_plain_python_oracle_does(count, remove, energy, margin, alpha):
+    x = tokens(2, count, dtype=torch.float64, seed=count)
+    parent = parents(x, remove, margin=margin, alpha=alpha, energy=energy)
+    assert parent.tolist() == [oracle.pitome(row, remove, margin, alpha, energy) for row in x.tolist()]
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 23 / 24])
+def test_the_margin_falls_with_depth_from_0_9_to_0(depth):
+    x = tokens(2, 20, dtype=torch.float64)
+    assert torch.equal(parents(x, 7, depth=depth), parents(x, 7, margin=0.9 - 0.9 * depth))
+
+
+def test_depth_and_energy_change_who_merges():
+    x = tokens(4, 49)
+    assert not torch.equal(parents(x, 12, depth=0.0), parents(x, 12, depth=0.9))
+    assert not torch.equal(parents(x, 12, margin=0.1), parents(x, 12, margin=0.1, energy="elu"))
+
+
+@pytest.mark.parametrize("count, remove", [(3, 1), (7, 2), (12, 6), (13, 6), (20, 5)])
+def test_tome_does_what_a_plain_python_oracle_does(count, remove):
+    x = tokens(2, count, dtype=torch.float64, seed=count)
+    assert parents(x, remove, "tome").tolist() == [oracle.tome(row, remove) for row in x.tolist()]
+
+
+def test_random_draws_the_same_tokens_for_every_image_and_for_every_call():
+    x = tokens(3, 30)
+    first, again = parents(x, 9, "random", seed=5), parents(x, 9, "random", seed=5)
+    gone = first != torch.arange(30)
+    assert torch.equal(first, again)
+    assert torch.equal(gone[0], gone[1])
+    assert torch.equal(gone[0], gone[2])
+
+
+@pytest.mark.parametrize("other", [{"seed": 6}, {"seed": 5, "depth": 0.5}])
+def test_random_draws_differently_for_another_seed_or_depth(other):
+    x = tokens(1, 30)
+    assert not torch.equal(parents(x, 9, "random", seed=5), parents(x, 9, "random", **other))
+
+
+def test_random_leaves_torchs_own_generator_alone():
+    before = torch.random.get_rng_state()
+    parents(tokens(), 5, "random")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_random_joins_the_most_similar_of_those_who_stay():
+    x = tokens(2, 12, dtype=torch.float64)
+    parent = parents(x, 4, "random")
+    for row, joined in zip(x.tolist(), parent.tolist()):
+        kept = [i for i in range(12) if joined[i] == i]
+        for i in set(range(12)) - set(kept):
+            assert joined[i] == max(kept, key=lambda j: oracle.cosine(row[i], row[j]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count, remove", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_exactly_as_many_go_as_are_to_go(method, count, remove, dtype):
+    parent = parents(tokens(count=count, dtype=dtype), remove, method)
+    assert parent.shape == (3, count)
+    assert parent.dtype == torch.int64
+    assert survivors(parent).tolist() == [count - remove] * 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count, remove", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_parent_of_a_parent_is_itself(method, count, remove, dtype):
+    parent = parents(tokens(count=count, dtype=dtype), remove, method)
+    assert torch.equal(parent.gather(1, parent), parent)
+
+
+@pytest.mark.parametrize("count, remove", [(5, 3), (16, 9), (16, 15), (49, 40), (2, 1), (36, 35), (1, 0)])
+@pytest.mark.parametrize("method", METHODS)
+def test_more_than_half_go_in_rounds(method, count, remove):
+    parent = parents(tokens(count=count), remove, method)
+    assert survivors(parent).tolist() == [count - remove] * 3
+    assert torch.equal(parent.gather(1, parent), parent)
+
+
+def test_a_second_round_is_matched_on_the_averages_of_the_first():
+    x = tokens(1, 8, dtype=torch.float64)
+    first = oracle.tome(x[0].tolist(), 4)
+    kept = [i for i in range(8) if first[i] == i]
+    means = [x[0][[j for j in range(8) if first[j] == i]].mean(0).tolist() for i in kept]
+    second = [kept[j] for j in oracle.tome(means, 1)]
+    assert parents(x, 5, "tome").tolist() == [[second[kept.index(first[i])] for i in range(8)]]
+
+
+@pytest.mark.parametrize("remove", [5, 15])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_a_batch_do_not_know_of_each_other(method, remove):
+    x = tokens(4, 20, dtype=torch.float64)
+    alone = torch.cat([parents(row[None], remove, method) for row in x])
+    assert torch.equal(parents(x, remove, method), alone)
+
+
+@pytest.mark.parametrize("remove", [5, 15])
+@pytest.mark.parametrize("method", METHODS)
+def test_permuting_the_batch_commutes(method, remove):
+    x, shuffled = tokens(4, 20, dtype=torch.float64), [2, 0, 3, 1]
+    assert torch.equal(parents(x[shuffled], remove, method), parents(x, remove, method)[shuffled])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nobody_goes_where_nobody_is_to_go(method):
+    assert torch.equal(parents(tokens(2, 9), 0, method), torch.arange(9).repeat(2, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("remove", [1, 2, 4])
+def test_ties_go_to_the_lower_index(remove, dtype):
+    same = torch.ones(1, 9, 4, dtype=dtype)
+    by_index = list(range(9))
+    down = by_index[: 2 * remove]  # alternating, lowest index first; every a joins the first b
+    expected = [1 if i in down[::2] else i for i in by_index]
+    assert parents(same, remove, "pitome").tolist() == [expected]
+    expected = [1 if i in by_index[::2][:remove] else i for i in by_index]
+    assert parents(same, remove, "tome").tolist() == [expected]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_length_of_a_token_does_not_matter(method):
+    x = tokens(2, 20, dtype=torch.float64)
+    lengths = torch.rand(2, 20, 1, dtype=torch.float64) + 0.5
+    assert torch.equal(parents(x, 6, method), parents(x * lengths, 6, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_of_zeros_still_merge(method):
+    assert survivors(parents(torch.zeros(2, 10, 4), 4, method)).tolist() == [6, 6]
+
+
+def test_an_unknown_method_raises_with_the_ones_there_are():
+    with pytest.raises(ValueError, match=r"method='pitme'.*pitome, tome, random"):
+        parents(tokens(), 2, "pitme")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_parameter_raises_with_the_ones_there_are(method):
+    with pytest.raises(ValueError, match=rf"'{method}' has no parameter 'sharpness'; it takes depth"):
+        parents(tokens(), 2, method, sharpness=1)
+
+
+def test_an_unknown_energy_raises_with_the_ones_there_are():
+    with pytest.raises(ValueError, match=r"energy='eq5'.*eq4, elu"):
+        parents(tokens(), 2, energy="eq5")
+
+
+@pytest.mark.parametrize("remove", [-1, 16, 17])
+@pytest.mark.parametrize("method", METHODS)
+def test_removing_more_than_there_are_raises_with_the_range(method, remove):
+    with pytest.raises(ValueError, match=rf"remove={remove} .*0 to 15"):
+        parents(tokens(), remove, method)
+
+
+@pytest.mark.parametrize("shape", [(16,), (16, 8), (1, 2, 16, 8)])
+def test_a_metric_of_another_shape_raises(shape):
+    with pytest.raises(ValueError, match="metric has shape"):
+        parents(torch.zeros(shape), 1)
+
+
+def test_method_files_import_only_torch():
+    files = [f for f in Path(package.__file__).parent.glob("*.py") if f.name != "__init__.py"]
+    assert {f.stem for f in files} >= set(METHODS)
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] == "torch" for alias in node.names), file
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module.split(".")[0] == "torch", file
