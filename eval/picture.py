@@ -1,4 +1,4 @@
-"""Draws the README's picture: python eval/picture.py [seed=N] [ratio=R] [model=...] [output=FILE]
+"""Draws the README's picture: python eval/picture.py [seed=N] [ratio=R] [output=FILE].
 
 A picture of the embedded benchmark, and which of its patches become one token with each method.
 """

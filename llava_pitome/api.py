@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -10,9 +11,9 @@ import torch
 from torch import nn
 
 from llava_pitome import embedded, llava
+from llava_pitome import processor as placeholders
 from llava_pitome.config import MergeConfig
 from llava_pitome.places.tower import TowerMerging
-from llava_pitome.processor import fit, unfit
 
 FIELD = "token_merging"  # of the model's config
 
@@ -31,7 +32,8 @@ _applied: WeakKeyDictionary[nn.Module, _Applied] = WeakKeyDictionary()
 def apply(model: nn.Module, config: MergeConfig, processor: Any = None) -> TowerMerging:
     """Makes a model merge its visual tokens, from the next forward pass until `remove`.
 
-    The model is touched through hooks only. A config that was applied before is replaced.
+    The model is touched through hooks only. A config that was applied before is replaced, unless this raises.
+    Wrap with peft first: a tower's key projection that is replaced later is merged on without what was added.
 
     Args:
         model: see `llava.SUPPORTED`.
@@ -47,10 +49,12 @@ def apply(model: nn.Module, config: MergeConfig, processor: Any = None) -> Tower
     """
     parts = llava.find(model)
     llava.check(parts, config)
-    merging = TowerMerging(parts.blocks, parts.feature, parts.class_tokens, config)
-    remove(model)
     if processor is not None:
-        fit(processor, parts.patch_size, lambda patches: merging.lengths(patches)[-1])
+        placeholders.check(processor, parts.patch_size)
+    merging = TowerMerging(parts.blocks, parts.feature, parts.class_tokens, config)
+    remove(model)  # from here on nothing can fail
+    if processor is not None:
+        placeholders.fit(processor, partial(config.tokens_at, layers=parts.feature))
     _applied[parts.model] = _Applied(merging, processor, getattr(parts.model.config, FIELD, None))
     setattr(parts.model.config, FIELD, config.to_dict())
     merging.install()
@@ -66,9 +70,9 @@ def remove(model: nn.Module) -> None:
         return
     applied.merging.remove()
     if applied.processor is not None:
-        unfit(applied.processor)
+        placeholders.unfit(applied.processor)
     if applied.before is None:
-        delattr(model.config, FIELD)
+        vars(model.config).pop(FIELD, None)
     else:
         setattr(model.config, FIELD, applied.before)
     _forget_compiled()

@@ -85,10 +85,20 @@ class MergeConfig:
         for name in ("size_weighted", "proportional"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False")
-        if not 0 <= self.early_depth <= 1:
-            raise ValueError(f"early_depth={self.early_depth!r} is not allowed: it must be in [0, 1]")
+        if not isinstance(self.early_depth, int | float) or not 0 <= self.early_depth <= 1:
+            raise ValueError(
+                f"early_depth={self.early_depth!r} is not allowed: it must be a number in [0, 1]"
+            )
         if self.early_method is not None:
             check(self.early_method, {})
+        if (self.early_method is None) != (self.early_depth == 0):
+            raise ValueError(
+                f"early_method={self.early_method!r} and early_depth={self.early_depth} go together: "
+                "give both or none"
+            )
+        if not isinstance(self.parameters, dict):
+            raise ValueError(f"parameters={self.parameters!r} is not allowed: it must be a dict")
+        object.__setattr__(self, "parameters", dict(self.parameters))  # nobody else's to change
         check(self.method, self.parameters)
         if "depth" in self.parameters:
             raise ValueError("parameters may not hold 'depth': the layer sets it")
@@ -149,6 +159,10 @@ class MergeConfig:
         return schedule.lengths(
             patches, self.ratio if isinstance(self.ratio, tuple) else (self.ratio,) * layers
         )
+
+    def tokens_at(self, patches: int, layers: int) -> int:
+        """Image tokens that reach the language model, of `patches`."""
+        return self.lengths(patches, layers)[-1]
 
     def method_at(self, depth: float) -> tuple[str, dict[str, Any]]:
         """The method and its parameters at a depth l_i / l in [0, 1)."""

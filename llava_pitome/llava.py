@@ -8,12 +8,20 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.places.tower import Block
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and its kin); "
+    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and kin); "
     "also wrapped by peft, torch.compile or DistributedDataParallel, or such a tower alone"
 )
 CLASS_TOKENS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}  # by the tower's class
 MASKED = ("sdpa", "eager")  # attention kernels that take an additive mask
 QUANTIZATIONS = ("4bit", "8bit")
+HUB = (
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+)  # where files come from
 
 
 class Parts(NamedTuple):
@@ -96,20 +104,21 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
         raise ValueError(
             f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or none"
         )
-    config = AutoConfig.from_pretrained(path)
+    hub = {k: v for k, v in options.items() if k in HUB}
+    config = AutoConfig.from_pretrained(path, **hub)
     if config.model_type != "llava":
         raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {SUPPORTED}.")
     options["dtype"] = _dtype(options.get("dtype"), config)
     if quantization is not None:
         options |= _quantized(quantization, options)
     model = LlavaForConditionalGeneration.from_pretrained(path, **options)
-    processor = AutoProcessor.from_pretrained(path)
+    processor = AutoProcessor.from_pretrained(path, **hub)
     processor.tokenizer.padding_side = "left"  # generate continues at the right end of every row
     return model.eval(), processor
 
 
 def _dtype(wanted: Any, config: Any) -> Any:
-    """As saved where nothing is asked for; but float16, hundreds of times slower on CPUs, becomes bfloat16 there."""
+    """As saved where nothing is asked for; but float16 becomes bfloat16 on CPUs, which are too slow at it."""
     import torch
 
     if wanted not in (None, "auto"):
@@ -130,7 +139,10 @@ def _feature(index: int | list[int], count: int) -> int:
             f"vision_feature_layer={index!r} joins several layers, whose lengths differ once tokens merge; "
             "allowed is a single layer"
         )
-    return index if index >= 0 else count + 1 + index
+    feature = index if index >= 0 else count + 1 + index
+    if not 1 <= feature <= count:
+        raise ValueError(f"vision_feature_layer={index} lies behind none of the tower's {count} layers")
+    return feature
 
 
 def _quantized(quantization: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ class _Naming:
 
 
 def _refuse_truncated() -> None:
-    """Lets pillow raise on a truncated picture; lmms-eval has it fill the rest with grey, which would be scored."""
+    """Lets pillow raise on a truncated picture; lmms-eval has it fill the rest with grey, and scores that."""
     from PIL import ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -314,19 +314,14 @@ def test_layers_run_again_in_gradient_checkpointing(model, processor, pictures):
     assert len(calls) == 2
 
 
-def test_two_passes_before_a_backward_with_checkpointing_change_no_gradient(pictures):
-    config, processor = MergeConfig(ratio=0.8), make_processor()
-    found = []
-    for checkpointing in (False, True):
-        model = make_model().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with merge_tokens(model, config, processor):
-            both = [single(processor, PROMPTS[0], pictures[i:]) for i in range(2)]
-            sum(model(**inputs, labels=inputs.input_ids).loss for inputs in both).backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    for name in found[0]:
-        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-4, atol=1e-7, msg=name)
+def test_two_passes_before_a_backward_with_checkpointing_raise(model, processor, pictures):
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with merge_tokens(model, MergeConfig(ratio=0.8), processor):
+        both = [single(processor, PROMPTS[0], pictures[i:]) for i in range(2)]
+        loss = sum(model(**inputs, labels=inputs.input_ids).loss for inputs in both)
+        with pytest.raises(RuntimeError, match="backward before the next forward"):
+            loss.backward()
 
 
 def test_reentrant_checkpointing_raises_with_what_to_use(model, processor, pictures):
@@ -476,7 +471,7 @@ def test_a_checkpoint_that_is_no_llava_raises_with_what_is_supported(tmp_path):
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
     )
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'llama', which is not supported. Supported: Llava"):
+    with pytest.raises(ValueError, match=r"type 'llama'. Supported: Llava"):
         load(str(tmp_path))
 
 

@@ -41,7 +41,7 @@ def test_small_objects_cover_few_patches_and_every_scene_has_one():
 
 
 def test_there_is_no_answer_that_the_question_gives_away():
-    """The best constant answer to each question type is right at most half of the time, over all questions."""
+    """The best constant answer to each question type is right at most half of the time."""
     asked = [q for seed in SEEDS for q in ask(scene(seed), 6)]
     kinds = {q.question_type for q in asked}
     best = 0
@@ -85,8 +85,8 @@ def test_the_data_set_is_written_in_vqav2s_form(tmp_path):
         "parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert set(rows.column_names) == {
-        "question_type", "multiple_choice_answer", "answers", "image_id", "answer_type", "question_id", "question",
-        "image",
+        "question_type", "multiple_choice_answer", "answers", "image_id", "answer_type", "question_id",
+        "question", "image",
     }  # fmt: skip
     assert len(rows) == 12 and len(set(rows["question_id"])) == 12
     first = rows[0]

@@ -47,7 +47,7 @@ def test_a_bad_value_is_an_error_that_names_key_value_and_what_is_allowed(word):
 
 
 def test_an_unknown_key_is_an_error_that_names_the_nearest():
-    with pytest.raises(ValueError, match="'ration'.*'ratio'"):
+    with pytest.raises(ValueError, match=r"'ration'.*'ratio'"):
         parse(["ration=0.9"], OPTIONS)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 log = logging.getLogger("train.embedded")
 DEFAULTS = {
@@ -37,6 +38,7 @@ DEFAULTS = {
     "tower_lr": 8e-3,
     "language_lr": 4e-3,
     "together_lr": 2e-3,
+    "point_loss": 0.3,  # weight of where the nouns look in the later stages
     "align_loss": 0.3,  # weight of the words for each patch in the later stages
     "patch_loss": 0.3,  # weight of the patch labels in the last stage
     "seed": 0,
@@ -193,15 +195,40 @@ class Run:
         with (
             tower.register_forward_hook(lambda _m, _a, out: caught.update(tower=out.last_hidden_state)),
             projector.register_forward_hook(lambda _m, _a, out: caught.update(projected=out)),
+            self.pointing().register_forward_pre_hook(
+                lambda _m, _a, kw: caught.update(seen=kw["hidden_states"], turn=kw["position_embeddings"]),
+                with_kwargs=True,
+            ),
         ):
             logits, target = self.answer_logits(batch)
         labels = batch["patches"].to(self.model.device)
         loss = F.cross_entropy(logits, target)
         patches, _ = self.patch_loss(caught["tower"][:, 1:], labels)
         align = self.align_loss(caught["projected"], labels)
+        point = self.point_loss(caught["seen"], caught["turn"], batch)
         right = (logits.argmax(-1) == target).float().mean().item()
-        facts = {"loss": loss.item(), "align": align.item(), "patches": patches.item(), "right": right}
-        return loss + self.options["align_loss"] * align + self.options["patch_loss"] * patches, facts
+        facts = {"loss": loss, "point": point, "align": align, "patches": patches}
+        for name in ("point", "align", "patch"):
+            loss = loss + self.options[f"{name}_loss"] * facts["patches" if name == "patch" else name]
+        return loss, {k: v.item() for k, v in facts.items()} | {"right": right}
+
+    def pointing(self) -> nn.Module:
+        """The attention whose first heads learn to look from a noun at what it means."""
+        return self.model.model.language_model.layers[1].self_attn
+
+    def point_loss(self, seen: Tensor, turn: tuple[Tensor, Tensor], batch: dict) -> Tensor:
+        """Cross-entropy of the patches that a noun means under the attention of two heads."""
+        device, attention = self.model.device, self.pointing()
+        ids, (rows, places) = batch["input_ids"].to(device), batch["nouns"].to(device).T
+        with self.autocast():
+            q = attention.q_proj(seen).unflatten(-1, (-1, attention.head_dim))
+            k = attention.k_proj(seen).unflatten(-1, (-1, attention.head_dim))
+        q, k = apply_rotary_pos_emb(q[:, :, :2], k[:, :, :2], *turn, unsqueeze_dim=2)
+        scores = torch.einsum("nhd,nthd->nht", q[rows, places].float(), k[rows].float()) * attention.scaling
+        later = torch.arange(ids.shape[1], device=device) > places[:, None]
+        share = scores.masked_fill(later[:, None], -torch.inf).log_softmax(-1)
+        image = (ids[0] == self.model.config.image_token_id).nonzero().flatten()
+        return -(batch["meant"].to(device)[:, None] * share[..., image]).sum(-1).mean()
 
     def align_loss(self, projected: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the words for what lies under a patch, read off its projected features.

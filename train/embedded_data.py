@@ -37,10 +37,14 @@ class Scenes(IterableDataset):
         """Batches of pixel_values, patches (B, PATCHES, len(LABELS)), input_ids and labels (B, T)."""
         for start in self.starts:
             scenes = [scene(seed) for seed in range(start, start + self.batch_size)]
+            talk = conversations([ask(s, TURNS) for s in scenes], self.tokenizer)
+            patches = torch.stack([patch_labels(s) for s in scenes])
             yield {
                 "pixel_values": pixels(np.stack([render(s) for s in scenes])),
-                "patches": torch.stack([patch_labels(s) for s in scenes]),
-            } | conversations([ask(s, TURNS) for s in scenes], self.tokenizer)
+                "patches": patches,
+                **talk,
+                **pointers(talk["input_ids"], talk["labels"], patches, self.tokenizer),
+            }
 
 
 def pixels(pictures: np.ndarray) -> Tensor:
@@ -57,8 +61,35 @@ def patch_labels(scene: Scene) -> Tensor:
     return torch.from_numpy(np.where(covered[:, None], np.array(rows)[owner], 0))
 
 
+def pointers(ids: Tensor, labels: Tensor, patches: Tensor, tokenizer) -> dict[str, Tensor]:
+    """Where the nouns of the questions are, and the patches of what they mean.
+
+    Returns `nouns` (n, 2), row and position, and `meant` (n, PATCHES), summing to 1. "The small red circle"
+    means the patches that are small, red and circle; a noun that means nothing in its picture is left out.
+    """
+    kinds = {}  # token to (attribute, value)
+    for i, table in enumerate(words(tokenizer, ids.device)):
+        kinds |= {int(token): (i, value) for value, token in enumerate(table) if token >= 0}
+    thing = tokenizer.encode(" object", add_special_tokens=False)[0]
+    nouns, meant = [], []
+    for row, (line, said) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
+        named: list[tuple[int, int]] = []
+        for position, (token, label) in enumerate(zip(line, said, strict=True)):
+            if label != IGNORE or (token not in kinds and token != thing):
+                named = []
+                continue
+            named += [kinds[token]] if token in kinds else []
+            if token == thing or kinds[token][0] == 0:
+                here = torch.stack([patches[row, :, i] == value for i, value in named or [(0, -1)]]).all(0)
+                if here.any():
+                    nouns.append((row, position))
+                    meant.append(here / here.sum())
+                named = []
+    return {"nouns": torch.tensor(nouns), "meant": torch.stack(meant)}
+
+
 def words(tokenizer, device: torch.device) -> list[Tensor]:
-    """The token for each value of each attribute in LABELS, -1 for "nothing here" and what questions never name."""
+    """The token for each value of each attribute in LABELS, -1 for nothing and what questions never name."""
     unnamed = ("plain", "-")
     table = []
     for values in LABELS.values():

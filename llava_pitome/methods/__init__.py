@@ -53,8 +53,10 @@ def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -
     check(method, parameters)
     if metric.ndim != 3:
         raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (images, tokens, channels)")
+    if not metric.is_floating_point():
+        raise ValueError(f"metric has dtype {metric.dtype}; it must be floating point")
     count = metric.shape[1]
-    if not 0 <= remove < max(count, 1):
+    if not isinstance(remove, int) or not 0 <= remove < max(count, 1):
         raise ValueError(f"remove={remove} does not fit {count} tokens; allowed is 0 to {max(count - 1, 0)}")
     return match(metric, remove, method, **parameters)
 
@@ -65,7 +67,7 @@ def match(metric: Tensor, remove: int, method: str, **parameters) -> Tensor:
     if 0 < remove <= count // 2:
         return METHODS[method].parents(metric, remove, **parameters)
     parent = torch.arange(count, device=metric.device).repeat(metric.shape[0], 1)
-    size = metric.new_ones(metric.shape[:2])
+    size = torch.ones(metric.shape[:2], device=metric.device)
     laid = plan(parent, count)
     while remove:
         step = min(remove, metric.shape[1] // 2)
@@ -78,8 +80,8 @@ def match(metric: Tensor, remove: int, method: str, **parameters) -> Tensor:
 
 
 def check(method: str, parameters: dict) -> None:
-    """Raises ValueError for a name that METHODS lacks, or a parameter that the method does not take."""
-    if method not in METHODS:
+    """Raises ValueError for a name that METHODS lacks, or parameters that the method does not take."""
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
     taken = [
         n
@@ -89,3 +91,6 @@ def check(method: str, parameters: dict) -> None:
     for name in parameters:
         if name not in taken:
             raise ValueError(f"method {method!r} has no parameter {name!r}; it takes {', '.join(taken)}")
+    METHODS[method].parents(
+        torch.eye(4).unsqueeze(0), 1, **parameters
+    )  # raises on values that it does not take

@@ -28,7 +28,11 @@ def parents(
         margin: similarity from which two tokens count as one cluster.
         alpha: how strongly tokens below the margin lower the energy.
         energy: "eq4", the paper's, or "elu", what the authors' LLaVA branch computes.
+
+    Raises:
+        ValueError: a margin or alpha that is no number, an unknown energy.
     """
+    _check(margin, alpha, energy)
     similarity = cosine(metric)
     order = _crowded_first(similarity, depth, margin, alpha, energy)
     a, b = order[:, : 2 * remove : 2], order[:, 1 : 2 * remove : 2]  # (B, remove) each
@@ -67,6 +71,14 @@ ENERGIES = {
     "eq4": lambda x, m, alpha: torch.where(x >= m, x, alpha * torch.expm1(x - m)),
     "elu": lambda x, m, alpha: F.elu(x - m, alpha),
 }
+
+
+def _check(margin: float | None, alpha: float, energy: str) -> None:
+    for name, value in (("margin", START if margin is None else margin), ("alpha", alpha)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name}={value!r} is not allowed: it must be a number")
+    if energy not in ENERGIES:
+        raise ValueError(f"energy={energy!r} is unknown; allowed are {', '.join(ENERGIES)}")
 
 
 def _crowded_first(

@@ -16,7 +16,12 @@ def parents(metric: Tensor, remove: int, *, depth: float = 0.0, seed: int = 0) -
         remove: tokens that go, at most N // 2.
         depth: with `seed`, what the draw depends on, so that layers differ.
         seed: number of the draw.
+
+    Raises:
+        ValueError: a seed that is no whole number from 0.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed={seed!r} is not allowed: it must be a whole number from 0")
     count = metric.shape[1]
     generator = torch.Generator().manual_seed((seed * 1000 + round(depth * 999)) * 100_000 + count)
     drawn = torch.randperm(count, generator=generator).to(metric.device)

@@ -6,6 +6,7 @@ retries) is harmless.
 Shapes: B images, T tokens with the class token, N without it, D channels.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,13 +71,13 @@ class TowerMerging:
     def install(self) -> None:
         """Registers the hooks; prepended, because transformers' own record what the block returns."""
         for i, block in enumerate(self.blocks[: self.feature]):
-            self._on(block.layer.register_forward_pre_hook(_bound(self._enter, i), with_kwargs=True))
-            self._on(block.layer.register_forward_hook(_bound(self._leave, i), prepend=True))
+            self._on(block.layer.register_forward_pre_hook(partial(self._enter, i), with_kwargs=True))
+            self._on(block.layer.register_forward_hook(partial(self._leave, i), prepend=True))
             if self.config.metric == "keys":
-                self._on(block.keys.register_forward_hook(_bound(self._keep_keys, i)))
+                self._on(block.keys.register_forward_hook(partial(self._keep_keys, i)))
             if self.config.site == "attention":
-                self._on(block.norm.register_forward_pre_hook(_bound(self._before_mlp, i)))
-                self._on(block.mlp.register_forward_hook(_bound(self._after_mlp, i)))
+                self._on(block.norm.register_forward_pre_hook(partial(self._before_mlp, i)))
+                self._on(block.mlp.register_forward_hook(partial(self._after_mlp, i)))
         for block in self.blocks[self.feature :]:
             self._on(block.layer.register_forward_pre_hook(self._idle, with_kwargs=True))
 
@@ -174,12 +175,22 @@ class TowerMerging:
             if self.config.order == "method" and METHODS[method].order is not None:
                 order = METHODS[method].order(metric, remove, depth=depth, **parameters)
             laid = plan(parent, length, order)
+        if _recomputing() and not self._same(i, laid):
+            raise RuntimeError(
+                "gradient checkpointing ran a block again after another forward pass changed what merges; "
+                "with checkpointing on, go backward before the next forward"
+            )
         size = self.slots[i].size.to(x.device)
         merged, sizes = merge(patches, size if self.config.size_weighted else torch.ones_like(size), laid)
         if not self.config.size_weighted:
             sizes = torch.zeros_like(sizes).scatter_add(1, laid.slot, size)
         self.slots[i + 1] = Slot(sizes, laid)
         return torch.cat([head, merged], 1)
+
+    def _same(self, i: int, laid: Plan) -> bool:
+        """Whether the last forward pass merged alike at block i."""
+        before = self.slots[i + 1]
+        return before is not None and before.plan is not None and torch.equal(before.plan.slot, laid.slot)
 
     def _idle(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """In front of a block behind the feature layer: one token, since nothing reads what comes of it."""
@@ -191,13 +202,9 @@ class TowerMerging:
         return args, kwargs | {"hidden_states": hidden[:, :1]}
 
 
-def _bound(function, i: int):
-    """A hook of block i."""
-
-    def hook(*args):
-        return function(i, *args)
-
-    return hook
+def _recomputing() -> bool:
+    """Whether this runs inside a backward pass, where gradient checkpointing runs a block again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple]:
