@@ -133,7 +133,8 @@ def test_lmms_evals_own_vqav2_val_task_runs_unmodified_through_the_entry_point(d
     dataset.write(folder, pictures=ASKED // dataset.EACH)
     command = [
         sys.executable, "-m", "lmms_eval", "--model", "llava_pitome", "--tasks", "vqav2_val",
-        "--batch_size", "8", "--model_args", "pretrained=embedded,ratio=0.9,dtype=float32", "--output_path", "out",
+        "--batch_size", "8", "--model_args", "pretrained=embedded,ratio=0.9,dtype=float32",
+        "--output_path", "out",
     ]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
