@@ -325,7 +325,7 @@ def test_two_passes_before_a_backward_with_checkpointing_raise(model, processor,
 
 
 def test_reentrant_checkpointing_gives_the_gradients_or_raises_with_what_to_use(processor, pictures):
-    """Since 5.23 transformers leaves hooks, and with them the merged tokens, outside of what is checkpointed."""
+    """Since 5.23 transformers leaves hooks, and so the merged tokens, outside of what is checkpointed."""
     with merge_tokens(make_model(), RECIPES[0], processor):
         inputs = batch(processor, PROMPTS[:2], pictures)
     found = []

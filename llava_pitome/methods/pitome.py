@@ -42,17 +42,12 @@ def parents(
     return parent.scatter(1, a, closest)
 
 
-def order(
-    metric: Tensor,
-    remove: int,
-    *,
-    depth: float = 0.0,
-    margin: float | None = None,
-    alpha: float = 1.0,
-    energy: str = "eq4",
-) -> Tensor:
-    """Ranks (B, N) that lay survivors out as the authors do: protected by energy, then merged."""
-    down = _crowded_first(cosine(metric), depth, margin, alpha, energy)
+def order(metric: Tensor, remove: int, **parameters) -> Tensor:
+    """Ranks (B, N) that lay survivors out as the authors do: protected by energy, then merged.
+
+    Takes what `parents` takes.
+    """
+    down = _crowded_first(cosine(metric), **parameters)
     return (down.argsort(dim=1) - 2 * remove) % metric.shape[1]
 
 
@@ -82,7 +77,11 @@ def _check(margin: float | None, alpha: float, energy: str) -> None:
 
 
 def _crowded_first(
-    similarity: Tensor, depth: float, margin: float | None, alpha: float, energy: str
+    similarity: Tensor,
+    depth: float = 0.0,
+    margin: float | None = None,
+    alpha: float = 1.0,
+    energy: str = "eq4",
 ) -> Tensor:
     """Token indices (B, N) by falling energy."""
     m = START * (1 - depth) if margin is None else margin
