@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from llava_pitome.api import load, remove
 from llava_pitome.config import MergeConfig
-from llava_pitome.measure import counted
+from llava_pitome.measure import counted, literature
 
 MANIFEST = ModelManifest("llava_pitome", simple_class_path="llava_pitome.lmms.LlavaPitome")
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -181,8 +181,9 @@ class LlavaPitome(lmms):
             return
         inputs = self.inputs(one)
         flops = counted(self.model, inputs)
-        cost = {f"{part}_gflops": n / 1e9 for part, n in flops._asdict().items()}
-        self._note({"cost": cost | {"prompt_tokens": inputs["input_ids"].shape[1]}})
+        tokens = inputs["input_ids"].shape[1]
+        cost = {f"{part}_gflops": n / 1e9 for part, n in flops._asdict().items()} | {"prompt_tokens": tokens}
+        self._note({"cost": cost | {"literature_gmacs": literature(self.model, tokens) / 1e9}})
 
     def _note(self, entry: dict) -> None:
         if self.journal is not None:

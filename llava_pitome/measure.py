@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from llava_pitome import llava
@@ -42,6 +42,8 @@ def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
 def closed_form(model: nn.Module, lengths: tuple[int, ...], text: int) -> Flops:
     """FLOPs of one picture and `text` further tokens by formula, with attention counted in full.
 
+    What a SigLIP tower pools at its end, which LLaVA does not read, is left out.
+
     Args:
         model: a LLaVA.
         lengths: patches before the first block and after each, as `TowerMerging.lengths` gives them; for a
@@ -62,15 +64,14 @@ def closed_form(model: nn.Module, lengths: tuple[int, ...], text: int) -> Flops:
     return Flops(tower, projector, llm)
 
 
-def literature(tokens: int, model: nn.Module) -> float:
-    """The formula in common use, T (4 n d^2 + 2 n^2 d + 2 n d m): the language model alone, in multiply-adds.
+def literature(model: nn.Module, tokens: int) -> float:
+    """The formula in common use, T (4 n d^2 + 2 n^2 d + 2 n d m), for n = `tokens`: in multiply-adds.
 
-    It leaves out the tower and one of the three MLP matrices; given for comparison with other papers.
+    It leaves out the tower and one of the three MLP matrices; given beside the counts for comparison with papers.
     """
     s = llava.shapes(model)
-    return s.llm_layers * (
-        4 * tokens * s.llm_width**2 + 2 * tokens**2 * s.llm_width + 2 * tokens * s.llm_width * s.llm_mlp
-    )
+    layer = 4 * tokens * s.llm_width**2 + 2 * tokens**2 * s.llm_width + 2 * tokens * s.llm_width * s.llm_mlp
+    return s.llm_layers * layer
 
 
 def _block(n: int, m: int, width: int, kv: int, mlp: int, matrices: int) -> int:
@@ -86,8 +87,3 @@ def _attention(query: tuple, key: tuple, value: tuple, *_args: Any, **_kwargs: A
 UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention
 }  # torch's counter lacks it
-
-
-def image_tokens(input_ids: Tensor, image_token_id: int) -> int:
-    """Image placeholders in a prompt (B, T), over all rows."""
-    return int((input_ids == image_token_id).sum())

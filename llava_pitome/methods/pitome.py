@@ -89,7 +89,10 @@ def _crowded_first(
 
 
 def _first_max(scores: Tensor, index: Tensor) -> Tensor:
-    """Per row of `scores` (B, A, M), the entry of `index` (B, M) that scores highest."""
+    """Per row of `scores` (B, A, M), the entry of `index` (B, M) that scores highest: (B, A).
+
+    The lowest entry of equals, which argmax does not promise once the columns are sorted by energy.
+    """
     best = scores.amax(-1, keepdim=True)
     candidates = index.unsqueeze(1).masked_fill(scores < best, torch.iinfo(index.dtype).max)
     return candidates.amin(-1)

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from conftest import LAYERS, PATCHES, make_model, make_processor
+
+from llava_pitome import MergeConfig, merge_tokens
+from llava_pitome.measure import closed_form, counted, literature
+
+FEATURE = LAYERS - 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_formula_counts_what_runs_in_a_plain_model(attention, pictures):
+    model, processor = make_model(), make_processor()
+    model.set_attn_implementation(attention)
+    inputs = processor(text="<image> what is this", images=pictures[:1], return_tensors="pt")
+    text = inputs.input_ids.shape[1] - PATCHES
+    assert counted(model, inputs) == closed_form(model, (PATCHES,) * (FEATURE + 1), text)
+
+
+def test_merging_costs_little_more_than_the_formula_and_far_less_than_the_plain_model(pictures):
+    model, processor = make_model(), make_processor()
+    plain = counted(model, processor(text="<image> what is this", images=pictures[:1], return_tensors="pt"))
+    with merge_tokens(model, MergeConfig(ratio=0.8), processor) as merging:
+        inputs = processor(text="<image> what is this", images=pictures[:1], return_tensors="pt")
+        merged = counted(model, inputs)
+    lengths = merging.lengths(PATCHES)
+    formula = closed_form(model, lengths, inputs.input_ids.shape[1] - lengths[-1])
+    assert (merged.projector, merged.llm) == (formula.projector, formula.llm)
+    matching = merged.tower - formula.tower  # one similarity matrix a layer, of keys averaged over heads
+    assert matching == sum(2 * n * n * 8 for n in lengths[:-1])
+    assert merged.total < 0.6 * plain.total
+
+
+def test_counting_runs_without_gradients_and_changes_nothing(pictures):
+    model, processor = make_model(), make_processor()
+    inputs = processor(text="<image> what is this", images=pictures[:1], return_tensors="pt")
+    before = model(**inputs).logits
+    counted(model, inputs)
+    assert torch.equal(model(**inputs).logits, before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_literatures_formula_by_hand():
+    assert literature(make_model(), 10) == 3 * (4 * 10 * 32**2 + 2 * 10**2 * 32 + 2 * 10 * 32 * 64)
