@@ -65,9 +65,9 @@ def closed_form(model: nn.Module, lengths: tuple[int, ...], text: int) -> Flops:
 
 
 def literature(model: nn.Module, tokens: int) -> float:
-    """The formula in common use, T (4 n d^2 + 2 n^2 d + 2 n d m), for n = `tokens`: in multiply-adds.
+    """The formula in common use, T (4 n d^2 + 2 n^2 d + 2 n d m), n being `tokens`: multiply-adds.
 
-    It leaves out the tower and one of the three MLP matrices; given beside the counts for comparison with papers.
+    It leaves out the tower and one of the three MLP matrices; given for comparison with papers.
     """
     s = llava.shapes(model)
     layer = 4 * tokens * s.llm_width**2 + 2 * tokens**2 * s.llm_width + 2 * tokens * s.llm_width * s.llm_mlp

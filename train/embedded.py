@@ -23,11 +23,10 @@ import embedded_data as data
 import embedded_model as parts
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
+from embedded_losses import Losses
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 log = logging.getLogger("train.embedded")
 DEFAULTS = {
@@ -40,14 +39,13 @@ DEFAULTS = {
     "together_lr": 2e-3,
     "point_loss": 0.3,  # weight of where the nouns look in the later stages
     "align_loss": 0.3,  # weight of the words for each patch in the later stages
-    "patch_loss": 0.3,  # weight of the patch labels in the last stage
+    "patches_loss": 0.3,  # weight of the patch labels in the last stage
     "seed": 0,
     "output": "output/embedded",
     "validate": 128,  # held-out images looked at every 500 steps
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 STAGES = ("tower", "language", "together")
-FEATURES = sum(len(v) + 1 for v in data.LABELS.values())  # one "nothing here" class each
 
 
 def main(options: dict) -> None:
@@ -58,13 +56,13 @@ def main(options: dict) -> None:
     device = torch.device(options["device"])
     tokenizer = parts.tokenizer()
     model = parts.training_model(tokenizer).to(device)
-    heads = nn.Linear(parts.WIDTH, FEATURES).to(device)
+    losses = Losses(model, tokenizer, options)
     tower = model.model.vision_tower
     language = nn.ModuleList([model.model.multi_modal_projector, model.model.language_model])
-    run = Run(options, tokenizer, model, heads)
-    run.stage("tower", nn.ModuleList([tower, heads]), run.tower_loss)
-    run.stage("language", language, run.answer_loss)
-    run.stage("together", nn.ModuleList([model, heads]), run.answer_loss)
+    run = Run(options, tokenizer, model, losses)
+    run.stage("tower", nn.ModuleList([tower, losses.heads]), losses.tower)
+    run.stage("language", language, losses.answers)
+    run.stage("together", nn.ModuleList([model, losses.heads]), losses.answers)
     if run.rank:
         return
     parts.save(model, tokenizer, Path(options["output"]))
@@ -74,19 +72,19 @@ def main(options: dict) -> None:
 
 
 class Run:
-    """The state of a training run, and its two losses."""
+    """The state of a training run: stages, checkpoints, what was logged."""
 
-    def __init__(self, options: dict, tokenizer, model: LlavaForConditionalGeneration, heads: nn.Module):
-        self.options, self.tokenizer, self.model, self.heads = options, tokenizer, model, heads
+    def __init__(self, options: dict, tokenizer, model: LlavaForConditionalGeneration, losses: Losses):
+        self.options, self.tokenizer, self.model = options, tokenizer, model
+        self.losses, self.heads = losses, losses.heads
         self.history: list[dict] = []
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.words = data.words(tokenizer, model.device)
         self.path = Path(str(options["output"]) + ".ckpt")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.saved = torch.load(self.path, weights_only=True) if self.path.exists() else None
         if self.saved:
             model.load_state_dict(self.saved["model"])
-            heads.load_state_dict(self.saved["heads"])
+            self.heads.load_state_dict(self.saved["heads"])
             self.history = json.loads(self.saved["history"])
 
     def stage(self, name: str, modules: nn.Module, loss_of) -> None:
@@ -167,95 +165,6 @@ class Run:
         scenes = data.Scenes(starts, share, self.tokenizer)
         return DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8)
 
-    def patch_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
-        """Cross-entropy of what lies under each patch; objects weigh as much as the background."""
-        facts, total = {}, 0.0
-        logits = self.heads(features.float()).split([len(v) + 1 for v in data.LABELS.values()], dim=-1)
-        for i, (name, part) in enumerate(zip(data.LABELS, logits, strict=True)):
-            target = labels[..., i].flatten()
-            each = F.cross_entropy(part.flatten(0, 1), target, reduction="none")
-            here = target > 0
-            total = total + each[here].mean() + 0.5 * each[~here].mean()
-            facts[name] = (part.flatten(0, 1)[here].argmax(-1) == target[here]).float().mean().item()
-        return total / len(data.LABELS), facts
-
-    def tower_loss(self, batch: dict) -> tuple[Tensor, dict]:
-        """First stage: the tower's features name what lies under each patch."""
-        with self.autocast():
-            features = self.model.model.vision_tower(
-                batch["pixel_values"].to(self.model.device)
-            ).last_hidden_state
-        loss, facts = self.patch_loss(features[:, 1:], batch["patches"].to(self.model.device))
-        return loss, {"loss": loss.item()} | facts
-
-    def answer_loss(self, batch: dict) -> tuple[Tensor, dict]:
-        """Later stages: next-token loss on the answers of a conversation about each picture."""
-        caught: dict[str, Tensor] = {}
-        tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
-        with (
-            tower.register_forward_hook(lambda _m, _a, out: caught.update(tower=out.last_hidden_state)),
-            projector.register_forward_hook(lambda _m, _a, out: caught.update(projected=out)),
-            self.pointing().register_forward_pre_hook(
-                lambda _m, _a, kw: caught.update(seen=kw["hidden_states"], turn=kw["position_embeddings"]),
-                with_kwargs=True,
-            ),
-        ):
-            logits, target = self.answer_logits(batch)
-        labels = batch["patches"].to(self.model.device)
-        loss = F.cross_entropy(logits, target)
-        patches, _ = self.patch_loss(caught["tower"][:, 1:], labels)
-        align = self.align_loss(caught["projected"], labels)
-        point = self.point_loss(caught["seen"], caught["turn"], batch)
-        right = (logits.argmax(-1) == target).float().mean().item()
-        facts = {"loss": loss, "point": point, "align": align, "patches": patches}
-        for name in ("point", "align", "patch"):
-            loss = loss + self.options[f"{name}_loss"] * facts["patches" if name == "patch" else name]
-        return loss, {k: v.item() for k, v in facts.items()} | {"right": right}
-
-    def pointing(self) -> nn.Module:
-        """The attention whose first heads learn to look from a noun at what it means."""
-        return self.model.model.language_model.layers[1].self_attn
-
-    def point_loss(self, seen: Tensor, turn: tuple[Tensor, Tensor], batch: dict) -> Tensor:
-        """Cross-entropy of the patches that a noun means under the attention of two heads."""
-        device, attention = self.model.device, self.pointing()
-        ids, (rows, places) = batch["input_ids"].to(device), batch["nouns"].to(device).T
-        with self.autocast():
-            q = attention.q_proj(seen).unflatten(-1, (-1, attention.head_dim))
-            k = attention.k_proj(seen).unflatten(-1, (-1, attention.head_dim))
-        q, k = apply_rotary_pos_emb(q[:, :, :2], k[:, :, :2], *turn, unsqueeze_dim=2)
-        scores = torch.einsum("nhd,nthd->nht", q[rows, places].float(), k[rows].float()) * attention.scaling
-        later = torch.arange(ids.shape[1], device=device) > places[:, None]
-        share = scores.masked_fill(later[:, None], -torch.inf).log_softmax(-1)
-        image = (ids[0] == self.model.config.image_token_id).nonzero().flatten()
-        return -(batch["meant"].to(device)[:, None] * share[..., image]).sum(-1).mean()
-
-    def align_loss(self, projected: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of the words for what lies under a patch, read off its projected features.
-
-        LLaVA's own first stage aligns features with words through captions; here the words are known.
-        """
-        words = torch.stack([table[labels[..., i]] for i, table in enumerate(self.words)], -1)  # -1: no word
-        embeddings = self.model.get_input_embeddings().weight.float()
-        unit = F.rms_norm(projected.float(), projected.shape[-1:])
-        log_p = F.log_softmax(unit @ embeddings.T, -1).gather(-1, words.clamp_min(0))
-        said = words >= 0
-        return -(log_p * said).sum() / said.sum()
-
-    def answer_logits(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Logits (words, vocabulary) and targets (words,) where an answer is predicted, and nowhere else."""
-        device = self.model.device
-        labels = batch["labels"].to(device)
-        with self.autocast():
-            out = self.model.model(
-                input_ids=batch["input_ids"].to(device),
-                pixel_values=batch["pixel_values"].to(device),
-                use_cache=False,
-            )
-            where = labels[:, 1:] != data.IGNORE
-            logits = self.model.lm_head(out.last_hidden_state[:, :-1][where])
-        return logits.float(), labels[:, 1:][where]
-
     @torch.no_grad()
     def validate(self) -> dict:
         """Share of held-out questions whose every answer token is predicted, given the answers before it."""
@@ -264,17 +173,13 @@ class Run:
             range(data.HELD_OUT, data.HELD_OUT + self.options["validate"], 32), 32, self.tokenizer
         )
         for batch in scenes:
-            logits, target = self.answer_logits(batch)
+            logits, target = self.losses.logits(batch)
             hit, first = logits.argmax(-1) == target, 0
             ends = (target == self.tokenizer.eos_token_id).nonzero().flatten().tolist()
             for end in ends:
                 right, first = right + int(hit[first : end + 1].all()), end + 1
             total += len(ends)
         return {"held_out": right / total}
-
-    def autocast(self) -> torch.autocast:
-        """Half-precision arithmetic over float32 weights."""
-        return torch.autocast(self.options["device"], dtype=torch.bfloat16)
 
 
 def _cosine(t: float) -> float:
