@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 RATIOS = (0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 METHODS = {
     "PiToMe (paper)": ("recipe=paper",),

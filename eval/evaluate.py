@@ -1,11 +1,13 @@
 """Runs a plan through lmms-eval and reports it: answers cached as they come, then the table and the files."""
 
 import argparse
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sqlite3
 import sys
 import warnings
 from contextlib import contextmanager
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import results
 import torch
-from plan import EMBEDDED_TASK, Plan
+from plan import EMBEDDED_TASK, FOLDER_TASK, Plan
 
 from llava_pitome.embedded import dataset
+
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # what a disk says no with
 
 
 def run(plan: Plan) -> int:
@@ -55,7 +59,7 @@ def _evaluate(plan: Plan, label: str, merging) -> dict | None:
     os.environ["LMMS_CACHE_RUN_ID"] = _name(
         plan, merging
     )  # so that a stopped run finds its own answers again
-    load = {k: v for k, v in arguments.items() if k not in ("merging", "weights")}
+    load = {k: v for k, v in arguments.items() if k not in ("merging", "fingerprint")}
     fields = {} if merging is None else {k: v for k, v in merging.to_dict().items() if k != "version"}
     model = LlavaPitome(**load, merging=fields, journal=str(journal))
     extra = argparse.Namespace(output_path=str(plan.output), process_with_media=False, reasoning_tags=None)
@@ -92,15 +96,16 @@ def _meet() -> None:
     """Where several processes share the questions: waits until the first has written them."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(backend)
         torch.distributed.barrier()
 
 
 def _offline(plan: Plan) -> None:
-    """Local data needs no hub, and its copies belong to this run's folder."""
-    os.environ["HF_DATASETS_CACHE"] = str(plan.output / "cache" / "datasets")
-    if plan.tasks == (EMBEDDED_TASK,):
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    """Copies of local data belong to this run's folder; those of the hub's to everybody."""
+    if plan.tasks in ((EMBEDDED_TASK,), (FOLDER_TASK,)):
+        os.environ["HF_DATASETS_CACHE"] = str(plan.output / "cache" / "datasets")
 
 
 def _quiet() -> None:
@@ -120,13 +125,13 @@ def _writing(output: Path):
     """Names the cause where the disk refuses; the answers so far stay in the cache."""
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise  # not the disk: a broken picture, say
+    except (OSError, sqlite3.OperationalError) as error:
+        if isinstance(error, OSError) and error.errno not in REFUSED:
+            raise
         free = shutil.disk_usage(output if output.exists() else Path.cwd()).free // 2**20
         print(
-            f"eval: {error}. {free} MiB are free there. Answers so far are kept in {output / 'cache'}; "
-            "the same command goes on from them.",
+            f"eval: cannot write: {error}. {free} MiB are free there. Answers so far are kept in "
+            f"{output / 'cache'}; the same command goes on from them.",
             file=sys.stderr,
         )
         raise SystemExit(1) from error

@@ -12,6 +12,8 @@ from plan import Plan
 from rich.console import Console
 from rich.table import Table
 
+from llava_pitome import embedded
+
 PACKAGES = (
     "llava-pitome",
     "torch",
@@ -27,15 +29,12 @@ ANSWER_TYPES = ("yes/no", "number", "other")  # VQAv2's
 
 def rows(plan: Plan, label: str, merging, found: dict, journal: Path) -> list[dict]:
     """One row a task: accuracy overall and by answer type, tokens, FLOPs, seconds."""
-    cost, samples, seconds = _journal(journal)
     shared = {
         "model": label,
         "merging": None if merging is None else merging.to_dict(),
         "image_tokens": plan.patches if merging is None else plan.tokens,
-        "seconds_per_sample": seconds / samples if samples else None,
-        "timed_samples": samples,
-    } | cost
-    return [{"task": task} | shared | _scores(task, found) for task in plan.tasks]
+    }
+    return [{"task": task} | shared | _journal(journal, task) | _scores(task, found) for task in plan.tasks]
 
 
 def _scores(task: str, found: dict) -> dict:
@@ -60,15 +59,19 @@ def _mean(scores: list[float]) -> dict:
     return {"mean": 100 * mean, "stderr": 100 * math.sqrt(variance / len(scores)), "samples": len(scores)}
 
 
-def _journal(path: Path) -> tuple[dict, int, float]:
-    """FLOPs of a first prompt, and samples and seconds summed over all batches, stopped runs' included."""
+def _journal(path: Path, task: str) -> dict:
+    """FLOPs of a task's first prompt, and seconds over all its batches, stopped runs' included."""
     cost, samples, seconds = {}, 0, 0.0
     for file in sorted(path.parent.glob(path.name + ".*")):
         for line in file.read_text().splitlines():
-            entry = json.loads(line)
-            cost = cost or entry.get("cost", {})
-            samples, seconds = samples + entry.get("samples", 0), seconds + entry.get("seconds", 0.0)
-    return cost, samples, seconds
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # an empty line, or half a one that a stopped run left
+            if entry["task"] == task:
+                cost = cost or entry.get("cost", {})
+                samples, seconds = samples + entry.get("samples", 0), seconds + entry.get("seconds", 0.0)
+    return cost | {"timed_samples": samples, "seconds_per_sample": seconds / samples if samples else None}
 
 
 def write_answers(output: Path, label: str, found: dict) -> None:
@@ -99,7 +102,8 @@ def write(plan: Plan, rows: list[dict]) -> Path:
         "rows": rows,
         "options": plan.options,
         "merging": plan.merging.to_dict(),
-        "model": plan.options["model"] if Path(plan.model).is_dir() else plan.model,
+        "model": "embedded" if plan.model == str(embedded.PATH) else plan.model,
+        "fingerprint": plan.fingerprint,
         "tasks": plan.tasks,
         "commit": commit(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -12,14 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from llava_pitome.config import RECIPES, MergeConfig
+from llava_pitome.llava import DTYPES, QUANTIZATIONS
 from llava_pitome.methods import METHODS
 from llava_pitome.options import Option, boolean, listed, one_of, parse, shares, usage, whole
 
-QUANTIZATIONS = ("4bit", "8bit")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIONS = {
     "ratio": Option(
-        None, shares, "a number in (0, 1], or one per layer with commas", "share each layer keeps (0.9)"
+        None,
+        shares,
+        "a number in (0, 1], or one per layer with commas",
+        "share each layer keeps; 0.9 without tokens",
     ),
     "tokens": Option(
         None, whole(1), "a whole number from 1", "image tokens at the language model, instead of ratio"
@@ -56,13 +58,15 @@ def main(words: list[str]) -> int:
         if options["ratio"] is None and options["tokens"] is None:
             options["ratio"] = 0.9
         merging = config(options)
+        if options["model"] == "embedded":  # read by the hub's library when it is imported
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from plan import Plan  # the heavy libraries, once the words are known to be good
 
         plan = Plan.make(options, merging)
     except ValueError as error:
         print(f"eval: {error}", file=sys.stderr)
         return 2
-    if options["processes"] > 1 and "RANK" not in os.environ:
+    if options["processes"] > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and not options["dry_run"]:
         return _spread(words, options["processes"])
     if os.environ.get("RANK", "0") == "0":
         print(plan.announcement, flush=True)

@@ -12,6 +12,8 @@ SUPPORTED = (
     "also wrapped by peft, torch.compile or DistributedDataParallel, or such a tower alone"
 )
 CLASS_TOKENS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}  # by the tower's class
+TOWERS = ("clip_vision_model", "siglip_vision_model")  # the same two, as configs name them
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MASKED = ("sdpa", "eager")  # attention kernels that take an additive mask
 QUANTIZATIONS = ("4bit", "8bit")
 HUB = (
@@ -69,14 +71,22 @@ def find(model: nn.Module) -> Parts:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel and peft wrappers."""
+    """The model inside torch.compile, DistributedDataParallel and peft wrappers.
+
+    Raises:
+        ValueError: DataParallel, whose threads would share what the hooks remember.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        elif isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "DataParallel is not supported: its threads share one set of hooks; use one process a GPU"
+            )
         else:
             return model
 
@@ -122,7 +132,7 @@ def _dtype(wanted: Any, config: Any) -> Any:
     import torch
 
     if wanted not in (None, "auto"):
-        return wanted
+        return getattr(torch, wanted) if isinstance(wanted, str) else wanted
     half = str(config.dtype).endswith("float16") and not str(config.dtype).endswith("bfloat16")
     return torch.bfloat16 if half and not torch.cuda.is_available() else "auto"
 
@@ -141,7 +151,10 @@ def _feature(index: int | list[int], count: int) -> int:
         )
     feature = index if index >= 0 else count + 1 + index
     if not 1 <= feature <= count:
-        raise ValueError(f"vision_feature_layer={index} lies behind none of the tower's {count} layers")
+        raise ValueError(
+            f"vision_feature_layer={index} is not allowed: the tower has {count} layers, "
+            f"so it must be in 1 to {count} or in {-count} to -1"
+        )
     return feature
 
 
@@ -154,8 +167,7 @@ def _quantized(quantization: str, options: dict[str, Any]) -> dict[str, Any]:
     if quantization == "8bit":
         scheme = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     else:
-        compute = options.get("dtype")
-        compute = compute if isinstance(compute, torch.dtype) else torch.bfloat16
+        compute = options["dtype"] if options["dtype"] != "auto" else torch.bfloat16
         scheme = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -220,10 +232,11 @@ def counts(path: str) -> tuple[int, int]:
         raise ValueError(
             f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
         ) from error
-    if config.model_type != "llava":
-        raise ValueError(
-            f"{path} holds a model of type {config.model_type!r}, not supported. Supported: {SUPPORTED}."
+    vision = config.vision_config if config.model_type == "llava" else config
+    if config.model_type != "llava" or vision.model_type not in TOWERS:
+        what = f"a model of type {config.model_type!r}" + (
+            f" with a {vision.model_type!r}" if vision is not config else ""
         )
-    vision = config.vision_config
+        raise ValueError(f"{path} holds {what}. Supported: {SUPPORTED}.")
     layers = _feature(config.vision_feature_layer, vision.num_hidden_layers)
     return (vision.image_size // vision.patch_size) ** 2, layers

@@ -20,10 +20,13 @@ from tqdm import tqdm
 
 from llava_pitome.api import load, remove
 from llava_pitome.config import MergeConfig
+from llava_pitome.llava import DTYPES
 from llava_pitome.measure import counted, literature
 
 MANIFEST = ModelManifest("llava_pitome", simple_class_path="llava_pitome.lmms.LlavaPitome")
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IGNORED = (
+    "image_aspect_ratio",
+)  # how the original LLaVA package prepares pictures; the processor decides here
 GREY = (122, 116, 104)  # CLIP's mean colour: all zeros behind the preprocessing
 
 
@@ -72,28 +75,23 @@ class LlavaPitome(lmms):
         _refuse_truncated()
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
-        options.pop(
-            "max_batch_size", None
-        )  # lmms-eval hands it to every model; without "auto" it says nothing
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size!r} is not allowed: it must be a whole number from 1")
+        options.pop("max_batch_size", None)  # lmms-eval gives it to every model; it only goes with "auto"
         self.batch_size = int(batch_size)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not allowed: it must be at least 1")
+        self.merging = _config(recipe, {"ratio": ratio, "tokens": tokens, "method": method}, merging or {})
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
-        changes = dict(merging or {}) | {
-            k: v for k, v in (("ratio", ratio), ("tokens", tokens)) if v is not None
-        }
-        changes |= {"method": method} if method is not None else {}
-        self.merging = MergeConfig.recipe(recipe, **changes) if changes.keys() & {"ratio", "tokens"} else None
         if quantization is None or self.device.type == "cuda":
             options["device_map"] = str(self.device)
         self.model, self.processor = load(
-            pretrained, self.merging, quantization=quantization, dtype=DTYPES[dtype], **options
+            pretrained, self.merging, quantization=quantization, dtype=dtype, **options
         )
         if self.merging is None:
             remove(self.model)  # a checkpoint that was saved merging is measured plain when no ratio is given
         self.blank, self.journal = blank, Path(f"{journal}.{self._rank}") if journal else None
+        self._counted: set[str] = set()
 
     def __str__(self) -> str:
         """The name under which lmms-eval caches responses; what distinguishes models is in model_args."""
@@ -106,15 +104,16 @@ class LlavaPitome(lmms):
         batch.
         """
         with tqdm(total=len(requests), desc="Questions", unit="q", disable=self.rank != 0) as bar:
-            for _, run in groupby(requests, key=lambda r: json.dumps(r.args[1], sort_keys=True, default=str)):
-                same = list(run)  # neighbours with the same generation settings
+            for (task, _), run in groupby(requests, key=_kind):
+                same = list(run)  # neighbours of one task with the same generation settings
                 for first in range(0, len(same), self.batch_size):
                     batch = same[first : first + self.batch_size]
                     with _Naming(batch):
-                        self._count(batch[:1])
+                        self._count(task, batch[:1])
                         started = time.perf_counter()
                         answers = self._answer(batch)
-                    self._note({"samples": len(batch), "seconds": time.perf_counter() - started})
+                    seconds = time.perf_counter() - started
+                    self._note({"task": task, "samples": len(batch), "seconds": seconds})
                     bar.update(len(batch))
                     yield from answers
 
@@ -160,7 +159,8 @@ class LlavaPitome(lmms):
         inputs = self.inputs(batch)
         options = dict(batch[0].args[1])
         until = options.pop("until", [])
-        sample = bool(options.pop("do_sample", False) or options.get("temperature", 0))
+        sample = bool(options.pop("do_sample", options.get("temperature") or False))
+        options = {k: v for k, v in options.items() if k not in IGNORED}
         if not sample:
             options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")}
         tokenizer = self.processor.tokenizer
@@ -175,20 +175,41 @@ class LlavaPitome(lmms):
             answers = [a.split(stop)[0] if stop else a for a in answers]
         return [a.strip() for a in answers]
 
-    def _count(self, one: list[Instance]) -> None:
-        """Notes what the first prompt costs, once."""
-        if self.journal is None or self.journal.exists():
+    def _count(self, task: str, one: list[Instance]) -> None:
+        """Notes what the first prompt of a task costs, once."""
+        if self.journal is None or task in self._counted:
             return
+        self._counted.add(task)
         inputs = self.inputs(one)
         flops = counted(self.model, inputs)
         tokens = inputs["input_ids"].shape[1]
         cost = {f"{part}_gflops": n / 1e9 for part, n in flops._asdict().items()} | {"prompt_tokens": tokens}
-        self._note({"cost": cost | {"literature_gmacs": literature(self.model, tokens) / 1e9}})
+        cost |= {"literature_gmacs": literature(self.model, tokens) / 1e9}
+        self._note({"task": task, "cost": cost})
 
     def _note(self, entry: dict) -> None:
         if self.journal is not None:
             with self.journal.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(
+                    "\n" + json.dumps(entry)
+                )  # the newline first: a stopped run may have left half a line
+
+
+def _config(recipe: str, named: dict[str, Any], merging: dict[str, Any]) -> MergeConfig | None:
+    """The config that the arguments ask for; None where they ask for none."""
+    changes = merging | {k: v for k, v in named.items() if v is not None}
+    if changes.keys() & {"ratio", "tokens"}:
+        return MergeConfig.recipe(recipe, **changes)
+    if changes or recipe != "paper":
+        raise ValueError(
+            f"recipe={recipe!r} with {changes} says how to merge but not how far: give ratio or tokens"
+        )
+    return None
+
+
+def _kind(request: Instance) -> tuple[str, str]:
+    """What requests of one batch have in common: the task and the generation settings."""
+    return request.args[4], json.dumps(request.args[1], sort_keys=True, default=str)
 
 
 class _Naming:

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from llava_pitome import llava
 
+QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes layers, whose products torch's counter does not see
+
 
 class Flops(NamedTuple):
     """FLOPs of one forward pass by part of the model."""
@@ -30,13 +32,23 @@ class Flops(NamedTuple):
 def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
     """Runs the prompt once and counts the matrix products and attentions that really ran."""
     parts = llava.find(model)
-    with FlopCounterMode(display=False, depth=None, custom_mapping=UNCOUNTED) as counter, torch.no_grad():
+    quantized: list[int] = []  # matrix products inside bitsandbytes, all in the language model
+    hooks = [
+        module.register_forward_hook(
+            lambda m, args, _out: quantized.append(2 * args[0].numel() * m.out_features)
+        )
+        for module in parts.model.modules()
+        if type(module).__name__ in QUANTIZED
+    ]
+    with FlopCounterMode(display=False, depth=None, custom_mapping=EXTRA) as counter, torch.no_grad():
         parts.model(**inputs, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
     by_name = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     total = by_name["Global"]
     tower = max((n for name, n in by_name.items() if name.endswith("vision_tower")), default=0)
     projector = max((n for name, n in by_name.items() if name.endswith("multi_modal_projector")), default=0)
-    return Flops(tower, projector, total - tower - projector)
+    return Flops(tower, projector, total - tower - projector + sum(quantized))
 
 
 def closed_form(model: nn.Module, lengths: tuple[int, ...], text: int) -> Flops:
@@ -84,6 +96,4 @@ def _attention(query: tuple, key: tuple, value: tuple, *_args: Any, **_kwargs: A
     return sdpa_flop_count(query, key, value)
 
 
-UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention
-}  # torch's counter lacks it
+EXTRA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch's counter lacks it

@@ -51,7 +51,14 @@ def _value(key: str, text: str, option: Option) -> Any:
 
 def usage(options: dict[str, Option]) -> str:
     """The keys, one a line, with what they do, what they may be and their defaults."""
-    return "\n".join(f"  {k}={o.default}  {o.help}; {o.allowed}" for k, o in options.items())
+    return "\n".join(f"  {k}={_word(o.default)}  {o.help}; {o.allowed}" for k, o in options.items())
+
+
+def _word(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def boolean(text: str) -> bool:

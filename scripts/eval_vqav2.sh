@@ -3,4 +3,4 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 bash "$root/scripts/setup.sh"
-exec "$root/.venv/bin/python" "$root/eval/run.py" "$@"
+exec "${VENV:-$root/.venv}/bin/python" "$root/eval/run.py" "$@"

@@ -4,31 +4,50 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-VENV=${VENV:-.venv}
+VENV=${VENV:-.venv} # below the checkout, or an absolute path
 FLOOR=${FLOOR:-false}
 TORCH=2.13.0
 LMMS_EVAL=0.7.3
 FLOOR_TRANSFORMERS=5.17.0
 
-python=${PYTHON:-}
-for candidate in python3.11 python3.12 python3; do
-  [ -n "$python" ] || ! command -v "$candidate" >/dev/null || python=$candidate
+python=
+for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    python=$candidate
+    break
+  fi
 done
-if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  echo "setup: Python 3.11 or newer is needed; name one with PYTHON=..." >&2
+if [ -z "$python" ]; then
+  echo "setup: Python 3.11 or newer is needed; none of ${PYTHON:-python3.11 python3.12 python3.13 python3} is" >&2
   exit 1
 fi
 
 kind=cpu
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then kind=gpu; fi
-stamp=$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum; echo "$PWD $kind $FLOOR"; "$python" --version)
-if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/stamp" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+if [ -e /dev/nvidia0 ] || [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; then kind=gpu; fi
+pins=$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum; echo "$PWD $FLOOR"; "$python" --version)
+stamp="$kind $pins"
+fresh() { # what was made for GPUs runs without one too
+  local made
+  made=$(cat "$VENV/stamp" 2>/dev/null) || return 1
+  [ -x "$VENV/bin/python" ] && { [ "$made" = "$stamp" ] || [ "$made" = "gpu $pins" ]; }
+}
+if fresh; then exit 0; fi
+if command -v flock >/dev/null; then # two scripts started at once make it once
+  exec 9>"$VENV.lock"
+  flock 9
+  if fresh; then exit 0; fi
+fi
+if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
+  echo "setup: $VENV is there and is no virtual environment; remove it or name another with VENV=..." >&2
+  exit 1
+fi
 
 echo "setup: making $VENV for a $kind machine (about two minutes, 2 GB)" >&2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
+try_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >"$log" 2>&1; }
 install() {
-  if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >"$log" 2>&1; then
+  if ! try_install "$@"; then
     cat "$log" >&2
     echo "setup: pip install $* failed; what it said stands above" >&2
     return 1
@@ -37,25 +56,28 @@ install() {
 rm -rf "$VENV"
 "$python" -m venv "$VENV"
 
-pins=constraints.txt
+constraints=constraints.txt
 if [ "$FLOOR" = true ]; then
-  pins="$VENV/floor.txt"
+  constraints="$VENV/floor.txt"
   # what the older transformers itself narrows is left to it
   sed -E "s/^transformers==.*/transformers==$FLOOR_TRANSFORMERS/; /^(huggingface_hub|tokenizers|hf-xet)==/d" \
-    constraints.txt >"$pins"
+    constraints.txt >"$constraints"
 fi
 
 # torch first, so that nothing behind it chooses another. A build for CPUs carries '+cpu' in its version and sorts above
 # the plain one, which on Linux brings several GB of CUDA packages.
-if [ "$kind" = cpu ]; then
-  if ! install "torch==$TORCH+cpu" -c "$pins" 2>/dev/null; then
-    echo "setup: no CPU build of torch $TORCH in pip's sources (PIP_EXTRA_INDEX_URL can add one); taking the default build" >&2
-    install "torch==$TORCH" -c "$pins"
+if [ "$kind" = gpu ]; then
+  install "torch===$TORCH" -c "$constraints"
+elif [ "$(uname)" = Linux ] && ! try_install "torch==$TORCH+cpu" -c "$constraints"; then
+  if ! grep -q "No matching distribution" "$log"; then
+    cat "$log" >&2
+    exit 1
   fi
-else
-  install "torch===$TORCH" -c "$pins"
+  echo "setup: pip's sources have no CPU build of torch $TORCH (PIP_EXTRA_INDEX_URL can add one that has);" \
+    "taking the default build, which may bring CUDA packages" >&2
 fi
-install setuptools -c "$pins"
-install --no-build-isolation -e ".[test]" -c "$pins"
+install "torch==$TORCH" -c "$constraints" # nothing more to do where one of the above is in place
+install setuptools -c "$constraints"
+install --no-build-isolation -e ".[test]" -c "$constraints"
 install --no-deps "lmms-eval==$LMMS_EVAL" # its dependencies hold a torchvision that breaks a CPU torch
 echo "$stamp" >"$VENV/stamp"

@@ -3,5 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
-.venv/bin/ruff check . && .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+"${VENV:-.venv}"/bin/ruff check .
+"${VENV:-.venv}"/bin/ruff format --check .
+exec "${VENV:-.venv}"/bin/python -m pytest "$@"

@@ -419,10 +419,27 @@ def test_wrapping_into_peft_keeps_the_config_and_remove_finds_the_model(processo
     assert (single(processor, PROMPTS[0], pictures).input_ids == IMAGE).sum() == PATCHES
 
 
-def test_a_model_inside_torch_compile_and_data_parallel_is_found(model):
-    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
-        with merge_tokens(wrapped, MergeConfig(tokens=5)):
-            assert features(model, {"pixel_values": torch.randn(1, 3, 48, 48)}).shape[1] == 6
+def test_a_model_inside_torch_compile_is_found(model):
+    with merge_tokens(torch.compile(model, backend="eager"), MergeConfig(tokens=5)):
+        assert features(model, {"pixel_values": torch.randn(1, 3, 48, 48)}).shape[1] == 6
+
+
+def test_a_model_inside_distributed_data_parallel_merges_and_trains(model, processor, pictures, tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        with merge_tokens(wrapped, MergeConfig(tokens=5), processor):
+            inputs = single(processor, PROMPTS[0], pictures)
+            wrapped(**inputs, labels=inputs.input_ids).loss.backward()
+        assert model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_is_refused(model):
+    with pytest.raises(ValueError, match="DataParallel is not supported"):
+        apply(torch.nn.DataParallel(model), MergeConfig(tokens=5))
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])

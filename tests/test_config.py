@@ -50,7 +50,7 @@ def test_ratio_and_tokens_together_or_neither_raise(both):
         ("proportional", None, "True or False"),
         ("early_depth", 1.5, r"\[0, 1\]"),
         ("early_depth", -0.5, r"\[0, 1\]"),
-        ("parameters", {"margn": 0.5}, "depth, margin, alpha, energy"),
+        ("parameters", {"margn": 0.5}, "margin, alpha, energy"),
         ("parameters", {"depth": 0.5}, "the layer sets it"),
     ],
 )

@@ -1,9 +1,9 @@
 """The main job, end to end, as a user runs it: eval/run.py on the embedded model and data."""
 
-import errno
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -215,6 +215,8 @@ def main(*words: str) -> int:
         (["ratio=0.9,0.8"], "ratio holds 2 shares; the tower has 11 layers"),
         (["tasks=gqa"], "tasks=gqa needs data=hub"),
         (["data=nowhere"], "holds no validation*.parquet"),
+        (["dtype=float16"], "dtype='float16' is not allowed without CUDA"),
+        (["data=hub", "tasks=vqav2_vall"], "lmms-eval has no such task; the nearest is vqav2_val"),
     ],
 )
 def test_bad_words_are_errors_before_anything_is_loaded(words, said, capsys, tmp_path):
@@ -245,16 +247,26 @@ def test_a_half_written_data_file_is_an_error_that_names_it(tmp_path, capsys):
     assert str(path) in said and "damaged or only half written" in said
 
 
-def test_a_full_disk_is_an_error_that_keeps_the_answers(tmp_path, capsys):
-    import evaluate
+def test_a_full_disk_is_an_error_that_keeps_the_answers(done, tmp_path):
+    """A limit on the size of files stands in for the disk: the same refusal, in the middle of the answers."""
+    output = tmp_path / "output"
+    dataset.write(tmp_path / "mine", pictures=ASKED // dataset.EACH)
+    words = [f"data={tmp_path / 'mine'}", "ratio=0.9", "batch_size=8"]
+    command = [*RUN, "model=embedded", f"limit={ASKED}", "dtype=float32", f"output={output}", *words]
 
-    def full():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "results.json"))
+    def limit():
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (600_000, 600_000)
+        )  # bytes: the copy of the pictures is larger
 
-    with pytest.raises(SystemExit), evaluate._writing(tmp_path):
-        full()
-    said = capsys.readouterr().err
-    assert "No space left on device" in said and "results.json" in said and "Answers so far are kept" in said
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert ran.returncode == 1
+    assert "eval: cannot write" in ran.stderr and "Answers so far are kept in" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    for row, undisturbed in zip(results(output)["rows"], results(done)["rows"], strict=True):
+        assert row["accuracy"] == undisturbed["accuracy"]
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
@@ -262,6 +274,18 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "unmerged: 196 image tokens" in said and "64 image tokens" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_textvqa_with_ocr_has_the_tokens_in_its_prompt(tmp_path):
+    import plan
+    from lmms_eval.utils import load_yaml_config
+
+    options = {"data": "hub", "output": str(tmp_path)}
+    fields = dict.fromkeys(plan.Plan.__dataclass_fields__) | {"options": options, "output": tmp_path}
+    task = load_yaml_config(str(plan.Plan(**fields).task_folder() / "textvqa_val_ocr.yaml"))
+    doc = {"question": "what does it say?", "ocr_tokens": ["STOP", "5th"]}
+    prompt = task["doc_to_text"](doc, task["lmms_eval_specific_kwargs"]["default"])
+    assert "Reference OCR token: STOP, 5th" in prompt and task["dataset_path"] == "lmms-lab-encoder/textvqa"
 
 
 def test_every_line_of_the_table_3_recipe_is_a_command_that_parses(capsys):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import LAYERS, PATCHES, make_model, make_processor
 
-from llava_pitome import MergeConfig, merge_tokens
+from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.measure import closed_form, counted, literature
 
 FEATURE = LAYERS - 1
@@ -42,3 +42,15 @@ def test_counting_runs_without_gradients_and_changes_nothing(pictures):
 
 def test_the_literatures_formula_by_hand():
     assert literature(make_model(), 10) == 3 * (4 * 10 * 32**2 + 2 * 10**2 * 32 + 2 * 10 * 32 * 64)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantized_language_model_counts_like_the_plain_one(quantization):
+    from PIL import Image
+
+    prompt = {"text": "USER: <image>\nIs there a ring? ASSISTANT:", "images": Image.new("RGB", (112, 112))}
+    found = []
+    for kind in (None, quantization):
+        model, processor = load("embedded", quantization=kind)
+        found.append(counted(model, processor(**prompt, return_tensors="pt").to(dtype=model.dtype)))
+    assert found[0] == found[1]

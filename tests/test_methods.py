@@ -240,7 +240,7 @@ def test_an_unknown_method_raises_with_the_ones_there_are():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_unknown_parameter_raises_with_the_ones_there_are(method):
-    with pytest.raises(ValueError, match=rf"'{method}' has no parameter 'sharpness'; it takes depth"):
+    with pytest.raises(ValueError, match=rf"'{method}' has no parameter 'sharpness'; it takes"):
         parents(tokens(), 2, method, sharpness=1)
 
 

@@ -28,21 +28,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration
 
+from llava_pitome.options import Option, parse
+
 log = logging.getLogger("train.embedded")
 DEFAULTS = {
     "tower_steps": 1000,
-    "language_steps": 1500,
-    "together_steps": 900,
+    "language_steps": 1250,
+    "together_steps": 2000,
     "batch_size": 48,  # images a step, over all processes
     "tower_lr": 8e-3,
     "language_lr": 4e-3,
-    "together_lr": 2e-3,
+    "together_lr": 3e-3,
     "point_loss": 0.3,  # weight of where the nouns look in the later stages
     "align_loss": 0.3,  # weight of the words for each patch in the later stages
     "patches_loss": 0.3,  # weight of the patch labels in the last stage
     "seed": 0,
     "output": "output/embedded",
-    "validate": 128,  # held-out images looked at every 500 steps
+    "validate": 256,  # held-out images looked at every 250 steps
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 STAGES = ("tower", "language", "together")
@@ -54,6 +56,8 @@ def main(options: dict) -> None:
         dist.init_process_group("gloo" if options["device"] == "cpu" else "nccl")
     torch.manual_seed(options["seed"])
     device = torch.device(options["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     tokenizer = parts.tokenizer()
     model = parts.training_model(tokenizer).to(device)
     losses = Losses(model, tokenizer, options)
@@ -83,6 +87,7 @@ class Run:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.saved = torch.load(self.path, weights_only=True) if self.path.exists() else None
         if self.saved:
+            _same(self.saved["options"], options, self.path)
             model.load_state_dict(self.saved["model"])
             self.heads.load_state_dict(self.saved["heads"])
             self.history = json.loads(self.saved["history"])
@@ -150,6 +155,7 @@ class Run:
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
         }
+        state["options"] = self.options
         state |= {"optimizers": [o.state_dict() for o in optimizers], "history": json.dumps(self.history)}
         partial = self.path.with_suffix(".part")
         torch.save(state, partial)
@@ -163,7 +169,8 @@ class Run:
             seed + step * self.options["batch_size"] + self.rank * share for step in range(first, steps)
         ]
         scenes = data.Scenes(starts, share, self.tokenizer)
-        return DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=8)
+        workers = 1 if self.options["device"] == "cpu" else min(os.cpu_count() or 1, 12)
+        return DataLoader(scenes, batch_size=None, num_workers=workers, prefetch_factor=8)
 
     @torch.no_grad()
     def validate(self) -> dict:
@@ -180,6 +187,14 @@ class Run:
                 right, first = right + int(hit[first : end + 1].all()), end + 1
             total += len(ends)
         return {"held_out": right / total}
+
+
+def _same(before: dict, now: dict, path: Path) -> None:
+    """Raises ValueError where a run that goes on was started with other options."""
+    changed = [k for k in now if before[k] != now[k]]
+    if changed:
+        told = ", ".join(f"{k}={now[k]} (was {before[k]})" for k in changed)
+        raise ValueError(f"{path} was made with other options: {told}; give those, or another output")
 
 
 def _cosine(t: float) -> float:
@@ -201,5 +216,7 @@ def _optimizers(modules: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
-    main(DEFAULTS | {k: type(DEFAULTS[k])(v) for k, v in given.items()})
+    try:
+        main(parse(sys.argv[1:], {k: Option(v, type(v), f"like {v}", "") for k, v in DEFAULTS.items()}))
+    except ValueError as error:
+        sys.exit(f"train: {error}")

@@ -5,14 +5,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from llava_pitome.embedded.questions import Question, ask
 from llava_pitome.embedded.render import coverage, render
-from llava_pitome.embedded.scenes import COLORS, DIGITS, LETTERS, SHAPES, TEXTURES, Scene, scene
+from llava_pitome.embedded.scenes import COLORS, DIGITS, LETTERS, PATCH, SHAPES, SIDE, TEXTURES, Scene, scene
 
 IGNORE = -100
-PATCHES = 196
+GRID = SIDE // PATCH
+PATCHES = GRID**2
 TURNS = 10  # questions asked about a training picture
 HINT = "\nAnswer the question using a single word or phrase."  # as in LLaVA's training data and in lmms-eval
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -35,7 +36,8 @@ class Scenes(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches of pixel_values, patches (B, PATCHES, len(LABELS)), input_ids and labels (B, T)."""
-        for start in self.starts:
+        worker = get_worker_info()  # several take turns, so that batches stay in order
+        for start in self.starts[worker.id :: worker.num_workers] if worker else self.starts:
             scenes = [scene(seed) for seed in range(start, start + self.batch_size)]
             talk = conversations([ask(s, TURNS) for s in scenes], self.tokenizer)
             patches = torch.stack([patch_labels(s) for s in scenes])

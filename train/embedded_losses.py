@@ -8,7 +8,10 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-FEATURES = sum(len(v) + 1 for v in data.LABELS.values())  # one "nothing here" class each
+SIZES = [len(v) + 1 for v in data.LABELS.values()] + [
+    data.GRID,
+    data.GRID,
+]  # classes; row and column come last
 
 
 class Losses:
@@ -16,20 +19,23 @@ class Losses:
 
     def __init__(self, model: LlavaForConditionalGeneration, tokenizer, options: dict):
         self.model, self.options = model, options
-        self.heads = nn.Linear(parts.WIDTH, FEATURES).to(model.device)
+        self.heads = nn.Linear(parts.WIDTH, sum(SIZES)).to(model.device)
         self.words = data.words(tokenizer, model.device)
 
     def patches(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
-        """Cross-entropy of what lies under each patch; objects weigh as much as the background."""
+        """Cross-entropy of what lies under each patch, and of where that is; objects count as much."""
         facts, total = {}, 0.0
-        logits = self.heads(features.float()).split([len(v) + 1 for v in data.LABELS.values()], dim=-1)
+        *logits, rows, columns = self.heads(features.float()).split(SIZES, dim=-1)
+        here = torch.arange(data.PATCHES, device=features.device).repeat(len(features))
+        total = total + F.cross_entropy(rows.flatten(0, 1), here // data.GRID)
+        total = total + F.cross_entropy(columns.flatten(0, 1), here % data.GRID)
         for i, (name, part) in enumerate(zip(data.LABELS, logits, strict=True)):
             target = labels[..., i].flatten()
             each = F.cross_entropy(part.flatten(0, 1), target, reduction="none")
             here = target > 0
             total = total + each[here].mean() + 0.5 * each[~here].mean()
             facts[name] = (part.flatten(0, 1)[here].argmax(-1) == target[here]).float().mean().item()
-        return total / len(data.LABELS), facts
+        return total / len(SIZES), facts
 
     def tower(self, batch: dict) -> tuple[Tensor, dict]:
         """First stage: the tower's features name what lies under each patch."""

@@ -5,6 +5,7 @@ lmms-eval's own `vqav2_val` task and metric then run on it unmodified.
 
 import hashlib
 import io
+import os
 from pathlib import Path
 
 from llava_pitome.embedded import questions, render, scenes
@@ -16,8 +17,10 @@ FILE = "data/validation-00000-of-00001.parquet"
 
 def version() -> str:
     """Eight letters that change when the pictures or questions do."""
-    sources = b"".join(Path(m.__file__).read_bytes() for m in (scenes, render, questions))
-    return hashlib.sha256(sources + f"{PICTURES} {EACH}".encode()).hexdigest()[:8]
+    sources = b"".join(
+        Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in (scenes, render, questions)))
+    )
+    return hashlib.sha256(sources).hexdigest()[:8]
 
 
 def write(folder: Path, pictures: int = PICTURES, each: int = EACH, first_seed: int = 0) -> Path:
@@ -46,7 +49,7 @@ def write(folder: Path, pictures: int = PICTURES, each: int = EACH, first_seed: 
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
+    partial = path.with_suffix(f".{os.getpid()}.part")
     datasets.Dataset.from_list(rows, features=features).to_parquet(partial)
     partial.replace(path)
     return path

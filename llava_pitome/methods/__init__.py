@@ -88,9 +88,12 @@ def check(method: str, parameters: dict) -> None:
         for n, p in inspect.signature(METHODS[method].parents).parameters.items()
         if p.kind is p.KEYWORD_ONLY
     ]
+    own = [name for name in taken if name != "depth"]
     for name in parameters:
         if name not in taken:
-            raise ValueError(f"method {method!r} has no parameter {name!r}; it takes {', '.join(taken)}")
+            raise ValueError(
+                f"method {method!r} has no parameter {name!r}; it takes {', '.join(own) or 'none'}"
+            )
     METHODS[method].parents(
         torch.eye(4).unsqueeze(0), 1, **parameters
     )  # raises on values that it does not take

@@ -70,8 +70,8 @@ ENERGIES = {
 
 def _check(margin: float | None, alpha: float, energy: str) -> None:
     for name, value in (("margin", START if margin is None else margin), ("alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name}={value!r} is not allowed: it must be a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number")
     if energy not in ENERGIES:
         raise ValueError(f"energy={energy!r} is unknown; allowed are {', '.join(ENERGIES)}")
 

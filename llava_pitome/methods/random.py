@@ -23,8 +23,8 @@ def parents(metric: Tensor, remove: int, *, depth: float = 0.0, seed: int = 0) -
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed={seed!r} is not allowed: it must be a whole number from 0")
     count = metric.shape[1]
-    generator = torch.Generator().manual_seed((seed * 1000 + round(depth * 999)) * 100_000 + count)
-    drawn = torch.randperm(count, generator=generator).to(metric.device)
+    generator = torch.Generator("cpu").manual_seed((seed * 1000 + round(depth * 999)) * 100_000 + count)
+    drawn = torch.randperm(count, generator=generator, device="cpu").to(metric.device)
     gone, kept = drawn[:remove].sort().values, drawn[remove:].sort().values
     unit = F.normalize(metric, dim=-1)
     closest = kept[(unit[:, gone] @ unit[:, kept].transpose(1, 2)).argmax(-1)]  # (B, remove)

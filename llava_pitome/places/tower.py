@@ -60,13 +60,10 @@ class TowerMerging:
             config: how to merge.
         """
         self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
-        self.slots: list[Slot | None] = [None] * (feature + 1)
         self._plans: dict[int, tuple[int, ...]] = {}  # lengths by patches
         self._lengths: tuple[int, ...] = ()
-        self._keys: list[Tensor | None] = [None] * feature
-        self._merged: list[Tensor | None] = [None] * feature
-        self._mlp: list[Tensor | None] = [None] * feature
         self._handles: list[RemovableHandle] = []
+        self._forget()
 
     def install(self) -> None:
         """Registers the hooks; prepended, because transformers' own record what the block returns."""
@@ -86,7 +83,14 @@ class TowerMerging:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.slots = [None] * (self.feature + 1)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Empties every place in which a forward pass leaves something."""
+        self.slots: list[Slot | None] = [None] * (self.feature + 1)
+        self._keys: list[Tensor | None] = [None] * self.feature
+        self._merged: list[Tensor | None] = [None] * self.feature
+        self._mlp: list[Tensor | None] = [None] * self.feature
 
     def lengths(self, patches: int) -> tuple[int, ...]:
         """Patches before the first block and after each one, up to the feature layer."""
@@ -169,7 +173,10 @@ class TowerMerging:
         depth = i / len(self.blocks)
         method, parameters = self.config.method_at(depth)
         remove, length = self._lengths[i] - self._lengths[i + 1], self._lengths[i + 1]
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            torch.autocast(x.device.type, enabled=False),
+        ):  # which would match in half precision
             parent = match(metric, remove, method, depth=depth, **parameters)
             order = None
             if self.config.order == "method" and METHODS[method].order is not None:
