@@ -13,7 +13,7 @@ from torch import nn
 from llava_pitome import embedded, llava
 from llava_pitome import processor as placeholders
 from llava_pitome.config import MergeConfig
-from llava_pitome.places.tower import TowerMerging
+from llava_pitome.places.tower import TowerMerging, installed
 
 FIELD = "token_merging"  # of the model's config
 
@@ -67,6 +67,7 @@ def remove(model: nn.Module) -> None:
     model = llava.unwrap(model)
     applied = _applied.pop(model, None)
     if applied is None:
+        _remove_copied(model)
         return
     applied.merging.remove()
     if applied.processor is not None:
@@ -76,6 +77,15 @@ def remove(model: nn.Module) -> None:
     else:
         setattr(model.config, FIELD, applied.before)
     _forget_compiled()
+
+
+def _remove_copied(model: nn.Module) -> None:
+    """Takes the hooks off a model that was copied while it merged."""
+    merging = installed(llava.find(model).blocks)
+    if merging is not None:
+        merging.remove()
+        vars(model.config).pop(FIELD, None)
+        _forget_compiled()
 
 
 @contextmanager

@@ -102,6 +102,23 @@ def test_an_inner_context_gives_the_outer_config_back(model, processor, pictures
     assert arriving() == PATCHES
 
 
+def test_a_copy_of_a_merging_model_merges_by_itself_and_can_be_made_plain(model, pictures):
+    plain = features(model, {"pixel_values": torch.ones(1, 3, 48, 48)})
+    apply(model, MergeConfig(tokens=9))
+    copied = copy.deepcopy(model)
+    remove(model)
+    assert features(copied, {"pixel_values": torch.ones(1, 3, 48, 48)}).shape[1] == 10
+    apply(copied, MergeConfig(tokens=5))
+    assert features(copied, {"pixel_values": torch.ones(1, 3, 48, 48)}).shape[1] == 6
+    remove(copied)
+    again = copy.deepcopy(copied)
+    apply(again, MergeConfig(tokens=9))
+    for one in (copied, copy.deepcopy(again)):
+        remove(one)
+        assert torch.equal(features(one, {"pixel_values": torch.ones(1, 3, 48, 48)}), plain)
+        assert not hasattr(one.config, "token_merging")
+
+
 def test_two_models_merge_each_by_its_own_config(pictures):
     one, two, first, second = make_model(), make_model(seed=1), make_processor(), make_processor()
     with merge_tokens(one, MergeConfig(tokens=9), first), merge_tokens(two, MergeConfig(tokens=4), second):

@@ -209,6 +209,14 @@ class TowerMerging:
         return args, kwargs | {"hidden_states": hidden[:, :1]}
 
 
+def installed(blocks: tuple[Block, ...]) -> TowerMerging | None:
+    """The hooks that are on a tower, or None; a copy of a merging model carries a copy of them."""
+    for hook in blocks[0].layer._forward_pre_hooks.values():
+        if isinstance(hook, partial) and isinstance(getattr(hook.func, "__self__", None), TowerMerging):
+            return hook.func.__self__
+    return None
+
+
 def _recomputing() -> bool:
     """Whether this runs inside a backward pass, where gradient checkpointing runs a block again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
