@@ -100,6 +100,17 @@ def words(tokenizer, device: torch.device) -> list[Tensor]:
     return table
 
 
+def sides(tokenizer, device: torch.device) -> list[Tensor]:
+    """The tokens for where each patch is, up or down and left or right: (PATCHES,) each."""
+    top, bottom, left, right = (
+        tokenizer.encode(f" {word}", add_special_tokens=False)[0]
+        for word in ("top", "bottom", "left", "right")
+    )
+    far = torch.arange(GRID, device=device) >= GRID // 2
+    rows, columns = torch.where(far, bottom, top), torch.where(far, right, left)
+    return [rows.repeat_interleave(GRID), columns.repeat(GRID)]
+
+
 def conversations(asked: list[list[Question]], tokenizer) -> dict[str, Tensor]:
     """Conversations, the picture in the first turn, padded on the right; only answers carry labels."""
     pieces: list[tuple[str, str]] = []

@@ -21,6 +21,7 @@ class Losses:
         self.model, self.options = model, options
         self.heads = nn.Linear(parts.WIDTH, sum(SIZES)).to(model.device)
         self.words = data.words(tokenizer, model.device)
+        self.sides = data.sides(tokenizer, model.device)
 
     def patches(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Cross-entropy of what lies under each patch, and of where that is; objects count as much."""
@@ -93,7 +94,11 @@ class Losses:
 
         LLaVA's own first stage aligns features with words through captions; here the words are known.
         """
-        words = torch.stack([table[labels[..., i]] for i, table in enumerate(self.words)], -1)  # -1: no word
+        words = [
+            table[labels[..., i]] for i, table in enumerate(self.words)
+        ]  # (B, PATCHES) each, -1: no word
+        words += [side.expand(labels.shape[:2]).where(labels[..., 0] > 0, -1) for side in self.sides]
+        words = torch.stack(words, -1)
         embeddings = self.model.get_input_embeddings().weight.float()
         unit = F.rms_norm(projected.float(), projected.shape[-1:])
         log_p = F.log_softmax(unit @ embeddings.T, -1).gather(-1, words.clamp_min(0))
