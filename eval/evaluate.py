@@ -10,8 +10,8 @@ import shutil
 import sqlite3
 import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import results
 import torch
@@ -27,7 +27,7 @@ def run(plan: Plan) -> int:
     first = os.environ.get("RANK", "0") == "0"
     _quiet()
     rows = []
-    with _writing(plan.output):
+    with _Writing(plan.output):
         plan.output.mkdir(parents=True, exist_ok=True)
         if plan.tasks == (EMBEDDED_TASK,) and first:
             dataset.write(plan.embedded_folder())
@@ -120,18 +120,34 @@ def _quiet() -> None:
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-@contextmanager
-def _writing(output: Path):
-    """Names the cause where the disk refuses; the answers so far stay in the cache."""
-    try:
-        yield
-    except (OSError, sqlite3.OperationalError) as error:
-        if isinstance(error, OSError) and error.errno not in REFUSED:
-            raise
-        free = shutil.disk_usage(output if output.exists() else Path.cwd()).free // 2**20
+class _Writing:
+    """Names the cause where the disk refuses, however deep inside a library; the answers so far are kept."""
+
+    def __init__(self, output: Path):
+        self.output = output
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, _kind: type | None, error: BaseException | None, _trace: Any) -> None:
+        refusal = _refusal(error)
+        if refusal is None:
+            return
+        free = shutil.disk_usage(self.output if self.output.exists() else Path.cwd()).free // 2**20
         print(
-            f"eval: cannot write: {error}. {free} MiB are free there. Answers so far are kept in "
-            f"{output / 'cache'}; the same command goes on from them.",
+            f"eval: cannot write: {refusal}. {free} MiB are free there. Answers so far are kept in "
+            f"{self.output / 'cache'}; the same command goes on from them.",
             file=sys.stderr,
         )
         raise SystemExit(1) from error
+
+
+def _refusal(error: BaseException | None) -> BaseException | None:
+    """The disk's own error among an error and its causes."""
+    while error is not None:
+        if isinstance(error, sqlite3.OperationalError) or (
+            isinstance(error, OSError) and error.errno in REFUSED
+        ):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -54,8 +54,8 @@ def _scores(task: str, found: dict) -> dict:
 
 def _mean(scores: list[float]) -> dict:
     """Mean and its standard error, in per cent."""
-    mean = sum(scores) / len(scores)
-    variance = sum((s - mean) ** 2 for s in scores) / max(len(scores) - 1, 1)
+    mean = math.fsum(scores) / len(scores)  # the same for any order, and so for any number of processes
+    variance = math.fsum((s - mean) ** 2 for s in scores) / max(len(scores) - 1, 1)
     return {"mean": 100 * mean, "stderr": 100 * math.sqrt(variance / len(scores)), "samples": len(scores)}
 
 

@@ -65,10 +65,11 @@ def test_answers_agree_with_the_scene(seed):
         if q.text == "How many objects are there?":
             assert q.answer == str(len(seen.things))
         elif q.text.startswith("Is there"):
-            color, shape = words[-2:]
-            assert q.answer == (
-                "yes" if any((t.color, t.shape) == (color, shape) for t in seen.things) else "no"
-            )
+            wanted = set(words[3:]) - {"object"}
+            assert q.answer == ("yes" if any(wanted <= set(vars(t).values()) for t in seen.things) else "no")
+        elif q.text.startswith("Are there more"):
+            counts = [sum(w.startswith(t.shape) for t in seen.things) for w in (words[3], words[5])]
+            assert q.answer == ("yes" if counts[0] > counts[1] else "no")
         elif q.text.startswith("How many") and words[3] == "objects":
             assert q.answer == str(sum(t.color == words[2] for t in seen.things))
         elif q.text.startswith(("What digit", "What letter")):

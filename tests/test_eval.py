@@ -106,10 +106,9 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_the_same(done, tmp_path)
 
 
 def _generated(output: Path) -> int:
-    lines = [
-        line for f in output.glob("cache/journals/*") for line in f.read_text().splitlines(keepends=True)
-    ]
-    return sum(json.loads(line).get("samples", 0) for line in lines if line.endswith("\n"))
+    """Questions answered by the model itself, over all runs."""
+    lines = [line for f in output.glob("cache/journals/*") for line in f.read_text().splitlines()]
+    return sum(json.loads(line).get("samples", 0) for line in lines if line.endswith("}"))
 
 
 def test_two_processes_give_the_score_of_one(done, tmp_path):
@@ -248,7 +247,7 @@ def test_a_half_written_data_file_is_an_error_that_names_it(tmp_path, capsys):
 
 
 def test_a_full_disk_is_an_error_that_keeps_the_answers(done, tmp_path):
-    """A limit on the size of files stands in for the disk: the same refusal, in the middle of the answers."""
+    """A limit on the size of files stands in for the disk: the same refusal, from the same system calls."""
     output = tmp_path / "output"
     dataset.write(tmp_path / "mine", pictures=ASKED // dataset.EACH)
     words = [f"data={tmp_path / 'mine'}", "ratio=0.9", "batch_size=8"]
