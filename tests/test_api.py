@@ -405,7 +405,8 @@ def test_a_compiled_tower_is_compiled_once_for_all_images_of_a_size():
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*language_model.*\.(q_proj|v_proj)"])
 def test_a_model_inside_peft_merges_and_trains(targets, processor, pictures):
-    peft = pytest.importorskip("peft", reason="peft is an extra of its own")
+    import peft
+
     model, plain = make_model(), make_model()
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
     config = MergeConfig(tokens=5)
@@ -427,7 +428,8 @@ def test_a_model_inside_peft_merges_and_trains(targets, processor, pictures):
 
 
 def test_wrapping_into_peft_keeps_the_config_and_remove_finds_the_model(processor, pictures):
-    peft = pytest.importorskip("peft", reason="peft is an extra of its own")
+    import peft
+
     model = make_model()
     apply(model, MergeConfig(tokens=5), processor)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
@@ -463,7 +465,6 @@ def test_data_parallel_is_refused(model):
 def test_a_quantized_language_model_answers_and_its_tower_is_the_plain_one(
     quantization, processor, tmp_path, pictures
 ):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra of its own")
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     shape = make_model().config
