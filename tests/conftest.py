@@ -81,3 +81,11 @@ def pictures() -> list:
     rng = np.random.default_rng(0)
     fields = [rng.integers(0, 255, (n, n, 3), dtype=np.uint8) for n in (3, 4, 6, 12)]
     return [Image.fromarray(f).resize((SIDE, SIDE)) for f in fields]
+
+
+@pytest.fixture
+def saved(model, processor, tmp_path):
+    """A folder with a plain model and its processor."""
+    model.save_pretrained(tmp_path / "plain")
+    processor.save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"

@@ -1,0 +1,39 @@
+"""Prompts, and what a model makes of them, for the tests of whole models."""
+
+import torch
+
+from llava_pitome import MergeConfig
+
+IMAGE, PAD = 4, 3
+RECIPES = [
+    MergeConfig(ratio=0.8),
+    MergeConfig.recipe("released", ratio=0.8),
+    MergeConfig(tokens=5, method="tome"),
+]
+PROMPTS = ["<image> what is this", "a red <image> cat or <image> dog", "what is <image>", "two red cat"]
+
+
+def images_of(prompt, pictures):
+    return pictures[: prompt.count("<image>")]
+
+
+def batch(processor, prompts, pictures):
+    return processor(
+        images=[images_of(p, pictures) for p in prompts], text=prompts, return_tensors="pt", padding=True
+    )
+
+
+def generate(model, inputs, count=6):
+    return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)[
+        :, inputs["input_ids"].shape[1] :
+    ]
+
+
+def single(processor, prompt, pictures):
+    return processor(images=images_of(prompt, pictures) or None, text=prompt, return_tensors="pt")
+
+
+def features(model, inputs):
+    with torch.no_grad():
+        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=True)
+    return out.hidden_states[model.config.vision_feature_layer]
