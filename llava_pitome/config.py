@@ -102,7 +102,7 @@ class MergeConfig:
         check(self.method, self.parameters)
         if "depth" in self.parameters:
             raise ValueError("parameters may not hold 'depth': the layer sets it")
-        if self.order == "method" and METHODS[self.method].order is None:
+        if self.order == "method" and METHODS[self.method].ordered is None:
             raise ValueError(
                 f"order='method' is not allowed: method {self.method!r} defines no order of its own"
             )

@@ -5,7 +5,7 @@ Shapes: B images, N tokens before, M tokens after, D channels.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,14 @@ class Plan(NamedTuple):
     Attributes:
         slot: (B, N) output position of each input token, in range(length).
         length: M, the tokens that survive, the same for every image of the batch.
+        kept: (B, M) the survivor that stands at each output position.
+        gone: (B, N - M) the tokens that fold into another.
     """
 
     slot: Tensor
     length: int
+    kept: Tensor
+    gone: Tensor
 
 
 def plan(parent: Tensor, length: int, order: Tensor | None = None) -> Plan:
@@ -30,34 +34,83 @@ def plan(parent: Tensor, length: int, order: Tensor | None = None) -> Plan:
     asked.
     """
     here = torch.arange(parent.shape[1], device=parent.device)
-    survives = parent == here  # (B, N)
-    if order is None:
-        rank = survives.cumsum(1) - 1
-    else:
-        key = order.masked_fill(~survives, order.shape[1])  # the merged ones behind every survivor
-        rank = key.argsort(dim=1, stable=True).argsort(dim=1)
-    return Plan(rank.gather(1, parent), length)
+    goes = parent != here  # (B, N)
+    key = goes.to(torch.uint8) if order is None else order.masked_fill(goes, order.shape[1])
+    laid = key.argsort(dim=1, stable=True)  # survivors in front
+    rank = torch.empty_like(laid).scatter_(1, laid, here.expand_as(laid))
+    return Plan(rank.gather(1, parent), length, laid[:, :length], laid[:, length:])
 
 
 def merge(x: Tensor, size: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Average the tokens (B, N, D) that share a slot, weighted by the patches (B, N) they stand for.
 
     Returns the merged tokens (B, M, D) in the dtype of `x` and their sizes (B, M). Sums run in float32 at
-    least: a slot can collect hundreds of half-precision tokens.
+    least: a slot can collect hundreds of half-precision tokens. The result does not depend on the order in
+    which a GPU's threads come by: no float is added by scattered atomics.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = size.to(wide)
+    weight = size.to(torch.promote_types(x.dtype, torch.float32))
+    # whole numbers, whose sum in floats is exact in every order
     total = weight.new_zeros(x.shape[0], plan.length).scatter_add(1, plan.slot, weight)  # (B, M)
     share = weight / total.gather(1, plan.slot)  # (B, N), exactly 1 for a token that stays alone
-    index = plan.slot.unsqueeze(-1).expand_as(x)
-    merged = x.new_zeros(x.shape[0], plan.length, x.shape[2], dtype=wide)
-    merged = merged.scatter_add(1, index, x.to(wide) * share.unsqueeze(-1))
-    return merged.to(x.dtype), total.to(size.dtype)
+    return _Average.apply(x, share, plan), total.to(size.dtype)
+
+
+class _Average(torch.autograd.Function):
+    """The sum over each slot of share times token, in which only slots that collect several are computed.
+
+    Survivors are copied, which is most of the work; then the slots that `gone` tokens fold into are written
+    over with their sums, one small matrix product an image: R = N - M rows instead of N.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: Tensor, plan: Plan) -> Tensor:
+        """(B, N, D), (B, N) to (B, M, D)."""
+        ctx.save_for_backward(share, plan.slot)
+        out = rows(x, plan.kept)
+        if not plan.gone.shape[1]:
+            return out
+        target = plan.slot.gather(1, plan.gone)  # (B, R) slots that collect, some of them several times
+        heir = plan.kept.gather(1, target)  # (B, R) the survivors of these slots
+        together = target.unsqueeze(2) == target.unsqueeze(1)  # (B, R, R)
+        weights = together * share.gather(1, plan.gone).unsqueeze(1)
+        wide = share.dtype
+        summed = rows(x, heir).to(wide) * share.gather(1, heir).unsqueeze(2)
+        summed = summed + torch.bmm(weights, rows(x, plan.gone).to(wide))  # (B, R, D), alike where target is
+        flat = _flat(target, out.shape[1])
+        out.view(-1, x.shape[2]).index_put_((flat,), summed.to(x.dtype).view(-1, x.shape[2]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Each token is given its slot's gradient by its share."""
+        share, slot = ctx.saved_tensors
+        return (rows(grad, slot) * share.unsqueeze(2)).to(grad.dtype), None, None
+
+
+def widen(plan: Plan, front: int) -> Plan:
+    """The plan of a sequence that has `front` further tokens before these, which stay where they are."""
+    if not front:
+        return plan
+    ahead = torch.arange(front, device=plan.slot.device).expand(plan.slot.shape[0], -1)
+    slot, kept = (torch.cat([ahead, index + front], 1) for index in (plan.slot, plan.kept))
+    return Plan(slot, plan.length + front, kept, plan.gone + front)
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens at `index` (B, K) of x (B, N, D): (B, K, D). As one flat index_select: gather is far slower."""
+    picked = x.reshape(-1, x.shape[2]).index_select(0, _flat(index, x.shape[1]))
+    return picked.view(*index.shape, x.shape[2])
+
+
+def _flat(index: Tensor, count: int) -> Tensor:
+    """Positions (B, K) within rows of `count` as positions (B * K,) within all rows."""
+    start = torch.arange(0, len(index) * count, count, device=index.device)
+    return (index + start.unsqueeze(1)).view(-1)
 
 
 def unmerge(x: Tensor, plan: Plan) -> Tensor:
     """Gives every input token what its slot holds: (B, M, D) back to (B, N, D)."""
-    return x.gather(1, plan.slot.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    return rows(x, plan.slot)
 
 
 def trace(plans: Sequence[Plan]) -> Tensor:
@@ -79,7 +132,6 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     return size.log().to(dtype)[:, None, None, :]
 
 
-def compose(first: Tensor, second: Tensor, plan: Plan) -> Tensor:
-    """One parent (B, N) for two merges: `second` (B, M) was matched on what `first` left under `plan`."""
-    survivors = torch.zeros_like(second).scatter(1, plan.slot, first)  # (B, M) which token each slot is
-    return survivors.gather(1, second).gather(1, plan.slot)
+def compose(second: Tensor, plan: Plan) -> Tensor:
+    """One parent (B, N) for two merges: `second` (B, M) was matched on what `plan` left."""
+    return plan.kept.gather(1, second).gather(1, plan.slot)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import LAYERS, PATCHES, make_model, make_processor
@@ -26,8 +28,11 @@ def test_merging_costs_little_more_than_the_formula_and_far_less_than_the_plain_
     lengths = merging.lengths(PATCHES)
     formula = closed_form(model, lengths, inputs.input_ids.shape[1] - lengths[-1])
     assert (merged.projector, merged.llm) == (formula.projector, formula.llm)
-    matching = merged.tower - formula.tower  # one similarity matrix a layer, of keys averaged over heads
-    assert matching == sum(2 * n * n * 8 for n in lengths[:-1])
+    overhead = merged.tower - formula.tower
+    gone = [before - after for before, after in pairwise(lengths)]
+    similarities = sum(2 * n * n * 8 for n in lengths[:-1])  # of keys averaged over heads: 8 channels
+    joining = sum(2 * r * r * (8 + 32) for r in gone)  # who joins whom, and the sums of those who join
+    assert overhead == similarities + joining
     assert merged.total < 0.6 * plain.total
 
 

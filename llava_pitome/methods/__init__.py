@@ -20,16 +20,16 @@ class Method(NamedTuple):
 
     Attributes:
         parents: (metric (B, N, D), remove <= N // 2, depth=..., **parameters) to parent (B, N).
-        order: the same arguments to ranks (B, N) of the survivors, for methods whose authors do not keep
-            raster order.
+        ordered: the same arguments to `parents` and ranks (B, N) of the survivors, for methods whose authors
+            do not keep raster order.
     """
 
     parents: Callable[..., Tensor]
-    order: Callable[..., Tensor] | None = None
+    ordered: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 METHODS: dict[str, Method] = {
-    "pitome": Method(pitome.parents, pitome.order),
+    "pitome": Method(pitome.parents, pitome.ordered),
     "tome": Method(tome.parents),
     "random": Method(random.parents),
 }
@@ -61,6 +61,15 @@ def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -
     return match(metric, remove, method, **parameters)
 
 
+def ordered(metric: Tensor, remove: int, method: str, **parameters) -> tuple[Tensor, Tensor | None]:
+    """`match`, and the ranks (B, N) in which the method's authors lay survivors out, None for raster order."""
+    find, half = METHODS[method].ordered, metric.shape[1] // 2
+    if find is None:
+        return match(metric, remove, method, **parameters), None
+    parent, rank = find(metric, min(remove, half), **parameters)
+    return (parent if remove <= half else match(metric, remove, method, **parameters)), rank
+
+
 def match(metric: Tensor, remove: int, method: str, **parameters) -> Tensor:
     """`parents` without its checks, for callers whose config was checked."""
     count = metric.shape[1]
@@ -72,7 +81,7 @@ def match(metric: Tensor, remove: int, method: str, **parameters) -> Tensor:
     while remove:
         step = min(remove, metric.shape[1] // 2)
         later = METHODS[method].parents(metric, step, **parameters)
-        parent = compose(parent, later, laid)
+        parent = compose(later, laid)
         metric, size = merge(metric, size, plan(later, metric.shape[1] - step))
         laid = plan(parent, metric.shape[1])
         remove -= step

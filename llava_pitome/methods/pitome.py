@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+BLOCK = {
+    True: 2**18,
+    False: 2**26,
+}  # similarities in a block, on CPUs (1 MiB, half a core's L2) and elsewhere
+SMALL = 2**17  # up to here one block serves
 START = 0.9  # the margin at depth 0; it falls to 0 at the last layer (section 3.2)
 
 
@@ -32,40 +37,75 @@ def parents(
     Raises:
         ValueError: a margin or alpha that is no number, an unknown energy.
     """
+    return ordered(metric, remove, depth=depth, margin=margin, alpha=alpha, energy=energy)[0]
+
+
+def ordered(
+    metric: Tensor,
+    remove: int,
+    *,
+    depth: float = 0.0,
+    margin: float | None = None,
+    alpha: float = 1.0,
+    energy: str = "eq4",
+) -> tuple[Tensor, Tensor]:
+    """`parents`, and ranks (B, N) that lay survivors out as the authors do: protected by energy, then merged."""
     _check(margin, alpha, energy)
-    similarity = cosine(metric)
-    order = _crowded_first(similarity, depth, margin, alpha, energy)
-    a, b = order[:, : 2 * remove : 2], order[:, 1 : 2 * remove : 2]  # (B, remove) each
-    rows = similarity.gather(1, a.unsqueeze(-1).expand(-1, -1, similarity.shape[2]))
-    closest = _first_max(rows.gather(2, b.unsqueeze(1).expand(-1, remove, -1)), b)
-    parent = torch.arange(metric.shape[1], device=metric.device).repeat(metric.shape[0], 1)
-    return parent.scatter(1, a, closest)
-
-
-def order(metric: Tensor, remove: int, **parameters) -> Tensor:
-    """Ranks (B, N) that lay survivors out as the authors do: protected by energy, then merged.
-
-    Takes what `parents` takes.
-    """
-    down = _crowded_first(cosine(metric), **parameters)
-    return (down.argsort(dim=1) - 2 * remove) % metric.shape[1]
-
-
-def cosine(metric: Tensor) -> Tensor:
-    """Cosine similarity of every pair of tokens: (B, N, D) to (B, N, N)."""
     unit = F.normalize(metric, dim=-1)
-    return unit @ unit.transpose(1, 2)
+    m = START * (1 - depth) if margin is None else margin
+    down = mean_energy(unit, m, alpha, energy).argsort(dim=1, descending=True, stable=True)
+    a, b = down[:, : 2 * remove : 2], down[:, 1 : 2 * remove : 2].sort(1).values  # (B, remove) each
+    scores = _rows(unit, a) @ _rows(unit, b).transpose(1, 2)  # (B, remove, remove)
+    closest = b.gather(1, scores.argmax(-1))  # the first of equals, the lowest index since b is sorted
+    here = torch.arange(metric.shape[1], device=metric.device).expand_as(down)
+    rank = torch.empty_like(down).scatter_(1, down, (here - 2 * remove) % metric.shape[1])
+    return here.scatter(1, a, closest), rank
 
 
-def mean_energy(similarity: Tensor, margin: float, alpha: float = 1.0, energy: str = "eq4") -> Tensor:
-    """Energy of every token (B, N): high inside a large cluster, low where a token stands alone (eq. 4)."""
-    return ENERGIES[energy](similarity, margin, alpha).mean(-1)
+def mean_energy(unit: Tensor, margin: float, alpha: float = 1.0, energy: str = "eq4") -> Tensor:
+    """Energy of every token (B, N): high inside a large cluster, low where a token stands alone (eq. 4).
+
+    Similarities are worked through in blocks of rows, each of which stays in a CPU's cache.
+
+    Args:
+        unit: (B, N, D) tokens of length 1.
+        margin: m.
+        alpha: how strongly similarities below the margin count.
+        energy: a name in ENERGIES.
+    """
+    other = unit.transpose(1, 2)
+    blocks = unit.split(_rows_at_a_time(unit), 1)
+    return torch.cat([ENERGIES[energy](block @ other, margin, alpha) for block in blocks], 1)
 
 
-ENERGIES = {
-    "eq4": lambda x, m, alpha: torch.where(x >= m, x, alpha * torch.expm1(x - m)),
-    "elu": lambda x, m, alpha: F.elu(x - m, alpha),
+def _mean_below(x: Tensor, m: float, alpha: float) -> Tensor:
+    """The mean of alpha (exp(x - m) - 1) where x < m, and of 0 elsewhere."""
+    return alpha * (x.clamp(max=m).exp_().mean(-1) * torch.e**-m - 1)
+
+
+ENERGIES = {  # similarities (B, K, N) to energies (B, K); sums taken apart, so that no mask is written
+    "eq4": lambda x, m, alpha: F.threshold(x, _before(m, x.dtype), 0.0).mean(-1) + _mean_below(x, m, alpha),
+    "elu": lambda x, m, alpha: x.clamp(min=m).mean(-1) - m + _mean_below(x, m, alpha),
 }
+
+
+@torch.compiler.assume_constant_result
+def _before(m: float, dtype: torch.dtype) -> float:
+    """The number in front of m: F.threshold passes what lies above its bound, eq. 4 what is at m too."""
+    return torch.nextafter(torch.tensor(m, dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)).item()
+
+
+def _rows(unit: Tensor, index: Tensor) -> Tensor:
+    """The tokens at `index` (B, K): (B, K, D)."""
+    return unit.gather(1, index.unsqueeze(-1).expand(-1, -1, unit.shape[2]))
+
+
+def _rows_at_a_time(unit: Tensor) -> int:
+    """Rows of the (B, N, N) similarities to look at together: a third, and no more than a block's worth."""
+    batch, count, _ = unit.shape
+    if batch * count * count <= SMALL:
+        return count
+    return max(min(count // 3, BLOCK[unit.device.type == "cpu"] // (batch * count)), 1)
 
 
 def _check(margin: float | None, alpha: float, energy: str) -> None:
@@ -74,25 +114,3 @@ def _check(margin: float | None, alpha: float, energy: str) -> None:
             raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number")
     if energy not in ENERGIES:
         raise ValueError(f"energy={energy!r} is unknown; allowed are {', '.join(ENERGIES)}")
-
-
-def _crowded_first(
-    similarity: Tensor,
-    depth: float = 0.0,
-    margin: float | None = None,
-    alpha: float = 1.0,
-    energy: str = "eq4",
-) -> Tensor:
-    """Token indices (B, N) by falling energy."""
-    m = START * (1 - depth) if margin is None else margin
-    return mean_energy(similarity, m, alpha, energy).argsort(dim=1, descending=True, stable=True)
-
-
-def _first_max(scores: Tensor, index: Tensor) -> Tensor:
-    """Per row of `scores` (B, A, M), the entry of `index` (B, M) that scores highest: (B, A).
-
-    The lowest entry of equals, which argmax does not promise once the columns are sorted by energy.
-    """
-    best = scores.amax(-1, keepdim=True)
-    candidates = index.unsqueeze(1).masked_fill(scores < best, torch.iinfo(index.dtype).max)
-    return candidates.amin(-1)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.merging import Plan, merge, plan, size_bias
-from llava_pitome.methods import METHODS, match
+from llava_pitome.merging import Plan, merge, plan, size_bias, widen
+from llava_pitome.methods import match, ordered
 
 
 class Block(NamedTuple):
@@ -130,7 +130,8 @@ class TowerMerging:
     def _keep_keys(self, i: int, _module: nn.Module, _args: tuple, keys: Tensor) -> None:
         """Behind the key projection: one key a token, the mean over the heads."""
         if self._merges(i):
-            self._keys[i] = keys.detach().float().unflatten(-1, (self.blocks[i].heads, -1)).mean(-2)
+            heads = keys.detach().unflatten(-1, (self.blocks[i].heads, -1))
+            self._keys[i] = heads.mean(-2, dtype=torch.promote_types(keys.dtype, torch.float32))
 
     def _before_mlp(self, i: int, _module: nn.Module, args: tuple) -> tuple | None:
         """In front of the norm: what goes into the MLP is merged."""
@@ -164,35 +165,39 @@ class TowerMerging:
 
     def _merge(self, i: int, x: Tensor) -> Tensor:
         """Merges x (B, T, D) at block i and writes slot i + 1."""
-        head, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
-        metric = (
-            patches.detach().float()
-            if self.config.metric == "hidden"
-            else self._keys[i][:, self.class_tokens :]
-        )
-        depth = i / len(self.blocks)
-        method, parameters = self.config.method_at(depth)
-        remove, length = self._lengths[i] - self._lengths[i + 1], self._lengths[i + 1]
-        with (
-            torch.no_grad(),
-            torch.autocast(x.device.type, enabled=False),
-        ):  # which would match in half precision
-            parent = match(metric, remove, method, depth=depth, **parameters)
-            order = None
-            if self.config.order == "method" and METHODS[method].order is not None:
-                order = METHODS[method].order(metric, remove, depth=depth, **parameters)
-            laid = plan(parent, length, order)
+        if self.config.metric == "hidden":
+            metric = x[:, self.class_tokens :].detach().float()
+        else:
+            metric = self._keys[i][:, self.class_tokens :]
+        laid = self._match(i, metric)
         if _recomputing() and not self._same(i, laid):
             raise RuntimeError(
                 "gradient checkpointing ran a block again after another forward pass changed what merges; "
                 "with checkpointing on, go backward before the next forward"
             )
         size = self.slots[i].size.to(x.device)
-        merged, sizes = merge(patches, size if self.config.size_weighted else torch.ones_like(size), laid)
+        weight = nn.functional.pad(size, (self.class_tokens, 0), value=1)
         if not self.config.size_weighted:
-            sizes = torch.zeros_like(sizes).scatter_add(1, laid.slot, size)
+            weight = torch.ones_like(weight)
+        merged, sizes = merge(x, weight, widen(laid, self.class_tokens))
+        if self.config.size_weighted:
+            sizes = sizes[:, self.class_tokens :]
+        else:
+            sizes = size.new_zeros(len(size), laid.length).scatter_add(1, laid.slot, size)
         self.slots[i + 1] = Slot(sizes, laid)
-        return torch.cat([head, merged], 1)
+        return merged
+
+    @torch.no_grad()
+    def _match(self, i: int, metric: Tensor) -> Plan:
+        """Who merges at block i, by the metric (B, N, D)."""
+        depth = i / len(self.blocks)
+        method, parameters = self.config.method_at(depth)
+        remove, length = self._lengths[i] - self._lengths[i + 1], self._lengths[i + 1]
+        with torch.autocast(metric.device.type, enabled=False):  # which would match in half precision
+            if self.config.order == "method":
+                parent, order = ordered(metric, remove, method, depth=depth, **parameters)
+                return plan(parent, length, order)
+            return plan(match(metric, remove, method, depth=depth, **parameters), length)
 
     def _same(self, i: int, laid: Plan) -> bool:
         """Whether the last forward pass merged alike at block i."""
