@@ -29,7 +29,9 @@ class _Applied(NamedTuple):
 _applied: WeakKeyDictionary[nn.Module, _Applied] = WeakKeyDictionary()
 
 
-def apply(model: nn.Module, config: MergeConfig, processor: Any = None) -> TowerMerging:
+def apply(
+    model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool = True
+) -> TowerMerging:
     """Makes a model merge its visual tokens, from the next forward pass until `remove`.
 
     The model is touched through hooks only. A config that was applied before is replaced, unless this raises.
@@ -40,6 +42,8 @@ def apply(model: nn.Module, config: MergeConfig, processor: Any = None) -> Tower
         config: how to merge; saved as `model.config.token_merging`.
         processor: the model's processor, which then writes as many <image> placeholders as tokens arrive.
             Without it the caller has to.
+        kernels: let this package's kernels compute what they are faster at (docs/performance.md); False
+            leaves everything to the model's own attention and plain PyTorch.
 
     Returns:
         The hooks; `plans()` tells after a forward pass which patches became which token.
@@ -51,7 +55,7 @@ def apply(model: nn.Module, config: MergeConfig, processor: Any = None) -> Tower
     llava.check(parts, config)
     if processor is not None:
         placeholders.check(processor, parts.patch_size)
-    merging = TowerMerging(parts.blocks, parts.feature, parts.class_tokens, config)
+    merging = TowerMerging(parts.blocks, parts.feature, parts.class_tokens, config, kernels and parts.sdpa)
     remove(model)  # from here on nothing can fail
     if processor is not None:
         placeholders.fit(processor, partial(config.tokens_at, layers=parts.feature))
@@ -89,16 +93,18 @@ def _remove_copied(model: nn.Module) -> None:
 
 
 @contextmanager
-def merge_tokens(model: nn.Module, config: MergeConfig, processor: Any = None) -> Iterator[TowerMerging]:
+def merge_tokens(
+    model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool = True
+) -> Iterator[TowerMerging]:
     """`apply` for a with block; what was applied before comes back, also when it raises."""
     outer = _applied.get(llava.unwrap(model))
-    merging = apply(model, config, processor)
+    merging = apply(model, config, processor, kernels=kernels)
     try:
         yield merging
     finally:
         remove(model)
         if outer is not None:
-            apply(model, outer.merging.config, outer.processor)
+            apply(model, outer.merging.config, outer.processor, kernels=outer.merging.kernels)
 
 
 def load(

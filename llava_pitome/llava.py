@@ -37,6 +37,7 @@ class Parts(NamedTuple):
         class_tokens: tokens in front of the patches, 0 or 1.
         patch_size: pixels across one patch.
         patches: patches of an image at the tower's own size.
+        sdpa: whether the tower's attention is left to torch, so that a kernel may be chosen for it.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Parts(NamedTuple):
     class_tokens: int
     patch_size: int
     patches: int
+    sdpa: bool
 
 
 def find(model: nn.Module) -> Parts:
@@ -66,8 +68,9 @@ def find(model: nn.Module) -> Parts:
     layers = getattr(tower, "vision_model", tower).encoder.layers
     blocks = tuple(_block(layer) for layer in layers)
     feature = len(blocks) if tower is model else _feature(model.config.vision_feature_layer, len(blocks))
+    sdpa = tower.config._attn_implementation == "sdpa"
     size, patch = tower.config.image_size, tower.config.patch_size
-    return Parts(model, tower, blocks, feature, CLASS_TOKENS[kind], patch, (size // patch) ** 2)
+    return Parts(model, tower, blocks, feature, CLASS_TOKENS[kind], patch, (size // patch) ** 2, sdpa)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -138,8 +141,10 @@ def _dtype(wanted: Any, config: Any) -> Any:
 
 
 def _block(layer: nn.Module) -> Block:
-    attention = layer.self_attn
-    return Block(layer, attention.k_proj, attention.num_heads, layer.layer_norm2, layer.mlp)
+    a = layer.self_attn
+    return Block(
+        layer, a, a.q_proj, a.k_proj, a.v_proj, a.out_proj, a.num_heads, layer.layer_norm2, layer.mlp
+    )
 
 
 def _feature(index: int | list[int], count: int) -> int:

@@ -52,33 +52,37 @@ def merge(x: Tensor, size: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     # whole numbers, whose sum in floats is exact in every order
     total = weight.new_zeros(x.shape[0], plan.length).scatter_add(1, plan.slot, weight)  # (B, M)
     share = weight / total.gather(1, plan.slot)  # (B, N), exactly 1 for a token that stays alone
-    return _Average.apply(x, share, plan), total.to(size.dtype)
+    average = _Average.apply if x.requires_grad else _average
+    return average(x, share, plan), total.to(size.dtype)
 
 
-class _Average(torch.autograd.Function):
-    """The sum over each slot of share times token, in which only slots that collect several are computed.
+def _average(x: Tensor, share: Tensor, plan: Plan) -> Tensor:
+    """The sum over each slot of share (B, N) times token (B, N, D), computed for slots that collect several.
 
     Survivors are copied, which is most of the work; then the slots that `gone` tokens fold into are written
     over with their sums, one small matrix product an image: R = N - M rows instead of N.
     """
+    out = rows(x, plan.kept)  # (B, M, D)
+    if not plan.gone.shape[1]:
+        return out
+    target = plan.slot.gather(1, plan.gone)  # (B, R) slots that collect, some of them several times
+    heir = plan.kept.gather(1, target)  # (B, R) the survivors of these slots
+    weights = (target.unsqueeze(2) == target.unsqueeze(1)) * share.gather(1, plan.gone).unsqueeze(1)
+    own = rows(x, heir).to(share.dtype) * share.gather(1, heir).unsqueeze(2)
+    summed = torch.baddbmm(own, weights, rows(x, plan.gone).to(share.dtype))  # (B, R, D)
+    where = _flat(target, out.shape[1])  # the same slot twice is written the same sum twice
+    out.view(-1, x.shape[2]).index_put_((where,), summed.to(x.dtype).view(-1, x.shape[2]))
+    return out
+
+
+class _Average(torch.autograd.Function):
+    """`_average` with its gradient; torch's own would count a slot that is written twice twice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: Tensor, plan: Plan) -> Tensor:
         """(B, N, D), (B, N) to (B, M, D)."""
         ctx.save_for_backward(share, plan.slot)
-        out = rows(x, plan.kept)
-        if not plan.gone.shape[1]:
-            return out
-        target = plan.slot.gather(1, plan.gone)  # (B, R) slots that collect, some of them several times
-        heir = plan.kept.gather(1, target)  # (B, R) the survivors of these slots
-        together = target.unsqueeze(2) == target.unsqueeze(1)  # (B, R, R)
-        weights = together * share.gather(1, plan.gone).unsqueeze(1)
-        wide = share.dtype
-        summed = rows(x, heir).to(wide) * share.gather(1, heir).unsqueeze(2)
-        summed = summed + torch.bmm(weights, rows(x, plan.gone).to(wide))  # (B, R, D), alike where target is
-        flat = _flat(target, out.shape[1])
-        out.view(-1, x.shape[2]).index_put_((flat,), summed.to(x.dtype).view(-1, x.shape[2]))
-        return out
+        return _average(x, share, plan)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -97,13 +101,15 @@ def widen(plan: Plan, front: int) -> Plan:
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens at `index` (B, K) of x (B, N, D): (B, K, D). As one flat index_select: gather is far slower."""
+    """The tokens at `index` (B, K) of x (B, N, D): (B, K, D). One flat index_select: gather is far slower."""
     picked = x.reshape(-1, x.shape[2]).index_select(0, _flat(index, x.shape[1]))
     return picked.view(*index.shape, x.shape[2])
 
 
 def _flat(index: Tensor, count: int) -> Tensor:
     """Positions (B, K) within rows of `count` as positions (B * K,) within all rows."""
+    if len(index) == 1:
+        return index.view(-1)
     start = torch.arange(0, len(index) * count, count, device=index.device)
     return (index + start.unsqueeze(1)).view(-1)
 

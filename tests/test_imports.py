@@ -11,11 +11,13 @@ import llava_pitome
 
 PACKAGE = Path(llava_pitome.__file__).parent
 ORDER = (
-    ("schedule", "merging"),
+    ("kernels",),
+    ("schedule", "merging", "kernels.attention"),
     ("methods.pitome", "methods.tome", "methods.random"),
     ("methods",),
     ("config", "spectral"),
     ("places",),
+    ("places.attention",),
     ("places.tower", "places.prefix", "places.decoder"),
     ("llava", "processor"),
     ("embedded.scenes",),

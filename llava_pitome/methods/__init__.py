@@ -62,7 +62,7 @@ def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -
 
 
 def ordered(metric: Tensor, remove: int, method: str, **parameters) -> tuple[Tensor, Tensor | None]:
-    """`match`, and the ranks (B, N) in which the method's authors lay survivors out, None for raster order."""
+    """`match`, and the ranks (B, N) in which the method's authors lay survivors out; None: raster."""
     find, half = METHODS[method].ordered, metric.shape[1] // 2
     if find is None:
         return match(metric, remove, method, **parameters), None

@@ -49,7 +49,7 @@ def ordered(
     alpha: float = 1.0,
     energy: str = "eq4",
 ) -> tuple[Tensor, Tensor]:
-    """`parents`, and ranks (B, N) that lay survivors out as the authors do: protected by energy, then merged."""
+    """`parents`, and ranks (B, N) that lay survivors out as the authors do: by energy, merged ones last."""
     _check(margin, alpha, energy)
     unit = F.normalize(metric, dim=-1)
     m = START * (1 - depth) if margin is None else margin
@@ -74,8 +74,10 @@ def mean_energy(unit: Tensor, margin: float, alpha: float = 1.0, energy: str = "
         energy: a name in ENERGIES.
     """
     other = unit.transpose(1, 2)
-    blocks = unit.split(_rows_at_a_time(unit), 1)
-    return torch.cat([ENERGIES[energy](block @ other, margin, alpha) for block in blocks], 1)
+    step = _rows_at_a_time(unit)
+    if step >= unit.shape[1]:
+        return ENERGIES[energy](unit @ other, margin, alpha)
+    return torch.cat([ENERGIES[energy](rows @ other, margin, alpha) for rows in unit.split(step, 1)], 1)
 
 
 def _mean_below(x: Tensor, m: float, alpha: float) -> Tensor:
@@ -101,11 +103,11 @@ def _rows(unit: Tensor, index: Tensor) -> Tensor:
 
 
 def _rows_at_a_time(unit: Tensor) -> int:
-    """Rows of the (B, N, N) similarities to look at together: a third, and no more than a block's worth."""
+    """Rows of the (B, N, N) similarities to look at together: half of them, and no more than a block."""
     batch, count, _ = unit.shape
     if batch * count * count <= SMALL:
         return count
-    return max(min(count // 3, BLOCK[unit.device.type == "cpu"] // (batch * count)), 1)
+    return max(min(-(-count // 2), BLOCK[unit.device.type == "cpu"] // (batch * count)), 1)
 
 
 def _check(margin: float | None, alpha: float, energy: str) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
+from llava_pitome.kernels.attention import pays
 from llava_pitome.merging import Plan, merge, plan, size_bias, widen
 from llava_pitome.methods import match, ordered
+from llava_pitome.places.attention import OwnAttention
 
 
 class Block(NamedTuple):
@@ -23,14 +25,22 @@ class Block(NamedTuple):
 
     Attributes:
         layer: the whole block, (hidden (B, T, D), attention mask or None, ...) to hidden.
-        keys: the projection whose output (B, T, D) is the attention keys.
+        attention: its attention, (hidden (B, T, D), mask or None, ...) to (hidden, weights or None).
+        queries: the projection to queries (B, T, D).
+        keys: the projection to keys.
+        values: the projection to values.
+        out: the projection behind the attention.
         heads: number of attention heads.
         norm: the norm in front of the MLP.
         mlp: the MLP, without its residual.
     """
 
     layer: nn.Module
+    attention: nn.Module
+    queries: nn.Module
     keys: nn.Module
+    values: nn.Module
+    out: nn.Module
     heads: int
     norm: nn.Module
     mlp: nn.Module
@@ -50,7 +60,14 @@ class TowerMerging:
         slots: one per block up to the feature layer, and one behind it.
     """
 
-    def __init__(self, blocks: tuple[Block, ...], feature: int, class_tokens: int, config: MergeConfig):
+    def __init__(
+        self,
+        blocks: tuple[Block, ...],
+        feature: int,
+        class_tokens: int,
+        config: MergeConfig,
+        kernels: bool = False,
+    ):
         """Prepares hooks for `blocks`; features are read behind block `feature` - 1.
 
         Args:
@@ -58,8 +75,13 @@ class TowerMerging:
             feature: number of blocks whose output counts; those behind it feed nothing.
             class_tokens: tokens in front of the patches that never merge, 0 or 1.
             config: how to merge.
+            kernels: compute with this package's kernels where they are faster.
         """
         self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
+        self.kernels = kernels
+        self._own = [
+            OwnAttention(b.attention, (b.queries, b.keys, b.values), b.out, b.heads) for b in blocks[:feature]
+        ]
         self._plans: dict[int, tuple[int, ...]] = {}  # lengths by patches
         self._lengths: tuple[int, ...] = ()
         self._handles: list[RemovableHandle] = []
@@ -72,6 +94,8 @@ class TowerMerging:
             self._on(block.layer.register_forward_hook(partial(self._leave, i), prepend=True))
             if self.config.metric == "keys":
                 self._on(block.keys.register_forward_hook(partial(self._keep_keys, i)))
+            if self.kernels:
+                self._handles += self._own[i].install()
             if self.config.site == "attention":
                 self._on(block.norm.register_forward_pre_hook(partial(self._before_mlp, i)))
                 self._on(block.mlp.register_forward_hook(partial(self._after_mlp, i)))
@@ -91,6 +115,8 @@ class TowerMerging:
         self._keys: list[Tensor | None] = [None] * self.feature
         self._merged: list[Tensor | None] = [None] * self.feature
         self._mlp: list[Tensor | None] = [None] * self.feature
+        for own in self._own:
+            own.stop()
 
     def lengths(self, patches: int) -> tuple[int, ...]:
         """Patches before the first block and after each one, up to the feature layer."""
@@ -117,15 +143,31 @@ class TowerMerging:
             self.slots[0] = Slot(torch.ones(hidden.shape[0], count, device=hidden.device))
         if not self._merges(i):
             self.slots[i + 1] = Slot(self.slots[i].size)
-        if not self.config.proportional or self._lengths[i] == self._lengths[0]:
-            return None
-        bias = size_bias(self.slots[i].size.to(hidden.device), hidden.dtype)
-        bias = nn.functional.pad(bias, (self.class_tokens, 0))  # log 1 for the class token
+        weighted = self.config.proportional and self._lengths[i] != self._lengths[0]
         mask = rest[0] if rest else kwargs.get("attention_mask")
-        bias = bias if mask is None else mask + bias
-        if rest:
-            return (hidden, bias, *rest[1:]), kwargs
-        return args, kwargs | {"attention_mask": bias}
+        self._own[i].stop()
+        if self._attends_here(hidden, mask):
+            self._own[i].start(self._whole(self.slots[i].size) if weighted else None)
+        elif weighted:
+            bias = size_bias(self._whole(self.slots[i].size.to(hidden.device)), hidden.dtype)
+            bias = bias if mask is None else mask + bias
+            return ((hidden, bias, *rest[1:]), kwargs) if rest else (args, kwargs | {"attention_mask": bias})
+        return None
+
+    def _attends_here(self, hidden: Tensor, mask: Tensor | None) -> bool:
+        """Whether this package's attention takes the block's place: never where nothing merges."""
+        return (
+            self.kernels
+            and mask is None
+            and self._lengths[0] != self._lengths[-1]
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and pays(hidden)
+        )
+
+    def _whole(self, size: Tensor) -> Tensor:
+        """Sizes (B, T) of all tokens from those of the patches (B, N): a class token is one."""
+        return nn.functional.pad(size, (self.class_tokens, 0), value=1)
 
     def _keep_keys(self, i: int, _module: nn.Module, _args: tuple, keys: Tensor) -> None:
         """Behind the key projection: one key a token, the mean over the heads."""
@@ -176,7 +218,7 @@ class TowerMerging:
                 "with checkpointing on, go backward before the next forward"
             )
         size = self.slots[i].size.to(x.device)
-        weight = nn.functional.pad(size, (self.class_tokens, 0), value=1)
+        weight = self._whole(size)
         if not self.config.size_weighted:
             weight = torch.ones_like(weight)
         merged, sizes = merge(x, weight, widen(laid, self.class_tokens))
