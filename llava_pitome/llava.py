@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.places.tower import Block
@@ -181,6 +181,20 @@ def _quantized(quantization: str, options: dict[str, Any]) -> dict[str, Any]:
         )
     place = options.get("device_map") or ("auto" if torch.cuda.is_available() else "cpu")
     return {"quantization_config": scheme, "device_map": place}
+
+
+def stages(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that an answer passes through, one after the other; a tower alone is its only stage."""
+    parts = find(model)
+    if parts.tower is parts.model:
+        return {"tower": parts.tower}
+    inner = parts.model.model
+    return {"tower": parts.tower, "projector": inner.multi_modal_projector, "llm": inner.language_model}
+
+
+def cached(cache: Any) -> list[Tensor]:
+    """The keys and values (B, H, T, C) that a KV cache holds, layer by layer."""
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
 
 
 class Shapes(NamedTuple):

@@ -89,3 +89,17 @@ def saved(model, processor, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")
     return tmp_path / "plain"
+
+
+REPORTED = pytest.StashKey[list[str]]()  # what a benchmark found, told at the end and not judged
+
+
+@pytest.fixture
+def report(request):
+    """Takes lines for the summary of the test run."""
+    return request.config.stash.setdefault(REPORTED, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(REPORTED, []):
+        terminalreporter.write_line(f"bench: {line}")

@@ -8,7 +8,7 @@ BLOCK = {
     True: 2**18,
     False: 2**26,
 }  # similarities in a block, on CPUs (1 MiB, half a core's L2) and elsewhere
-SMALL = 2**17  # up to here one block serves
+SMALL = 2**16  # up to here, 256 KiB, one block serves
 START = 0.9  # the margin at depth 0; it falls to 0 at the last layer (section 3.2)
 
 
@@ -103,11 +103,11 @@ def _rows(unit: Tensor, index: Tensor) -> Tensor:
 
 
 def _rows_at_a_time(unit: Tensor) -> int:
-    """Rows of the (B, N, N) similarities to look at together: half of them, and no more than a block."""
+    """Rows of the (B, N, N) similarities to look at together: a third, and no more than a block."""
     batch, count, _ = unit.shape
     if batch * count * count <= SMALL:
         return count
-    return max(min(-(-count // 2), BLOCK[unit.device.type == "cpu"] // (batch * count)), 1)
+    return max(min(-(-count // 3), BLOCK[unit.device.type == "cpu"] // (batch * count)), 1)
 
 
 def _check(margin: float | None, alpha: float, energy: str) -> None:

@@ -6,6 +6,7 @@ retries) is harmless.
 Shapes: B images, T tokens with the class token, N without it, D channels.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -128,6 +129,13 @@ class TowerMerging:
         """The merges of the last forward pass, in order; see `merging.trace`."""
         return [slot.plan for slot in self.slots if slot is not None and slot.plan is not None]
 
+    def merge_alone(self, i: int, keys: Tensor, x: Tensor) -> Tensor:
+        """What merging at block i costs, for measuring: from its keys (B, T, D) to the merged x (B, T, D)."""
+        if not self._merges(i):
+            return x
+        self._keep_keys(i, self.blocks[i].keys, (), keys)
+        return self._merge(i, x)
+
     def _on(self, handle: RemovableHandle) -> None:
         self._handles.append(handle)
 
@@ -235,7 +243,7 @@ class TowerMerging:
         depth = i / len(self.blocks)
         method, parameters = self.config.method_at(depth)
         remove, length = self._lengths[i] - self._lengths[i + 1], self._lengths[i + 1]
-        with torch.autocast(metric.device.type, enabled=False):  # which would match in half precision
+        with _full_precision(metric.device.type):
             if self.config.order == "method":
                 parent, order = ordered(metric, remove, method, depth=depth, **parameters)
                 return plan(parent, length, order)
@@ -254,6 +262,13 @@ class TowerMerging:
         if args:
             return (hidden[:, :1], *rest), kwargs
         return args, kwargs | {"hidden_states": hidden[:, :1]}
+
+
+def _full_precision(kind: str) -> AbstractContextManager:
+    """Autocast off where it is on, since it would match in half precision."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def installed(blocks: tuple[Block, ...]) -> TowerMerging | None:

@@ -1,0 +1,7 @@
+"""`python -m llava_pitome`: what `llava-pitome` does."""
+
+import sys
+
+from llava_pitome.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""What merging costs and saves on the clock: `llava-pitome bench`."""

@@ -1,0 +1,100 @@
+"""The models that are timed against each other: they share their weights, and each has its own hooks."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llava_pitome import llava
+from llava_pitome.api import apply
+from llava_pitome.bench.targets import Target
+from llava_pitome.config import MergeConfig
+from llava_pitome.places.tower import TowerMerging
+
+
+class Side(NamedTuple):
+    """One of the models.
+
+    Attributes:
+        label: what it is called in tables.
+        target: the target with this side's model.
+        merging: its hooks, None for the dense model.
+        tokens: image tokens that reach its language model.
+        compiled: whether torch.compile compiles its tower.
+    """
+
+    label: str
+    target: Target
+    merging: TowerMerging | None
+    tokens: int
+    compiled: bool = False
+
+
+def side(target: Target, config: MergeConfig | None, label: str, kernels: bool, compiled: str) -> Side:
+    """A side of its own: the target as it is (`config` None) or merging.
+
+    Args:
+        target: what is benchmarked.
+        config: how to merge.
+        label: what it is called.
+        kernels: as for `api.apply`.
+        compiled: torch.compile's mode for the tower, or "off".
+    """
+    weights = {id(t): t for t in (*target.model.parameters(), *target.model.buffers())}
+    own = target._replace(model=copy.deepcopy(target.model, weights))
+    merging = None if config is None else apply(own.model, config, kernels=kernels)
+    if compiled != "off":
+        llava.find(own.model).tower.compile(mode=compiled, dynamic=False)
+    tokens = target.patches if merging is None else merging.lengths(target.patches)[-1]
+    return Side(label, own, merging, tokens, compiled != "off")
+
+
+def tower(side: Side, pixels: Tensor) -> Callable[[], Any]:
+    """The tower's part of an answer, as LLaVA calls it."""
+    module = llava.find(side.target.model).tower
+    return lambda: module(pixels, output_hidden_states=True, return_dict=True)
+
+
+def graphed(work: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
+    """The work as one CUDA graph: what is replayed reads and writes the same memory every time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def overhead(side: Side, pixels: Tensor) -> Callable[[], Any]:
+    """The matching and merging of one forward pass and nothing else, on what the tower really had there."""
+    merging = side.merging
+    blocks = merging.blocks[: merging.feature]
+    keys: list[Tensor] = []
+    hidden: list[Tensor] = []
+
+    def see_keys(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+        keys.append(output)
+
+    def see_hidden(_module: nn.Module, args: tuple) -> None:
+        hidden.append(args[0])
+
+    inner = merging.config.site == "attention"
+    handles = [block.keys.register_forward_hook(see_keys, prepend=True) for block in blocks]
+    for block in blocks:
+        place = block.norm if inner else block.layer
+        handles.append(place.register_forward_pre_hook(see_hidden, prepend=True))
+    tower(side, pixels)()
+    for handle in handles:
+        handle.remove()
+
+    def work() -> None:
+        for i in range(merging.feature):
+            merging.merge_alone(i, keys[i], hidden[i])
+
+    return work
