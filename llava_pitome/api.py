@@ -13,7 +13,8 @@ from torch import nn
 from llava_pitome import embedded, llava
 from llava_pitome import processor as placeholders
 from llava_pitome.config import MergeConfig
-from llava_pitome.places.tower import TowerMerging, installed
+from llava_pitome.kernels import triton_is_there, triton_takes
+from llava_pitome.places.tower import KERNELS, TowerMerging, installed
 
 FIELD = "token_merging"  # of the model's config
 
@@ -30,7 +31,7 @@ _applied: WeakKeyDictionary[nn.Module, _Applied] = WeakKeyDictionary()
 
 
 def apply(
-    model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool = True
+    model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool | str = True
 ) -> TowerMerging:
     """Makes a model merge its visual tokens, from the next forward pass until `remove`.
 
@@ -42,20 +43,22 @@ def apply(
         config: how to merge; saved as `model.config.token_merging`.
         processor: the model's processor, which then writes as many <image> placeholders as tokens arrive.
             Without it the caller has to.
-        kernels: let this package's kernels compute what they are faster at (docs/performance.md); False
-            leaves everything to the model's own attention and plain PyTorch.
+        kernels: True lets this package's kernels compute what they are known to be faster at
+            (docs/performance.md); False leaves everything to the model's own attention and plain PyTorch;
+            "triton" adds the kernels for CUDA, which need triton and a model on a GPU.
 
     Returns:
         The hooks; `plans()` tells after a forward pass which patches became which token.
 
     Raises:
-        ValueError: the model is not supported, or cannot do what the config asks.
+        ValueError: the model is not supported, or cannot do what the config or `kernels` asks.
     """
     parts = llava.find(model)
     llava.check(parts, config)
+    _check_kernels(parts, kernels)
     if processor is not None:
         placeholders.check(processor, parts.patch_size)
-    merging = TowerMerging(parts.blocks, parts.feature, parts.class_tokens, config, kernels and parts.sdpa)
+    merging = TowerMerging(parts.blocks, parts.feature, parts.class_tokens, config, kernels, parts.sdpa)
     remove(model)  # from here on nothing can fail
     if processor is not None:
         placeholders.fit(processor, partial(config.tokens_at, layers=parts.feature))
@@ -83,6 +86,18 @@ def remove(model: nn.Module) -> None:
     _forget_compiled()
 
 
+def _check_kernels(parts: llava.Parts, kernels: bool | str) -> None:
+    """Raises ValueError for kernels that are unknown, or that cannot run here."""
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r} is unknown; allowed are {', '.join(map(repr, KERNELS))}")
+    if kernels == "triton" and not triton_is_there():
+        raise ValueError("kernels='triton' needs triton, which is not installed: pip install triton")
+    if kernels == "triton" and not triton_takes(next(parts.tower.parameters()).detach()):
+        raise ValueError(
+            "kernels='triton' needs a GPU, and the vision tower is not on one: move the model first"
+        )
+
+
 def _remove_copied(model: nn.Module) -> None:
     """Takes the hooks off a model that was copied while it merged."""
     merging = installed(llava.find(model).blocks)
@@ -94,7 +109,7 @@ def _remove_copied(model: nn.Module) -> None:
 
 @contextmanager
 def merge_tokens(
-    model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool = True
+    model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool | str = True
 ) -> Iterator[TowerMerging]:
     """`apply` for a with block; what was applied before comes back, also when it raises."""
     outer = _applied.get(llava.unwrap(model))

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llava_pitome.kernels import triton_takes
+
 
 class Plan(NamedTuple):
     """Where every token goes.
@@ -41,18 +43,21 @@ def plan(parent: Tensor, length: int, order: Tensor | None = None) -> Plan:
     return Plan(rank.gather(1, parent), length, laid[:, :length], laid[:, length:])
 
 
-def merge(x: Tensor, size: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, size: Tensor, plan: Plan, triton: bool = False) -> tuple[Tensor, Tensor]:
     """Average the tokens (B, N, D) that share a slot, weighted by the patches (B, N) they stand for.
 
     Returns the merged tokens (B, M, D) in the dtype of `x` and their sizes (B, M). Sums run in float32 at
     least: a slot can collect hundreds of half-precision tokens. The result does not depend on the order in
-    which a GPU's threads come by: no float is added by scattered atomics.
+    which a GPU's threads come by: no float is added by scattered atomics. `triton` prefers a GPU kernel.
     """
     weight = size.to(torch.promote_types(x.dtype, torch.float32))
     # whole numbers, whose sum in floats is exact in every order
     total = weight.new_zeros(x.shape[0], plan.length).scatter_add(1, plan.slot, weight)  # (B, M)
     share = weight / total.gather(1, plan.slot)  # (B, N), exactly 1 for a token that stays alone
-    average = _Average.apply if x.requires_grad else _average
+    if triton and triton_takes(x):
+        from llava_pitome.kernels.average_triton import average
+    else:
+        average = _Average.apply if x.requires_grad else _average
     return average(x, share, plan), total.to(size.dtype)
 
 

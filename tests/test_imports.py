@@ -12,8 +12,10 @@ import llava_pitome
 PACKAGE = Path(llava_pitome.__file__).parent
 ORDER = (
     ("kernels",),
+    ("kernels.average_triton",),
     ("schedule", "merging", "kernels.attention"),
     ("methods.pitome", "methods.tome", "methods.random"),
+    ("kernels.matching_triton",),
     ("methods",),
     ("config", "spectral"),
     ("places",),
@@ -28,8 +30,14 @@ ORDER = (
 )
 HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "datasets", "pyarrow",
          "pandas", "lmms_eval", "loguru",
-         "tqdm", "rich", "vllm", "gradio", "matplotlib", "safetensors"}  # fmt: skip
-HOSTS = {"transformers": ("llava", "lmms", "vllm"), "lmms_eval": ("lmms",), "vllm": ("vllm",)}
+         "tqdm", "rich", "vllm", "gradio", "matplotlib", "safetensors", "triton"}  # fmt: skip
+KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
+HOSTS = {
+    "transformers": ("llava", "lmms", "vllm", "bench.targets"),
+    "lmms_eval": ("lmms",),
+    "vllm": ("vllm",),
+    "triton": KERNELS,
+}
 
 
 def name_of(file):
@@ -104,7 +112,12 @@ def test_a_host_is_imported_in_its_adapter_only(host, files):
 )
 def test_the_core_imports_nothing_heavy_when_it_is_imported(name):
     heavy = {m.split(".")[0] for m in imported(FILES[name], top_only=True)} & HEAVY
-    assert not heavy
+    assert heavy == ({"triton"} if name in KERNELS else set())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_written_in_triton_is_imported_inside_functions_only(name):
+    assert not {f"llava_pitome.{kernel}" for kernel in KERNELS} & set(imported(FILES[name], top_only=True))
 
 
 def test_importing_the_package_needs_torch_only():

@@ -8,7 +8,9 @@ from test_tower import FEATURE, features, images, slow, state
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
 from llava_pitome.kernels import attention as kernel
 from llava_pitome.kernels.attention import attention, pays
+from llava_pitome.llava import find
 from llava_pitome.places import tower as place
+from llava_pitome.places.tower import installed
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
@@ -170,3 +172,32 @@ def test_a_merging_tower_never_asks_the_device_for_a_value(recipe, method):
         out = model.model.vision_tower(images().to("meta"), output_hidden_states=True)
         assert len(merging.plans()) == LAYERS - 1
     assert out.hidden_states[-2].shape[1] == 1 + merging.lengths(PATCHES)[-1]
+
+
+@pytest.mark.parametrize(
+    "kernels, message",
+    [
+        ("cuda", r"kernels='cuda' is unknown; allowed are True, False, 'triton'"),
+        ("triton", r"kernels='triton' needs triton, which is not installed"),
+    ],
+)
+def test_kernels_that_cannot_run_raise_before_anything_is_touched(model, monkeypatch, kernels, message):
+    monkeypatch.setattr("llava_pitome.api.triton_is_there", lambda: False)
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        apply(model, MergeConfig(tokens=9), kernels=kernels)
+    assert state(model) == before
+
+
+def test_triton_on_a_model_that_is_not_on_a_gpu_raises(model, monkeypatch):
+    monkeypatch.setattr("llava_pitome.api.triton_is_there", lambda: True)
+    with pytest.raises(ValueError, match="the vision tower is not on one: move the model first"):
+        apply(model, MergeConfig(tokens=9), kernels="triton")
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_what_was_applied_before_comes_back_with_its_kernels(model, kernels):
+    apply(model, MergeConfig(tokens=9), kernels=kernels)
+    with merge_tokens(model, MergeConfig(tokens=5), kernels=not kernels) as inner:
+        assert inner.kernels is not kernels
+    assert installed(find(model).blocks).kernels is kernels

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llava_pitome.bench.plots import draw
+from llava_pitome.bench.profile import profiled
 from llava_pitome.bench.run import Load, measure
 from llava_pitome.bench.sides import Side, side
 from llava_pitome.bench.summary import summarise, table
@@ -23,6 +24,7 @@ from llava_pitome.options import share
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 DTYPES = ("bfloat16", "float32", "float16")
 PACKAGES = ("llava-pitome", "torch", "transformers")
+KERNELS = {"on": (True,), "off": (False,), "both": (True, False), "triton": ("triton",)}
 QUICK = {"ratio": [0.9], "batch": [1], "rounds": 3, "warmup": 1}
 
 
@@ -44,7 +46,7 @@ def describe(commands: Any, name: str) -> None:
     add("--recipe", choices=RECIPES, default="paper", help="how to merge")
     add(
         "--kernels",
-        choices=("on", "off", "both"),
+        choices=KERNELS,
         default="both",
         help="this package's kernels for the merged side",
     )
@@ -62,6 +64,7 @@ def describe(commands: Any, name: str) -> None:
     add("--compile", choices=COMPILE, default="off", help="torch.compile for the towers of both sides")
     add("--graphs", action="store_true", help="CUDA graphs for the towers of both sides (target tower)")
     add("--threads", type=_count, default=torch.get_num_threads(), help="of torch, on CPUs")
+    add("--profile", action="store_true", help="also write profile.md: the towers' time by operation")
     add("--quick", action="store_true", help="ratio 0.9, batch 1, 3 rounds")
     add(
         "--output",
@@ -93,6 +96,9 @@ def run(options: argparse.Namespace) -> int:
                             options.graphs)  # fmt: skip
                 rows += measure(sides, load)
                 _write(rows, options)  # what is measured is kept, whatever happens next
+            if options.profile:
+                text = "\n".join(profiled(sides, batch) for batch in options.batch)
+                (options.output / "profile.md").write_text(text)
     finally:
         torch.set_num_threads(before)
     done = summarise(rows)
@@ -107,8 +113,8 @@ def _sides(target: Target, options: argparse.Namespace) -> list[Side]:
     sides = [side(target, None, "dense", False, options.compile)]
     for ratio in options.ratio:
         config = MergeConfig.recipe(options.recipe, ratio=ratio)
-        for kernels in {"on": (True,), "off": (False,), "both": (True, False)}[options.kernels]:
-            label = f"{ratio:g}" if kernels else f"{ratio:g}, no kernels"
+        for kernels in KERNELS[options.kernels]:
+            label = f"{ratio:g}" + {True: "", False: ", no kernels", "triton": ", triton"}[kernels]
             sides.append(side(target, config, label, kernels, options.compile))
     return sides
 

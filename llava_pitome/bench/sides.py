@@ -32,7 +32,7 @@ class Side(NamedTuple):
     compiled: bool = False
 
 
-def side(target: Target, config: MergeConfig | None, label: str, kernels: bool, compiled: str) -> Side:
+def side(target: Target, config: MergeConfig | None, label: str, kernels: bool | str, compiled: str) -> Side:
     """A side of its own: the target as it is (`config` None) or merging.
 
     Args:

@@ -69,6 +69,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def brief(rows: list[dict[str, Any]]) -> str:
+    """What `summarise` gives in few columns: how many times as fast as dense, and as the FLOPs would have it."""
+    parts = [p for p in ("tower", "prefill") if any(p in row["efficiency"] for row in rows)]
+    answers = [p for p in rows[0]["median"] if p.startswith("answer") and p != "answer of 1"]
+    head = ["batch", "patches", "ratio", "tokens", "merging's share of the tower"]
+    head += [f"{p} (by FLOPs)" for p in parts] + answers
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        if row["merging"]:
+            cells = [row["batch"], row["patches"], row["side"], row["tokens"], f"{row['merging_share']:.1%}"]
+            cells += [f"{row['speedup'][p][1]:.2f} ({row['flop_ratio'][p]:.2f})" for p in parts]
+            lines.append([str(c) for c in cells] + [f"{row['speedup'][p][1]:.2f}" for p in answers])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def _compared(part: str) -> bool:
     """Whether a speed-up is told of this part."""
     return part in ("tower", "prefill", "llm") or part.startswith("answer")

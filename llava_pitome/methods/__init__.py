@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llava_pitome.kernels import triton_takes
 from llava_pitome.merging import compose, merge, plan
 from llava_pitome.methods import pitome, random, tome
 
@@ -22,14 +23,23 @@ class Method(NamedTuple):
         parents: (metric (B, N, D), remove <= N // 2, depth=..., **parameters) to parent (B, N).
         ordered: the same arguments to `parents` and ranks (B, N) of the survivors, for methods whose authors
             do not keep raster order.
+        triton: the same as `parents` on a GPU; its file is imported when it is called.
     """
 
     parents: Callable[..., Tensor]
     ordered: Callable[..., tuple[Tensor, Tensor]] | None = None
+    triton: Callable[..., Tensor] | None = None
+
+
+def _pitome_in_triton(metric: Tensor, remove: int, **parameters) -> Tensor:
+    """`pitome.parents` on a GPU."""
+    from llava_pitome.kernels import matching_triton
+
+    return matching_triton.parents(metric, remove, **parameters)
 
 
 METHODS: dict[str, Method] = {
-    "pitome": Method(pitome.parents, pitome.ordered),
+    "pitome": Method(pitome.parents, pitome.ordered, _pitome_in_triton),
     "tome": Method(tome.parents),
     "random": Method(random.parents),
 }
@@ -70,17 +80,19 @@ def ordered(metric: Tensor, remove: int, method: str, **parameters) -> tuple[Ten
     return (parent if remove <= half else match(metric, remove, method, **parameters)), rank
 
 
-def match(metric: Tensor, remove: int, method: str, **parameters) -> Tensor:
-    """`parents` without its checks, for callers whose config was checked."""
+def match(metric: Tensor, remove: int, method: str, triton: bool = False, **parameters) -> Tensor:
+    """`parents` without its checks, for callers whose config was checked; `triton` prefers a GPU kernel."""
     count = metric.shape[1]
+    found = METHODS[method]
+    find = found.triton if triton and found.triton and triton_takes(metric) else found.parents
     if 0 < remove <= count // 2:
-        return METHODS[method].parents(metric, remove, **parameters)
+        return find(metric, remove, **parameters)
     parent = torch.arange(count, device=metric.device).repeat(metric.shape[0], 1)
     size = torch.ones(metric.shape[:2], device=metric.device)
     laid = plan(parent, count)
     while remove:
         step = min(remove, metric.shape[1] // 2)
-        later = METHODS[method].parents(metric, step, **parameters)
+        later = find(metric, step, **parameters)
         parent = compose(later, laid)
         metric, size = merge(metric, size, plan(later, metric.shape[1] - step))
         laid = plan(parent, metric.shape[1])

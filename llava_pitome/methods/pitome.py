@@ -50,7 +50,7 @@ def ordered(
     energy: str = "eq4",
 ) -> tuple[Tensor, Tensor]:
     """`parents`, and ranks (B, N) that lay survivors out as the authors do: by energy, merged ones last."""
-    _check(margin, alpha, energy)
+    check(margin, alpha, energy)
     unit = F.normalize(metric, dim=-1)
     m = START * (1 - depth) if margin is None else margin
     down = mean_energy(unit, m, alpha, energy).argsort(dim=1, descending=True, stable=True)
@@ -110,7 +110,8 @@ def _rows_at_a_time(unit: Tensor) -> int:
     return max(min(-(-count // 3), BLOCK[unit.device.type == "cpu"] // (batch * count)), 1)
 
 
-def _check(margin: float | None, alpha: float, energy: str) -> None:
+def check(margin: float | None, alpha: float, energy: str) -> None:
+    """Raises ValueError for a margin or alpha that is no number, or an unknown energy."""
     for name, value in (("margin", START if margin is None else margin), ("alpha", alpha)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
             raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number")

@@ -20,6 +20,12 @@ from llava_pitome.merging import Plan, merge, plan, size_bias, widen
 from llava_pitome.methods import match, ordered
 from llava_pitome.places.attention import OwnAttention
 
+KERNELS = (
+    True,
+    False,
+    "triton",
+)  # who computes: what is known to be faster, plain PyTorch, Triton on GPUs too
+
 
 class Block(NamedTuple):
     """The parts of one pre-norm encoder block that merging touches.
@@ -67,7 +73,8 @@ class TowerMerging:
         feature: int,
         class_tokens: int,
         config: MergeConfig,
-        kernels: bool = False,
+        kernels: bool | str = False,
+        sdpa: bool = True,
     ):
         """Prepares hooks for `blocks`; features are read behind block `feature` - 1.
 
@@ -76,10 +83,13 @@ class TowerMerging:
             feature: number of blocks whose output counts; those behind it feed nothing.
             class_tokens: tokens in front of the patches that never merge, 0 or 1.
             config: how to merge.
-            kernels: compute with this package's kernels where they are faster.
+            kernels: a value of KERNELS: this package's kernels where they are known to be faster, plain
+                PyTorch, or also what is written in Triton.
+            sdpa: whether the tower leaves attention to torch, so that a kernel may be chosen for it.
         """
         self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
         self.kernels = kernels
+        self._attends = bool(kernels) and sdpa
         self._own = [
             OwnAttention(b.attention, (b.queries, b.keys, b.values), b.out, b.heads) for b in blocks[:feature]
         ]
@@ -95,7 +105,7 @@ class TowerMerging:
             self._on(block.layer.register_forward_hook(partial(self._leave, i), prepend=True))
             if self.config.metric == "keys":
                 self._on(block.keys.register_forward_hook(partial(self._keep_keys, i)))
-            if self.kernels:
+            if self._attends:
                 self._handles += self._own[i].install()
             if self.config.site == "attention":
                 self._on(block.norm.register_forward_pre_hook(partial(self._before_mlp, i)))
@@ -165,7 +175,7 @@ class TowerMerging:
     def _attends_here(self, hidden: Tensor, mask: Tensor | None) -> bool:
         """Whether this package's attention takes the block's place: never where nothing merges."""
         return (
-            self.kernels
+            self._attends
             and mask is None
             and self._lengths[0] != self._lengths[-1]
             and not torch.compiler.is_compiling()
@@ -229,13 +239,18 @@ class TowerMerging:
         weight = self._whole(size)
         if not self.config.size_weighted:
             weight = torch.ones_like(weight)
-        merged, sizes = merge(x, weight, widen(laid, self.class_tokens))
+        merged, sizes = merge(x, weight, widen(laid, self.class_tokens), self._triton)
         if self.config.size_weighted:
             sizes = sizes[:, self.class_tokens :]
         else:
             sizes = size.new_zeros(len(size), laid.length).scatter_add(1, laid.slot, size)
         self.slots[i + 1] = Slot(sizes, laid)
         return merged
+
+    @property
+    def _triton(self) -> bool:
+        """Whether Triton may compute: torch.compile writes kernels of its own."""
+        return self.kernels == "triton" and not torch.compiler.is_compiling()
 
     @torch.no_grad()
     def _match(self, i: int, metric: Tensor) -> Plan:
@@ -247,7 +262,7 @@ class TowerMerging:
             if self.config.order == "method":
                 parent, order = ordered(metric, remove, method, depth=depth, **parameters)
                 return plan(parent, length, order)
-            return plan(match(metric, remove, method, depth=depth, **parameters), length)
+            return plan(match(metric, remove, method, self._triton, depth=depth, **parameters), length)
 
     def _same(self, i: int, laid: Plan) -> bool:
         """Whether the last forward pass merged alike at block i."""

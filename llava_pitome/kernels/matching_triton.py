@@ -1,0 +1,152 @@
+"""PiToMe's matching on CUDA: two Triton kernels that never write the (B, N, N) similarities.
+
+They find the groups of `methods.pitome.parents`, which says what is computed and where the paper has it. Only
+the order of float32 sums differs: tokens whose energies or similarities lie within about 1e-6 of each other
+may change places. The first call compiles. Nothing waits for the GPU, so that CUDA graphs can capture the
+calls behind it.
+Shapes: B images, N tokens, R = `remove`, D channels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava_pitome.methods import pitome
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# few rows, so that one image of 576 tokens is 36 programs; tl.dot takes no fewer than 16 channels
+TILE = {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 32}
+
+
+def parents(
+    metric: Tensor,
+    remove: int,
+    *,
+    depth: float = 0.0,
+    margin: float | None = None,
+    alpha: float = 1.0,
+    energy: str = "eq4",
+) -> Tensor:
+    """The token each token folds into: (B, N) int64, itself for the N - R that survive.
+
+    Arguments as for `methods.pitome.parents`; a half-precision metric is matched in float32.
+
+    Raises:
+        ValueError: a metric in another dtype, more than N // 2 to remove, and what the reference raises.
+    """
+    if metric.dtype not in DTYPES:
+        raise ValueError(f"metric has dtype {metric.dtype}; allowed are {', '.join(map(str, DTYPES))}")
+    pitome.check(margin, alpha, energy)
+    batch, count, channels = metric.shape
+    if not 0 <= remove <= count // 2:  # the kernels would read behind the last token
+        raise ValueError(f"remove={remove} does not fit {count} tokens; allowed is 0 to {count // 2}")
+    unit = F.normalize(metric.float(), dim=-1).contiguous()
+    m = pitome.START * (1 - depth) if margin is None else margin
+    down = mean_energy(unit, m, alpha, energy).argsort(dim=1, descending=True, stable=True)
+    b = down[:, 1 : 2 * remove : 2].sort(1).values  # (B, R), so that the first of equals has the lowest index
+    parent = torch.arange(count, device=metric.device).repeat(batch, 1)
+    with torch.cuda.device_of(unit):
+        grid = (triton.cdiv(remove, TILE["ROWS"]), batch)
+        _closest[grid](unit, down, b, parent, count, remove, channels, **TILE)
+    return parent
+
+
+def mean_energy(unit: Tensor, margin: float, alpha: float = 1.0, energy: str = "eq4") -> Tensor:
+    """Energy of every token (B, N) of `unit` (B, N, D), float32 and contiguous; see `pitome.mean_energy`."""
+    batch, count, channels = unit.shape
+    out = unit.new_empty(batch, count)
+    with torch.cuda.device_of(unit):
+        grid = (triton.cdiv(count, TILE["ROWS"]), batch)
+        elu = energy == "elu"
+        _energies[grid](unit, out, count, channels, float(margin), float(alpha), ELU=elu, **TILE)
+    return out
+
+
+@triton.jit(do_not_specialize=["count"])  # which differs from layer to layer; one compilation serves all
+def _energies(
+    unit,
+    out,
+    count,
+    channels,
+    margin,
+    alpha,
+    ELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Writes the energies of ROWS tokens of one image; grid (blocks of tokens, B)."""
+    image = tl.program_id(1).to(tl.int64)
+    unit += image * count * channels
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, count, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        x = _similarities(unit, row, row < count, column, column < count, channels, CHANNELS)
+        below = alpha * (tl.exp(x - margin) - 1)
+        f = tl.where(x >= margin, x - margin if ELU else x, below)
+        total += tl.sum(tl.where((column < count)[None, :], f, 0.0), 1)
+    tl.store(out + image * count + row, total / count, mask=row < count)
+
+
+@triton.jit(do_not_specialize=["count", "remove"])
+def _closest(
+    unit,
+    down,
+    b,
+    parent,
+    count,
+    remove,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Writes the most similar b as the parent of ROWS a's of one image; grid (blocks of a's, B).
+
+    `down` (B, N) lists tokens by falling energy, every other one of the first 2 R being an a; `b` (B, R).
+    """
+    image = tl.program_id(1).to(tl.int64)
+    unit += image * count * channels
+    b += image * remove
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    a = tl.load(down + image * count + 2 * row, mask=row < remove, other=0)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    place = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, remove, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        other = tl.load(b + column, mask=column < remove, other=0)
+        x = _similarities(unit, a, row < remove, other, column < remove, channels, CHANNELS)
+        x = tl.where((column < remove)[None, :], x, float("-inf"))
+        top, at = tl.max(x, 1, return_indices=True)  # the leftmost of equals
+        better = top > best  # not where it is equal: an earlier block holds the lower index
+        place = tl.where(better, start + at, place)
+        best = tl.where(better, top, best)
+    closest = tl.load(b + place, mask=row < remove, other=0)
+    tl.store(parent + image * count + a, closest, mask=row < remove)
+
+
+@triton.jit
+def _similarities(unit, left, lefts, right, rights, channels, CHANNELS: tl.constexpr):
+    """Dot products (K, L) of tokens `left` (K) with tokens `right` (L), 0 where `lefts` or `rights` is false.
+
+    In full float32: TF32 keeps 10 bits, and tokens that differ by less would change places.
+    """
+    x = tl.zeros((left.shape[0], right.shape[0]), tl.float32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        inside = channel < channels
+        rows = tl.load(
+            unit + left[:, None] * channels + channel[None, :],
+            mask=lefts[:, None] & inside[None, :],
+            other=0.0,
+        )
+        columns = tl.load(
+            unit + right[None, :] * channels + channel[:, None],
+            mask=rights[None, :] & inside[:, None],
+            other=0.0,
+        )
+        x = tl.dot(rows, columns, x, input_precision="ieee")
+    return x
