@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.places.tower import Block
+from llava_pitome.places.blocks import Block
 
 SUPPORTED = (
     "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and kin); "

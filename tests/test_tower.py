@@ -8,7 +8,8 @@ from conftest import LAYERS, PATCHES, SIDE, make_model
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
 from llava_pitome.merging import trace
-from llava_pitome.places.tower import Slot, TowerMerging
+from llava_pitome.places.blocks import Slot
+from llava_pitome.places.merger import Merger
 
 FEATURE = LAYERS - 1  # hidden_states[-2]
 HEADS = 4
@@ -350,12 +351,9 @@ def test_autocast_merges(model):
 
 def test_matching_does_not_lose_precision_under_autocast():
     torch.manual_seed(0)
-    metric, seen = torch.randn(2, 36, 8), []
-    block = make_model().model.vision_tower.encoder.layers[0]
+    metric, found = torch.randn(2, 36, 8), []
+    merger = Merger(MergeConfig(ratio=0.5, metric="hidden"), 1, 0, False)
     for on in (False, True):
-        merging = TowerMerging((), 1, 0, MergeConfig(ratio=0.5, metric="hidden"))
-        merging.blocks, merging._lengths, merging.slots[0] = (block,), (36, 18), Slot(torch.ones(2, 36))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
-            merging._merge(0, metric)
-        seen.append(merging.plans()[0].slot)
-    assert torch.equal(*seen)
+            found.append(merger.merge(0, metric, None, 18, Slot(torch.ones(2, 36)), None)[1].plan.slot)
+    assert torch.equal(*found)

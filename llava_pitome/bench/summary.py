@@ -70,7 +70,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def brief(rows: list[dict[str, Any]]) -> str:
-    """What `summarise` gives in few columns: how many times as fast as dense, and as the FLOPs would have it."""
+    """What `summarise` gives in few columns: how many times as fast as dense, and as FLOPs promise."""
     parts = [p for p in ("tower", "prefill") if any(p in row["efficiency"] for row in rows)]
     answers = [p for p in rows[0]["median"] if p.startswith("answer") and p != "answer of 1"]
     head = ["batch", "patches", "ratio", "tokens", "merging's share of the tower"]

@@ -6,9 +6,7 @@ retries) is harmless.
 Shapes: B images, T tokens with the class token, N without it, D channels.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,48 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.kernels.attention import pays
-from llava_pitome.merging import Plan, merge, plan, size_bias, widen
-from llava_pitome.methods import match, ordered
+from llava_pitome.merging import Plan, size_bias
 from llava_pitome.places.attention import OwnAttention
+from llava_pitome.places.blocks import Block, Slot, hidden_of
+from llava_pitome.places.merger import Merger
 
-KERNELS = (
-    True,
-    False,
-    "triton",
-)  # who computes: what is known to be faster, plain PyTorch, Triton on GPUs too
-
-
-class Block(NamedTuple):
-    """The parts of one pre-norm encoder block that merging touches.
-
-    Attributes:
-        layer: the whole block, (hidden (B, T, D), attention mask or None, ...) to hidden.
-        attention: its attention, (hidden (B, T, D), mask or None, ...) to (hidden, weights or None).
-        queries: the projection to queries (B, T, D).
-        keys: the projection to keys.
-        values: the projection to values.
-        out: the projection behind the attention.
-        heads: number of attention heads.
-        norm: the norm in front of the MLP.
-        mlp: the MLP, without its residual.
-    """
-
-    layer: nn.Module
-    attention: nn.Module
-    queries: nn.Module
-    keys: nn.Module
-    values: nn.Module
-    out: nn.Module
-    heads: int
-    norm: nn.Module
-    mlp: nn.Module
-
-
-class Slot(NamedTuple):
-    """What is known in front of a block: sizes (B, N) in patches, and the merge that led there."""
-
-    size: Tensor
-    plan: Plan | None = None
+KERNELS = (True, False, "triton")  # what is known to be faster, plain PyTorch alone, and Triton too
 
 
 class TowerMerging:
@@ -89,6 +51,7 @@ class TowerMerging:
         """
         self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
         self.kernels = kernels
+        self._merger = Merger(config, len(blocks), class_tokens, kernels == "triton")
         self._attends = bool(kernels) and sdpa
         self._own = [
             OwnAttention(b.attention, (b.queries, b.keys, b.values), b.out, b.heads) for b in blocks[:feature]
@@ -154,7 +117,7 @@ class TowerMerging:
 
     def _enter(self, i: int, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """In front of block i: starts the slots, hands sizes on, and biases attention by log size."""
-        hidden, rest = _hidden(args, kwargs)
+        hidden, rest = hidden_of(args, kwargs)
         if i == 0:
             count = hidden.shape[1] - self.class_tokens
             self._lengths = self.lengths(count)
@@ -165,9 +128,9 @@ class TowerMerging:
         mask = rest[0] if rest else kwargs.get("attention_mask")
         self._own[i].stop()
         if self._attends_here(hidden, mask):
-            self._own[i].start(self._whole(self.slots[i].size) if weighted else None)
+            self._own[i].start(self._merger.whole(self.slots[i].size) if weighted else None)
         elif weighted:
-            bias = size_bias(self._whole(self.slots[i].size.to(hidden.device)), hidden.dtype)
+            bias = size_bias(self._merger.whole(self.slots[i].size.to(hidden.device)), hidden.dtype)
             bias = bias if mask is None else mask + bias
             return ((hidden, bias, *rest[1:]), kwargs) if rest else (args, kwargs | {"attention_mask": bias})
         return None
@@ -183,15 +146,10 @@ class TowerMerging:
             and pays(hidden)
         )
 
-    def _whole(self, size: Tensor) -> Tensor:
-        """Sizes (B, T) of all tokens from those of the patches (B, N): a class token is one."""
-        return nn.functional.pad(size, (self.class_tokens, 0), value=1)
-
     def _keep_keys(self, i: int, _module: nn.Module, _args: tuple, keys: Tensor) -> None:
         """Behind the key projection: one key a token, the mean over the heads."""
         if self._merges(i):
-            heads = keys.detach().unflatten(-1, (self.blocks[i].heads, -1))
-            self._keys[i] = heads.mean(-2, dtype=torch.promote_types(keys.dtype, torch.float32))
+            self._keys[i] = self._merger.key(keys, self.blocks[i].heads)
 
     def _before_mlp(self, i: int, _module: nn.Module, args: tuple) -> tuple | None:
         """In front of the norm: what goes into the MLP is merged."""
@@ -225,65 +183,18 @@ class TowerMerging:
 
     def _merge(self, i: int, x: Tensor) -> Tensor:
         """Merges x (B, T, D) at block i and writes slot i + 1."""
-        if self.config.metric == "hidden":
-            metric = x[:, self.class_tokens :].detach().float()
-        else:
-            metric = self._keys[i][:, self.class_tokens :]
-        laid = self._match(i, metric)
-        if _recomputing() and not self._same(i, laid):
-            raise RuntimeError(
-                "gradient checkpointing ran a block again after another forward pass changed what merges; "
-                "with checkpointing on, go backward before the next forward"
-            )
-        size = self.slots[i].size.to(x.device)
-        weight = self._whole(size)
-        if not self.config.size_weighted:
-            weight = torch.ones_like(weight)
-        merged, sizes = merge(x, weight, widen(laid, self.class_tokens), self._triton)
-        if self.config.size_weighted:
-            sizes = sizes[:, self.class_tokens :]
-        else:
-            sizes = size.new_zeros(len(size), laid.length).scatter_add(1, laid.slot, size)
-        self.slots[i + 1] = Slot(sizes, laid)
+        length, last = self._lengths[i + 1], self.slots[i + 1]
+        merged, self.slots[i + 1] = self._merger.merge(i, x, self._keys[i], length, self.slots[i], last)
         return merged
-
-    @property
-    def _triton(self) -> bool:
-        """Whether Triton may compute: torch.compile writes kernels of its own."""
-        return self.kernels == "triton" and not torch.compiler.is_compiling()
-
-    @torch.no_grad()
-    def _match(self, i: int, metric: Tensor) -> Plan:
-        """Who merges at block i, by the metric (B, N, D)."""
-        depth = i / len(self.blocks)
-        method, parameters = self.config.method_at(depth)
-        remove, length = self._lengths[i] - self._lengths[i + 1], self._lengths[i + 1]
-        with _full_precision(metric.device.type):
-            if self.config.order == "method":
-                parent, order = ordered(metric, remove, method, depth=depth, **parameters)
-                return plan(parent, length, order)
-            return plan(match(metric, remove, method, self._triton, depth=depth, **parameters), length)
-
-    def _same(self, i: int, laid: Plan) -> bool:
-        """Whether the last forward pass merged alike at block i."""
-        before = self.slots[i + 1]
-        return before is not None and before.plan is not None and torch.equal(before.plan.slot, laid.slot)
 
     def _idle(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """In front of a block behind the feature layer: one token, since nothing reads what comes of it."""
         if self._lengths[0] == self._lengths[-1]:
             return None
-        hidden, rest = _hidden(args, kwargs)
+        hidden, rest = hidden_of(args, kwargs)
         if args:
             return (hidden[:, :1], *rest), kwargs
         return args, kwargs | {"hidden_states": hidden[:, :1]}
-
-
-def _full_precision(kind: str) -> AbstractContextManager:
-    """Autocast off where it is on, since it would match in half precision."""
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
 
 
 def installed(blocks: tuple[Block, ...]) -> TowerMerging | None:
@@ -292,13 +203,3 @@ def installed(blocks: tuple[Block, ...]) -> TowerMerging | None:
         if isinstance(hook, partial) and isinstance(getattr(hook.func, "__self__", None), TowerMerging):
             return hook.func.__self__
     return None
-
-
-def _recomputing() -> bool:
-    """Whether this runs inside a backward pass, where gradient checkpointing runs a block again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple]:
-    """The hidden state that a block is called with, and the positional arguments behind it."""
-    return (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
