@@ -96,13 +96,18 @@ class _Average(torch.autograd.Function):
         return (rows(grad, slot) * share.unsqueeze(2)).to(grad.dtype), None, None
 
 
-def widen(plan: Plan, front: int) -> Plan:
-    """The plan of a sequence that has `front` further tokens before these, which stay where they are."""
+def widen(parent: Tensor, front: int) -> Tensor:
+    """Parents (B, front + N) of a sequence with `front` tokens before these, which keep to themselves."""
     if not front:
-        return plan
-    ahead = torch.arange(front, device=plan.slot.device).expand(plan.slot.shape[0], -1)
-    slot, kept = (torch.cat([ahead, index + front], 1) for index in (plan.slot, plan.kept))
-    return Plan(slot, plan.length + front, kept, plan.gone + front)
+        return parent
+    ahead = torch.arange(front, device=parent.device).expand(len(parent), -1)
+    return torch.cat([ahead, parent + front], 1)
+
+
+def narrow(plan: Plan, front: int) -> Plan:
+    """The plan without the first `front` tokens, which keep to themselves."""
+    slot, kept = plan.slot[:, front:] - front, plan.kept[:, front:] - front
+    return Plan(slot, plan.length - front, kept, plan.gone - front)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

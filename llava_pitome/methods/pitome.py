@@ -91,10 +91,16 @@ ENERGIES = {  # similarities (B, K, N) to energies (B, K); sums taken apart, so 
 }
 
 
+_BEFORE: dict[tuple[float, torch.dtype], float] = {}  # one a layer; worked out once
+
+
 @torch.compiler.assume_constant_result
 def _before(m: float, dtype: torch.dtype) -> float:
     """The number in front of m: F.threshold passes what lies above its bound, eq. 4 what is at m too."""
-    return torch.nextafter(torch.tensor(m, dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)).item()
+    if (m, dtype) not in _BEFORE:
+        at, end = torch.tensor(m, dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)
+        _BEFORE[m, dtype] = torch.nextafter(at, end).item()
+    return _BEFORE[m, dtype]
 
 
 def _rows(unit: Tensor, index: Tensor) -> Tensor:

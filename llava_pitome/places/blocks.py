@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from llava_pitome.merging import Plan
+from llava_pitome.merging import Plan, narrow
 
 
 class Block(NamedTuple):
@@ -34,10 +34,27 @@ class Block(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """What is known in front of a block: sizes (B, N) in patches, and the merge that led there."""
+    """What is known in front of a block.
 
-    size: Tensor
-    plan: Plan | None = None
+    Attributes:
+        sizes: (B, T) patches that each token stands for, 1 for a class token.
+        merge: the merge of all T tokens that led there, None where none did.
+        front: class tokens in front of the patches, which stay where they are.
+    """
+
+    sizes: Tensor
+    merge: Plan | None = None
+    front: int = 0
+
+    @property
+    def size(self) -> Tensor:
+        """Sizes (B, N) without class tokens; they add up to the patches of the image."""
+        return self.sizes[:, self.front :]
+
+    @property
+    def plan(self) -> Plan | None:
+        """The merge without class tokens."""
+        return self.merge and narrow(self.merge, self.front)
 
 
 def hidden_of(args: tuple, kwargs: dict) -> tuple[Tensor, tuple]:

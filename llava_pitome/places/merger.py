@@ -33,10 +33,6 @@ class Merger:
         wide = torch.promote_types(keys.dtype, torch.float32)
         return keys.detach().unflatten(-1, (heads, -1)).mean(-2, dtype=wide)
 
-    def whole(self, size: Tensor) -> Tensor:
-        """Sizes (B, T) of all tokens from those of the patches (B, N): a class token is one."""
-        return nn.functional.pad(size, (self.class_tokens, 0), value=1)
-
     def merge(
         self, i: int, x: Tensor, keys: Tensor | None, length: int, here: Slot, last: Slot | None
     ) -> tuple[Tensor, Slot]:
@@ -58,31 +54,36 @@ class Merger:
         """
         metric = (x.detach().float() if keys is None else keys)[:, self.class_tokens :]
         laid = self._match(i, metric, length)
-        if _recomputing() and not (last and last.plan and torch.equal(last.plan.slot, laid.slot)):
+        if _recomputing() and not (last and last.merge and torch.equal(last.merge.slot, laid.slot)):
             raise RuntimeError(
                 "gradient checkpointing ran a block again after another forward pass changed what merges; "
                 "with checkpointing on, go backward before the next forward"
             )
-        size = here.size.to(x.device)
-        weight = self.whole(size) if self.config.size_weighted else size.new_ones(x.shape[:2])
-        merged, sizes = merge(x, weight, widen(laid, self.class_tokens), self._triton_now)
+        sizes = here.sizes.to(x.device)
         if self.config.size_weighted:
-            sizes = sizes[:, self.class_tokens :]
+            merged, sizes = merge(x, sizes, laid, self._triton_now)
         else:
-            sizes = size.new_zeros(len(size), laid.length).scatter_add(1, laid.slot, size)
-        return merged, Slot(sizes, laid)
+            merged, _ = merge(x, torch.ones_like(sizes), laid, self._triton_now)
+            sizes = sizes.new_zeros(len(sizes), laid.length).scatter_add(1, laid.slot, sizes)
+        return merged, Slot(sizes, laid, self.class_tokens)
 
     @torch.no_grad()
     def _match(self, i: int, metric: Tensor, length: int) -> Plan:
-        """Who merges at block i, by the metric (B, N, D)."""
+        """Who merges at block i, class tokens included, by the metric (B, N, D) of the others."""
         depth, remove = i / self.layers, metric.shape[1] - length
         method, parameters = self.config.method_at(depth)
         with _full_precision(metric.device.type):
-            if self.config.order == "method":
+            if self.config.order != "method":
+                parent, order = (
+                    match(metric, remove, method, self._triton_now, depth=depth, **parameters),
+                    None,
+                )
+            else:
                 parent, order = ordered(metric, remove, method, depth=depth, **parameters)
-                return plan(parent, length, order)
-            parent = match(metric, remove, method, self._triton_now, depth=depth, **parameters)
-            return plan(parent, length)
+        front = self.class_tokens
+        if order is not None:
+            order = nn.functional.pad(order + front, (front, 0))
+        return plan(widen(parent, front), length + front, order)
 
     @property
     def _triton_now(self) -> bool:

@@ -100,7 +100,7 @@ class TowerMerging:
 
     def plans(self) -> list[Plan]:
         """The merges of the last forward pass, in order; see `merging.trace`."""
-        return [slot.plan for slot in self.slots if slot is not None and slot.plan is not None]
+        return [slot.plan for slot in self.slots if slot is not None and slot.merge is not None]
 
     def merge_alone(self, i: int, keys: Tensor, x: Tensor) -> Tensor:
         """What merging at block i costs, for measuring: from its keys (B, T, D) to the merged x (B, T, D)."""
@@ -119,18 +119,18 @@ class TowerMerging:
         """In front of block i: starts the slots, hands sizes on, and biases attention by log size."""
         hidden, rest = hidden_of(args, kwargs)
         if i == 0:
-            count = hidden.shape[1] - self.class_tokens
-            self._lengths = self.lengths(count)
-            self.slots[0] = Slot(torch.ones(hidden.shape[0], count, device=hidden.device))
+            self._lengths = self.lengths(hidden.shape[1] - self.class_tokens)
+            ones = torch.ones(hidden.shape[:2], device=hidden.device)
+            self.slots[0] = Slot(ones, front=self.class_tokens)
         if not self._merges(i):
-            self.slots[i + 1] = Slot(self.slots[i].size)
+            self.slots[i + 1] = self.slots[i]._replace(merge=None)
         weighted = self.config.proportional and self._lengths[i] != self._lengths[0]
         mask = rest[0] if rest else kwargs.get("attention_mask")
         self._own[i].stop()
         if self._attends_here(hidden, mask):
-            self._own[i].start(self._merger.whole(self.slots[i].size) if weighted else None)
+            self._own[i].start(self.slots[i].sizes if weighted else None)
         elif weighted:
-            bias = size_bias(self._merger.whole(self.slots[i].size.to(hidden.device)), hidden.dtype)
+            bias = size_bias(self.slots[i].sizes.to(hidden.device), hidden.dtype)
             bias = bias if mask is None else mask + bias
             return ((hidden, bias, *rest[1:]), kwargs) if rest else (args, kwargs | {"attention_mask": bias})
         return None
