@@ -37,6 +37,7 @@ def apply(
 
     The model is touched through hooks only. A config that was applied before is replaced, unless this raises.
     Wrap with peft first: a tower's key projection that is replaced later is merged on without what was added.
+    Hooks of one's own on a tower's projections see one token where a kernel computes the attention.
 
     Args:
         model: see `llava.SUPPORTED`.
@@ -45,7 +46,8 @@ def apply(
             Without it the caller has to.
         kernels: True lets this package's kernels compute what they are known to be faster at
             (docs/performance.md); False leaves everything to the model's own attention and plain PyTorch;
-            "triton" adds the kernels for CUDA, which need triton and a model on a GPU.
+            "triton" adds the kernels for CUDA, which need triton and a model on a GPU; methods and orders
+            that have none are left to PyTorch. Not saved with the model: they change roundings alone.
 
     Returns:
         The hooks; `plans()` tells after a forward pass which patches became which token.
@@ -88,13 +90,13 @@ def remove(model: nn.Module) -> None:
 
 def _check_kernels(parts: llava.Parts, kernels: bool | str) -> None:
     """Raises ValueError for kernels that are unknown, or that cannot run here."""
-    if kernels not in KERNELS:
+    if not isinstance(kernels, bool) and kernels != "triton":
         raise ValueError(f"kernels={kernels!r} is unknown; allowed are {', '.join(map(repr, KERNELS))}")
     if kernels == "triton" and not triton_is_there():
         raise ValueError("kernels='triton' needs triton, which is not installed: pip install triton")
     if kernels == "triton" and not triton_takes(next(parts.tower.parameters()).detach()):
         raise ValueError(
-            "kernels='triton' needs a GPU, and the vision tower is not on one: move the model first"
+            "kernels='triton' needs a vision tower on a GPU, not in float64: move the model first"
         )
 
 
@@ -123,7 +125,12 @@ def merge_tokens(
 
 
 def load(
-    path: str, config: MergeConfig | None = None, *, quantization: str | None = None, **options: Any
+    path: str,
+    config: MergeConfig | None = None,
+    *,
+    quantization: str | None = None,
+    kernels: bool | str = True,
+    **options: Any,
 ) -> tuple[nn.Module, Any]:
     """A LLaVA and its processor, merging as `config` says, or else as the checkpoint was saved.
 
@@ -131,6 +138,7 @@ def load(
         path: a folder, a hub id, or "embedded" for the small model inside this package.
         config: how to merge; None takes up `token_merging` from the checkpoint, where it has one.
         quantization: "4bit" or "8bit" (bitsandbytes) for the language model, or None.
+        kernels: as for `apply`.
         **options: as for `from_pretrained`: dtype, device_map, attn_implementation, ...
 
     Raises:
@@ -144,7 +152,7 @@ def load(
     if config is None and saved is not None:
         config = MergeConfig.from_dict(saved)
     if config is not None:
-        apply(model, config, processor)
+        apply(model, config, processor, kernels=kernels)
     return model, processor
 
 

@@ -1,5 +1,7 @@
 """Where the parts of a LLaVA are: the only file that knows transformers' attribute names."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ class Parts(NamedTuple):
         class_tokens: tokens in front of the patches, 0 or 1.
         patch_size: pixels across one patch.
         patches: patches of an image at the tower's own size.
-        sdpa: whether the tower's attention is left to torch, so that a kernel may be chosen for it.
+        sdpa: tells whether the tower's attention is left to torch, so that a kernel may be chosen for it.
     """
 
     model: nn.Module
@@ -47,7 +49,7 @@ class Parts(NamedTuple):
     class_tokens: int
     patch_size: int
     patches: int
-    sdpa: bool
+    sdpa: Callable[[], bool]
 
 
 def find(model: nn.Module) -> Parts:
@@ -68,9 +70,13 @@ def find(model: nn.Module) -> Parts:
     layers = getattr(tower, "vision_model", tower).encoder.layers
     blocks = tuple(_block(layer) for layer in layers)
     feature = len(blocks) if tower is model else _feature(model.config.vision_feature_layer, len(blocks))
-    sdpa = tower.config._attn_implementation == "sdpa"
+    sdpa = partial(_is_sdpa, tower.config)
     size, patch = tower.config.image_size, tower.config.patch_size
     return Parts(model, tower, blocks, feature, CLASS_TOKENS[kind], patch, (size // patch) ** 2, sdpa)
+
+
+def _is_sdpa(config: Any) -> bool:
+    return config._attn_implementation == "sdpa"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -184,10 +190,8 @@ def _quantized(quantization: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def stages(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that an answer passes through, one after the other; a tower alone is its only stage."""
+    """The modules of a LLaVA that an answer passes through, one after the other."""
     parts = find(model)
-    if parts.tower is parts.model:
-        return {"tower": parts.tower}
     inner = parts.model.model
     return {"tower": parts.tower, "projector": inner.multi_modal_projector, "llm": inner.language_model}
 

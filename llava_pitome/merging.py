@@ -5,6 +5,7 @@ Shapes: B images, N tokens before, M tokens after, D channels.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -51,30 +52,33 @@ def merge(x: Tensor, size: Tensor, plan: Plan, triton: bool = False) -> tuple[Te
     which a GPU's threads come by: no float is added by scattered atomics. `triton` prefers a GPU kernel.
     """
     weight = size.to(torch.promote_types(x.dtype, torch.float32))
-    # whole numbers, whose sum in floats is exact in every order
+    # whole numbers, whose sum in floats is exact in every order (below 2**24 patches)
     total = weight.new_zeros(x.shape[0], plan.length).scatter_add(1, plan.slot, weight)  # (B, M)
     share = weight / total.gather(1, plan.slot)  # (B, N), exactly 1 for a token that stays alone
     if triton and triton_takes(x):
         from llava_pitome.kernels.average_triton import average
-    else:
-        average = _Average.apply if x.requires_grad else _average
-    return average(x, share, plan), total.to(size.dtype)
+
+        return average(x, share, plan), total.to(size.dtype)
+    average = _Average.apply if x.requires_grad else _average
+    with full_precision(x.device.type):
+        return average(x, share, plan.slot, plan.kept, plan.gone), total.to(size.dtype)
 
 
-def _average(x: Tensor, share: Tensor, plan: Plan) -> Tensor:
+def _average(x: Tensor, share: Tensor, slot: Tensor, kept: Tensor, gone: Tensor) -> Tensor:
     """The sum over each slot of share (B, N) times token (B, N, D), computed for slots that collect several.
 
     Survivors are copied, which is most of the work; then the slots that `gone` tokens fold into are written
-    over with their sums, one small matrix product an image: R = N - M rows instead of N.
+    over with their sums, one small matrix product an image: R = N - M rows instead of N. The product gives
+    the other tokens of an image the weight 0, so that an infinite one spoils its image's sums.
     """
-    out = rows(x, plan.kept)  # (B, M, D)
-    if not plan.gone.shape[1]:
+    out = rows(x, kept)  # (B, M, D)
+    if not gone.shape[1]:
         return out
-    target = plan.slot.gather(1, plan.gone)  # (B, R) slots that collect, some of them several times
-    heir = plan.kept.gather(1, target)  # (B, R) the survivors of these slots
-    weights = (target.unsqueeze(2) == target.unsqueeze(1)) * share.gather(1, plan.gone).unsqueeze(1)
+    target = slot.gather(1, gone)  # (B, R) slots that collect, some of them several times
+    heir = kept.gather(1, target)  # (B, R) the survivors of these slots
+    weights = (target.unsqueeze(2) == target.unsqueeze(1)) * share.gather(1, gone).unsqueeze(1)
     own = rows(x, heir).to(share.dtype) * share.gather(1, heir).unsqueeze(2)
-    summed = torch.baddbmm(own, weights, rows(x, plan.gone).to(share.dtype))  # (B, R, D)
+    summed = torch.baddbmm(own, weights, rows(x, gone).to(share.dtype))  # (B, R, D)
     where = _flat(target, out.shape[1])  # the same slot twice is written the same sum twice
     out.view(-1, x.shape[2]).index_put_((where,), summed.to(x.dtype).view(-1, x.shape[2]))
     return out
@@ -84,16 +88,27 @@ class _Average(torch.autograd.Function):
     """`_average` with its gradient; torch's own would count a slot that is written twice twice."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Tensor, plan: Plan) -> Tensor:
-        """(B, N, D), (B, N) to (B, M, D)."""
-        ctx.save_for_backward(share, plan.slot)
-        return _average(x, share, plan)
+    def forward(x: Tensor, share: Tensor, slot: Tensor, kept: Tensor, gone: Tensor) -> Tensor:
+        """(B, N, D), (B, N) and a plan's tensors to (B, M, D)."""
+        return _average(x, share, slot, kept, gone)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keeps what the gradient needs."""
+        ctx.save_for_backward(inputs[1], inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Each token is given its slot's gradient by its share."""
         share, slot = ctx.saved_tensors
-        return (rows(grad, slot) * share.unsqueeze(2)).to(grad.dtype), None, None
+        return (rows(grad, slot) * share.unsqueeze(2)).to(grad.dtype), None, None, None, None
+
+
+def full_precision(kind: str) -> AbstractContextManager:
+    """Autocast off where it is on for a kind of device: it would match and average in half precision."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def widen(parent: Tensor, front: int) -> Tensor:
@@ -120,7 +135,7 @@ def _flat(index: Tensor, count: int) -> Tensor:
     """Positions (B, K) within rows of `count` as positions (B * K,) within all rows."""
     if len(index) == 1:
         return index.view(-1)
-    start = torch.arange(0, len(index) * count, count, device=index.device)
+    start = torch.arange(len(index), device=index.device) * count
     return (index + start.unsqueeze(1)).view(-1)
 
 

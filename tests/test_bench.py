@@ -8,11 +8,12 @@ from conftest import make_model, make_processor
 from test_tower import images
 
 from llava_pitome import MergeConfig, parents
+from llava_pitome.bench import run
 from llava_pitome.bench.clock import timed
 from llava_pitome.bench.memory import peak
 from llava_pitome.bench.run import Load, measure
 from llava_pitome.bench.sides import overhead, side
-from llava_pitome.bench.summary import quartiles, summarise, table
+from llava_pitome.bench.summary import brief, quartiles, summarise, table
 from llava_pitome.bench.targets import Target, build, inputs
 from llava_pitome.cli import main
 
@@ -29,11 +30,13 @@ def bench(capsys, folder, *words):
     return json.loads((folder / "bench.json").read_text()), capsys.readouterr().out
 
 
-def test_the_bench_measures_every_side_part_and_batch(capsys, tmp_path):
+def test_the_bench_measures_every_side_part_and_batch(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     words = "--target embedded --ratio 0.95,0.8 --batch 1,2 --rounds 2 --warmup 1 --new-tokens 1,3 --text 9"
     found, out = bench(capsys, tmp_path, *words.split())
     rows = found["rows"]
-    sides = ["dense", "0.95", "0.95, no kernels", "0.8", "0.8, no kernels"]
+    sides = ["dense", "0.95, own attention", "0.95", "0.8, own attention", "0.8"]
     assert [(r["batch"], r["side"]) for r in rows] == [(b, s) for b in (1, 2) for s in sides]
     assert [r["tokens"] for r in rows[:5]] == [196, 115, 115, 19, 19]
     for row in rows:
@@ -86,8 +89,7 @@ def test_the_overhead_is_the_matching_and_merging_of_a_whole_pass(target, recipe
         monkeypatch.setattr(type(merged.merging), "_merge", lambda *a: seen.append(a[1]) or plain(*a))
         work()
         assert seen == list(range(7))
-        if recipe == "paper":  # which merges what the norm is given, so that the very same merges come out
-            assert all(torch.equal(s.plan.slot, old) for s, old in zip(merged.merging.slots[1:], slots))
+        assert all(torch.equal(s.plan.slot, old) for s, old in zip(merged.merging.slots[1:], slots))
         work()  # as often as is wanted
     assert [list(block.keys._forward_hooks) for block in merged.merging.blocks] == hooks
 
@@ -181,12 +183,17 @@ def test_a_checkpoint_on_disk_can_be_benchmarked(capsys, tmp_path):
     make_processor().save_pretrained(tmp_path / "model")
     words = "--ratio 0.8 --batch 3 --rounds 1 --warmup 0 --dtype float32 --kernels off"
     found, _ = bench(capsys, tmp_path / "out", "--target", str(tmp_path / "model"), *words.split())
-    assert [(r["side"], r["batch"]) for r in found["rows"]] == [("dense", 3), ("0.8, no kernels", 3)]
+    assert [(r["side"], r["batch"]) for r in found["rows"]] == [("dense", 3), ("0.8", 3)]
 
 
-def test_a_compiled_tower_can_be_benchmarked(capsys, tmp_path):
-    words = "--target embedded --ratio 0.8 --batch 1 --rounds 1 --warmup 1 --kernels on --compile default"
+def test_every_compiled_tower_is_compiled(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # which the bench has to raise
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    words = "--target embedded --ratio 0.8 --batch 1,2 --rounds 1 --warmup 1 --compile default --new-tokens 1"
     found, _ = bench(capsys, tmp_path, *words.split())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before >= 4  # two sides, two batches
+    assert [r["side"] for r in found["rows"]] == ["dense", "0.8"] * 2
     assert "merging" not in found["rows"][1]["seconds"]  # told for what runs by itself only
     assert found["options"]["compile"] == "default"
     torch.compiler.reset()
@@ -205,6 +212,9 @@ def test_a_compiled_tower_can_be_benchmarked(capsys, tmp_path):
         ("--graphs", "--graphs is for --target tower --device cuda"),
         ("--dtype float16 --device cpu", "hundreds of times slower"),
         ("--recipe mine", "invalid choice: 'mine'"),
+        ("--text 9", "--text and --new-tokens are for targets that answer"),
+        ("--kernels both --dtype float32", "with and without kernels the same would run here"),
+        ("--kernels triton", "--kernels triton is for --device cuda"),
     ],
 )
 def test_what_cannot_be_benchmarked_is_refused_with_what_is_allowed(
@@ -222,15 +232,15 @@ def test_what_cannot_be_benchmarked_is_refused_with_what_is_allowed(
 def test_the_quick_bench_reports_its_ratios(capsys, tmp_path, report):
     """No time is asserted; the ratios stand in the summary of the test run."""
     found, _ = bench(capsys, tmp_path, "--quick", "--target", "tower")
-    dense, merged, plain = found["rows"]
-    assert (dense["tokens"], merged["tokens"], plain["tokens"]) == (576, 54, 54)
-    assert merged["flop_ratio"]["tower"] == pytest.approx(2.86, abs=0.01)
-    report(
-        "CLIP-L/14-336 tower, ratio 0.9, batch 1, bfloat16, medians of 3 rounds: "
-        f"{merged['speedup']['tower'][1]:.2f} x dense, "
-        f"{plain['speedup']['tower'][1]:.2f} x without kernels, "
-        f"merging {merged['merging_share']:.1%} of the merged tower"
-    )
+    dense, *merging = found["rows"]
+    assert dense["tokens"] == 576
+    for merged in merging:
+        assert merged["tokens"] == 54
+        assert merged["flop_ratio"]["tower"] == pytest.approx(2.86, abs=0.01)
+        report(
+            f"CLIP-L/14-336 tower, ratio {merged['side']}, batch 1, bfloat16, medians of 3 rounds: "
+            f"{merged['speedup']['tower'][1]:.2f} x dense, merging {merged['merging_share']:.1%} of the tower"
+        )
 
 
 def test_the_bench_is_a_command_of_the_package():
@@ -241,3 +251,33 @@ def test_the_bench_is_a_command_of_the_package():
     with pytest.raises(SystemExit) as stop:
         main(["dance"])
     assert stop.value.code == 2
+
+
+def test_quick_fills_in_only_what_is_not_given(capsys, tmp_path):
+    words = "--quick --target embedded --ratio 0.8 --rounds 1 --kernels off --profile"
+    found, _ = bench(capsys, tmp_path, *words.split())
+    assert [r["side"] for r in found["rows"]] == ["dense", "0.8"]
+    assert found["options"]["warmup"] == 1
+    assert all(len(r["seconds"]["answer of 16"]) == 1 for r in found["rows"])
+    profile = (tmp_path / "profile.md").read_text()
+    assert profile.count("| operation | ms | share | calls |") == 2
+    assert "aten::addmm" in profile
+
+
+def test_another_side_goes_first_in_every_round(target, monkeypatch):
+    sides, order = [side(target, c, str(c), True, "off") for c in (None, MergeConfig(tokens=9))], []
+    plain = run._timing
+    monkeypatch.setattr(run, "_timing", lambda s, load: lambda: order.append(s.tokens) or plain(s, load)())
+    measure(sides, Load(1, text=4, new_tokens=(1,), rounds=3, warmup=0))
+    assert order == [36, 9, 9, 36, 36, 9]
+
+
+def test_the_brief_table_tells_merging_sides_only():
+    facts = {"batch": 1, "patches": 576, "merging": {}, "side": "0.9", "tokens": 54, "merging_share": 0.04321}
+    row = facts | {
+        "speedup": {"tower": (1, 3.5, 4), "answer of 16": (1, 2, 3)},
+        "median": {"answer of 16": 1},
+    }
+    row |= {"flop_ratio": {"tower": 2.86}, "efficiency": {"tower": 1}}
+    assert "| 1 | 576 | 0.9 | 54 | 4.3% | 3.50 (2.86) | 2.00 |\n" in brief([row])
+    assert brief([row]) == brief([row, row | {"merging": None}])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import LAYERS, PATCHES, make_model
 from test_tower import FEATURE, features, images, slow, state
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
 from llava_pitome.kernels import attention as kernel
@@ -60,9 +61,11 @@ def test_images_of_a_batch_do_not_know_of_each_other_in_the_attention_kernel(cou
     assert torch.equal(attention(*given[:3], 16, given[3]), torch.cat(alone))
 
 
-def test_the_attention_kernel_is_for_many_bfloat16_tokens_on_cpus():
-    many, few = torch.zeros(1, 577, 1024, dtype=torch.bfloat16), torch.zeros(1, 20, 64, dtype=torch.bfloat16)
-    assert pays(many) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
+def test_the_attention_kernel_is_for_many_bfloat16_tokens_on_cpus(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    many, few = torch.zeros(1, 577, 1024, dtype=torch.bfloat16), torch.zeros(32, 20, 64, dtype=torch.bfloat16)
+    assert pays(many)
     assert not pays(few)
     assert not pays(many.float())
     assert not pays(many.to("meta"))
@@ -112,12 +115,19 @@ def test_where_nothing_merges_the_block_attends_itself(counted, model):
     assert not counted
 
 
-@pytest.mark.parametrize("why", ["kernels=False", "eager", "gradients", "a mask"])
+@pytest.mark.parametrize("why", ["kernels=False", "eager", "eager later", "gradients", "a mask", "training"])
 def test_the_block_attends_itself_where_it_has_to(counted, why):
     model = make_model(attn_implementation="eager" if why == "eager" else "sdpa")
     tower = model.model.vision_tower
     with merge_tokens(model, MergeConfig(ratio=0.8), kernels=why != "kernels=False"):
-        if why == "gradients":
+        if why == "eager later":
+            model.set_attn_implementation("eager")
+            with torch.no_grad():
+                maps = tower(images(), output_attentions=True).attentions
+            assert maps[0].shape[-2:] == (37, 37)
+        elif why == "training":
+            features(model.train(), images())
+        elif why == "gradients":
             tower(images())
         elif why == "a mask":
             with torch.no_grad():
@@ -178,6 +188,7 @@ def test_a_merging_tower_never_asks_the_device_for_a_value(recipe, method):
     "kernels, message",
     [
         ("cuda", r"kernels='cuda' is unknown; allowed are True, False, 'triton'"),
+        (1, r"kernels=1 is unknown"),
         ("triton", r"kernels='triton' needs triton, which is not installed"),
     ],
 )
@@ -191,7 +202,7 @@ def test_kernels_that_cannot_run_raise_before_anything_is_touched(model, monkeyp
 
 def test_triton_on_a_model_that_is_not_on_a_gpu_raises(model, monkeypatch):
     monkeypatch.setattr("llava_pitome.api.triton_is_there", lambda: True)
-    with pytest.raises(ValueError, match="the vision tower is not on one: move the model first"):
+    with pytest.raises(ValueError, match=r"needs a vision tower on a GPU.*move the model first"):
         apply(model, MergeConfig(tokens=9), kernels="triton")
 
 
@@ -201,3 +212,44 @@ def test_what_was_applied_before_comes_back_with_its_kernels(model, kernels):
     with merge_tokens(model, MergeConfig(tokens=5), kernels=not kernels) as inner:
         assert inner.kernels is not kernels
     assert installed(find(model).blocks).kernels is kernels
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_peft_puts_into_the_attention_is_not_passed_over(counted, model, first):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=r".*vision_tower.*\.(q_proj|v_proj|out_proj)", init_lora_weights=False)
+    config, pixels = MergeConfig(ratio=0.8), images()
+    if first:
+        model = get_peft_model(model, lora).eval()
+    merging = apply(model, config)
+    if not first:
+        get_peft_model(model, lora).eval()
+    found = features(find(model).model, pixels)
+    assert len(counted) == first * FEATURE
+    remove(model)
+    apply(model, config, kernels=False)
+    torch.testing.assert_close(features(find(model).model, pixels), found, rtol=0, atol=1e-4)
+    assert merging.lengths(PATCHES)[-1] == found.shape[1] - 1
+
+
+def test_a_batch_gives_what_its_images_give_alone_whichever_kernel_they_take():
+    """With the shapes at which the kernel starts to pay on the way through the layers."""
+    torch.manual_seed(0)
+    shapes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 16}
+    tower = CLIPVisionModel(CLIPVisionConfig(**shapes, image_size=40, patch_size=4)).eval().bfloat16()
+    pixels = images(3, side=40).bfloat16()
+    with merge_tokens(tower, MergeConfig(ratio=0.95)) as merging, torch.no_grad():
+        assert merging.lengths(100)[0] > 91 > merging.lengths(100)[-1]
+        together = tower(pixels).last_hidden_state
+        alone = torch.cat([tower(image[None]).last_hidden_state for image in pixels])
+    assert torch.equal(together, alone)
+
+
+def test_keys_that_are_missing_raise(model):
+    with merge_tokens(model, MergeConfig(ratio=0.8)):
+        attention = model.model.vision_tower.encoder.layers[0].self_attn
+        attention.k_proj = copy.deepcopy(attention.k_proj)
+        attention.k_proj._forward_hooks.clear()
+        with pytest.raises(RuntimeError, match="block 0 made no keys"):
+            features(model, images())

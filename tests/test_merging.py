@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llava_pitome import METHODS, parents
-from llava_pitome.merging import compose, merge, plan, size_bias, trace, unmerge
+from llava_pitome.merging import compose, merge, narrow, plan, size_bias, trace, unmerge, widen
 
 SIZES = ((6, 2), (17, 8), (36, 3), (49, 40))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -201,3 +201,38 @@ def test_gradients_pass_the_numerical_check():
     x, size = tokens(6).requires_grad_(), sizes(6).double()
     laid = plan(parents(x.detach(), 3), 3)
     assert torch.autograd.gradcheck(lambda t: unmerge(merge(t, size, laid)[0], laid), (x,))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_does_not_reach_the_sums(grad):
+    x, size = tokens(20, torch.float32).requires_grad_(grad), sizes(20)
+    laid = plan(parents(x.detach(), 9), 11)
+    expected, _ = merge(x, size, laid)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = merge(x, size, laid)
+    assert torch.equal(found, expected)
+
+
+def test_functional_gradients_pass_through():
+    x, size = tokens(8), sizes(8)
+    laid = plan(parents(x, 3), 5)
+    found = torch.func.grad(lambda t: merge(t, size, laid)[0].sum())(x)
+    leaf = x.clone().requires_grad_()
+    merge(leaf, size, laid)[0].sum().backward()
+    assert torch.equal(found, leaf.grad)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_tokens_at_all_merge_into_none(batch):
+    merged, total = merge(
+        torch.zeros(batch, 0, 4), torch.ones(batch, 0), plan(torch.zeros(batch, 0).long(), 0)
+    )
+    assert (merged.shape, total.shape) == ((batch, 0, 4), (batch, 0))
+
+
+def test_a_plan_with_tokens_in_front_is_the_plan_behind_them():
+    parent = parents(tokens(12), 4)
+    wide, plain = plan(widen(parent, 1), 9), plan(parent, 8)
+    assert wide.slot[:, 0].tolist() == [0, 0]
+    for found, expected in zip(narrow(wide, 1), plain):
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))

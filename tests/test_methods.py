@@ -93,6 +93,37 @@ def test_the_energy_is_the_mean_over_all_tokens_itself_included(energy, margin, 
     torch.testing.assert_close(pitome.mean_energy(unit(x), margin, alpha, energy), expected)
 
 
+@pytest.mark.parametrize("energy", ["eq4", "elu"])
+@pytest.mark.parametrize("margin", [-800.0, -100.0, -2.0, 2.0, 90.0])
+def test_margins_that_no_similarity_reaches_are_no_matter(margin, energy):
+    x = tokens(2, 11, dtype=torch.float64)
+    expected = [oracle.energies(row, margin, 1.0, energy) for row in x.tolist()]
+    found = pitome.mean_energy(unit(x), margin, 1.0, energy)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_similarity_of_exactly_the_margin_counts_as_above_it():
+    x = torch.tensor([[[1.0, 0.0], [0.5, 0.75**0.5], [0.5, 0.75**0.5]]], dtype=torch.float64)
+    x[0, 1:, 1] = 0  # not of length 1: the products are 1, 0.5, 0.5 to the bit
+    found = pitome.mean_energy(x, 0.5)
+    assert found[0, 0].item() == pytest.approx((1 + 0.5 + 0.5) / 3)
+
+
+@pytest.mark.parametrize("count", [257, 300, 577])
+def test_blocks_of_similarities_change_no_energy(count, monkeypatch):
+    x = unit(tokens(2, count, dtype=torch.float64))
+    found = pitome.mean_energy(x, 0.3)
+    monkeypatch.setattr(pitome, "SMALL", 10**9)
+    torch.testing.assert_close(found, pitome.mean_energy(x, 0.3), rtol=0, atol=1e-14)
+
+
+def test_another_default_device_is_no_matter():
+    x = tokens(1, 12)
+    with torch.device("meta"):
+        pitome._BEFORE.clear()
+        assert pitome.mean_energy(unit(x), 0.3).device.type == "cpu"
+
+
 def test_the_energy_of_eq_4_is_known_for_two_right_angles():
     x = torch.eye(2, dtype=torch.float64)[None]
     expected = (1 + np.exp(-0.9) - 1) / 2  # once itself, once a token at a right angle

@@ -1,4 +1,4 @@
-"""Peak memory of what a piece of work allocates: exact on CPUs, by the allocator's word on CUDA."""
+"""Peak memory of a piece of work: of the tensors that operations return on CPUs, the allocator's on CUDA."""
 
 import weakref
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from llava_pitome.bench.summary import PARTS
-
 COLOURS = {
     "tower": "#4477aa",
     "merging": "#ee6677",
@@ -12,7 +10,7 @@ COLOURS = {
     "llm": "#228833",
     "decode": "#aa3377",
 }
-TIMED = {"tower": "#4477aa", "prefill": "#228833"}  # then the answers
+TIMED = ("tower", "prefill")  # then the answers
 DPI = 110
 
 
@@ -38,22 +36,24 @@ def _lines(rows: list[dict[str, Any]], axis: str, path: Path) -> Path:
     from matplotlib import pyplot
 
     merged = [row for row in rows if row["merging"]]
-    parts = [p for p in PARTS if p in TIMED and p in merged[0]["speedup"]]
-    parts += [p for p in merged[0]["speedup"] if p.startswith("answer")]
-    fixed = [a for a in ("batch", "patches", "side") if a != axis and not (axis == "tokens" and a == "side")]
-    groups = sorted({tuple(row[a] for a in fixed) for row in merged})
+    parts = [p for p in merged[0]["speedup"] if p in TIMED or (p.startswith("answer") and p != "answer of 1")]
+    fixed = ("batch", "patches", "kernels") if axis == "tokens" else ("batch", "patches", "side")
+    fixed = tuple(name for name in fixed if name != axis)
+    groups = sorted({tuple(row[name] for name in fixed) for row in merged}, key=str)
     figure, axes = pyplot.subplots(1, len(parts), figsize=(5.2 * len(parts), 4), squeeze=False)
     for part, plot in zip(parts, axes[0]):
         for number, group in enumerate(groups):
-            line = sorted((r for r in merged if tuple(r[a] for a in fixed) == group), key=lambda r: r[axis])
+            line = sorted((r for r in merged if tuple(r[f] for f in fixed) == group), key=lambda r: r[axis])
             x = [r[axis] for r in line]
             low, middle, high = zip(*(r["speedup"][part] for r in line))
             error = [[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]]
-            name = ", ".join(f"{a} {v}" for a, v in zip(fixed, group))
+            name = ", ".join(f"{f} {v}" for f, v in zip(fixed, group))
             plot.errorbar(x, middle, error, fmt="o-", color=f"C{number}", capsize=3, label=name)
             if part in line[0]["flop_ratio"]:
                 limit = [r["flop_ratio"][part] for r in line]
-                plot.plot(x, limit, "--", color=f"C{number}", alpha=0.6, label="what FLOPs promise")
+                plot.plot(x, limit, "--", color=f"C{number}", alpha=0.6)
+        if part in merged[0]["flop_ratio"]:
+            plot.plot([], [], "--", color="grey", label="what FLOPs promise")
         plot.axhline(1, color="grey", lw=0.8)
         plot.set(title=part, xlabel=axis, ylabel="times as fast as dense", ylim=(0, None))
         if axis != "tokens":

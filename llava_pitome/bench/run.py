@@ -45,7 +45,9 @@ def measure(sides: list[Side], load: Load) -> list[dict[str, Any]]:
         works = [_timing(side, load) for side in sides]
         samples: list[dict[str, list[float]]] = [{} for _ in sides]
         for turn in range(-load.warmup, load.rounds):
-            for taken, work in zip(samples, works):
+            for place in range(len(sides)):  # another side goes first in every round
+                at = (place + turn) % len(sides)
+                taken, work = samples[at], works[at]
                 for name, seconds in work().items():
                     taken.setdefault(name, []).extend([seconds] * (turn >= 0))
             log.info(
@@ -99,6 +101,7 @@ def _row(side: Side, load: Load, seconds: dict[str, list[float]]) -> dict[str, A
         "batch": load.batch,
         "patches": side.target.patches,
         "tokens": side.tokens,
+        "kernels": None if side.merging is None else side.merging.kernels,
         "merging": None if side.merging is None else side.merging.config.to_dict(),
         "flops": {name: n * load.batch for name, n in flops._asdict().items()},
         "seconds": seconds,

@@ -1,7 +1,8 @@
 """The models that are timed against each other: they share their weights, and each has its own hooks."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,16 @@ def tower(side: Side, pixels: Tensor) -> Callable[[], Any]:
     return lambda: module(pixels, output_hidden_states=True, return_dict=True)
 
 
+@contextmanager
+def compiling(count: int) -> Iterator[None]:
+    """Lets torch.compile make `count` graphs of the same code, and fails where it would go on without."""
+    settings = torch._dynamo.config
+    with settings.patch(
+        recompile_limit=max(count, settings.recompile_limit), fail_on_recompile_limit_hit=True
+    ):
+        yield
+
+
 def graphed(work: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
     """The work as one CUDA graph: what is replayed reads and writes the same memory every time."""
     stream = torch.cuda.Stream()
@@ -81,14 +92,18 @@ def overhead(side: Side, pixels: Tensor) -> Callable[[], Any]:
     def see_keys(_module: nn.Module, _args: tuple, output: Tensor) -> None:
         keys.append(output)
 
-    def see_hidden(_module: nn.Module, args: tuple) -> None:
+    def see_input(_module: nn.Module, args: tuple) -> None:
         hidden.append(args[0])
 
-    inner = merging.config.site == "attention"
+    def see_output(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+        hidden.append(output)
+
     handles = [block.keys.register_forward_hook(see_keys, prepend=True) for block in blocks]
-    for block in blocks:
-        place = block.norm if inner else block.layer
-        handles.append(place.register_forward_pre_hook(see_hidden, prepend=True))
+    for block in blocks:  # in front of the hooks that merge
+        if merging.config.site == "attention":
+            handles.append(block.norm.register_forward_pre_hook(see_input, prepend=True))
+        else:
+            handles.append(block.layer.register_forward_hook(see_output, prepend=True))
     tower(side, pixels)()
     for handle in handles:
         handle.remove()

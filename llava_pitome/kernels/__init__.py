@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 
@@ -12,5 +13,6 @@ def triton_is_there() -> bool:
 
 
 def triton_takes(x: Tensor) -> bool:
-    """Whether Triton computes on such a tensor: on a GPU or in its interpreter, and without gradients."""
-    return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and not x.requires_grad
+    """Whether Triton computes on such a tensor: on a GPU or in its interpreter, if without gradients."""
+    here = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return here and not x.requires_grad and x.dtype in (torch.float32, torch.bfloat16, torch.float16)

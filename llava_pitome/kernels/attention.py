@@ -10,16 +10,24 @@ import torch
 from torch import Tensor
 
 SCORES = 2_600_000  # scores at a time: 5 MB, a part of the last-level cache that two cores keep to themselves
-LEAST = 2**23  # multiplications below which the calls cost more than they save: a third of a millisecond
+LEAST = (
+    2**23
+)  # multiplications an image below which the calls cost more than they save: 91 tokens of 1,024 channels
 
 
 def pays(x: Tensor) -> bool:
-    """Whether this kernel is the faster one for tokens (B, T, D): many, bfloat16, on 512-bit vectors."""
+    """Whether this kernel was measured to be the faster one for tokens (B, T, D).
+
+    It was for many tokens in bfloat16 on a processor with AVX-512's bfloat16 products; one with AMX tiles,
+    which torch's own kernel uses, was not measured. How many images there are does not matter, so that the
+    answer to one does not depend on the others.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
-        and x.shape[0] * x.shape[1] ** 2 * x.shape[2] >= LEAST
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and x.shape[1] ** 2 * x.shape[2] >= LEAST
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
     )
 
 

@@ -82,7 +82,7 @@ def mean_energy(unit: Tensor, margin: float, alpha: float = 1.0, energy: str = "
 
 def _mean_below(x: Tensor, m: float, alpha: float) -> Tensor:
     """The mean of alpha (exp(x - m) - 1) where x < m, and of 0 elsewhere."""
-    return alpha * (x.clamp(max=m).exp_().mean(-1) * torch.e**-m - 1)
+    return alpha * (x.clamp(max=m).sub_(m).exp_().mean(-1) - 1)
 
 
 ENERGIES = {  # similarities (B, K, N) to energies (B, K); sums taken apart, so that no mask is written
@@ -98,7 +98,7 @@ _BEFORE: dict[tuple[float, torch.dtype], float] = {}  # one a layer; worked out 
 def _before(m: float, dtype: torch.dtype) -> float:
     """The number in front of m: F.threshold passes what lies above its bound, eq. 4 what is at m too."""
     if (m, dtype) not in _BEFORE:
-        at, end = torch.tensor(m, dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)
+        at, end = (torch.tensor(x, dtype=dtype, device="cpu") for x in (m, -torch.inf))
         _BEFORE[m, dtype] = torch.nextafter(at, end).item()
     return _BEFORE[m, dtype]
 

@@ -37,6 +37,12 @@ class OwnAttention:
         handles.append(self.out.register_forward_pre_hook(self._attend))
         return handles
 
+    @property
+    def intact(self) -> bool:
+        """Whether the hooks still sit on what the attention calls; peft may have put other modules there."""
+        own = set(self.module.children())
+        return self.out in own and own.issuperset(self.projections)
+
     def start(self, size: Tensor | None) -> None:
         """Computes the next pass here, with sizes (B, T) in patches or plainly."""
         self._on, self._size = True, size

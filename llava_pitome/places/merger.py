@@ -3,13 +3,11 @@
 Shapes: B images, T tokens with the class token, N without it, M after the merge, D channels.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.merging import Plan, merge, plan, widen
+from llava_pitome.merging import Plan, full_precision, merge, plan, widen
 from llava_pitome.methods import match, ordered
 from llava_pitome.places.blocks import Slot
 
@@ -41,7 +39,7 @@ class Merger:
         Args:
             i: which block.
             x: (B, T, D) the hidden state that becomes shorter.
-            keys: (B, T, C) one key a token; None where the hidden state is the metric.
+            keys: (B, T, C) one key a token; not looked at where the hidden state is the metric.
             length: M, patches that survive.
             here: what is known in front of the block.
             last: what the pass before left behind the block.
@@ -50,9 +48,16 @@ class Merger:
             The merged hidden state, class token in front, and what is known behind the block.
 
         Raises:
-            RuntimeError: gradient checkpointing runs the block again, and other tokens would merge.
+            RuntimeError: gradient checkpointing runs the block again, and other tokens would merge; or the
+                keys are missing.
         """
-        metric = (x.detach().float() if keys is None else keys)[:, self.class_tokens :]
+        if self.config.metric == "hidden":
+            keys = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        elif keys is None:
+            raise RuntimeError(
+                f"block {i} made no keys: its key projection was replaced after apply; apply again"
+            )
+        metric = keys[:, self.class_tokens :]
         laid = self._match(i, metric, length)
         if _recomputing() and not (last and last.merge and torch.equal(last.merge.slot, laid.slot)):
             raise RuntimeError(
@@ -72,7 +77,7 @@ class Merger:
         """Who merges at block i, class tokens included, by the metric (B, N, D) of the others."""
         depth, remove = i / self.layers, metric.shape[1] - length
         method, parameters = self.config.method_at(depth)
-        with _full_precision(metric.device.type):
+        with full_precision(metric.device.type):
             if self.config.order != "method":
                 parent, order = (
                     match(metric, remove, method, self._triton_now, depth=depth, **parameters),
@@ -89,13 +94,6 @@ class Merger:
     def _triton_now(self) -> bool:
         """Whether Triton may compute: torch.compile writes kernels of its own."""
         return self.triton and not torch.compiler.is_compiling()
-
-
-def _full_precision(kind: str) -> AbstractContextManager:
-    """Autocast off where it is on, since it would match in half precision."""
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
 
 
 def _recomputing() -> bool:

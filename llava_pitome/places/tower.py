@@ -6,6 +6,7 @@ retries) is harmless.
 Shapes: B images, T tokens with the class token, N without it, D channels.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -36,7 +37,7 @@ class TowerMerging:
         class_tokens: int,
         config: MergeConfig,
         kernels: bool | str = False,
-        sdpa: bool = True,
+        sdpa: Callable[[], bool] = bool,
     ):
         """Prepares hooks for `blocks`; features are read behind block `feature` - 1.
 
@@ -47,12 +48,12 @@ class TowerMerging:
             config: how to merge.
             kernels: a value of KERNELS: this package's kernels where they are known to be faster, plain
                 PyTorch, or also what is written in Triton.
-            sdpa: whether the tower leaves attention to torch, so that a kernel may be chosen for it.
+            sdpa: tells whether the tower leaves attention to torch, so that a kernel may be chosen for it.
         """
         self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
         self.kernels = kernels
         self._merger = Merger(config, len(blocks), class_tokens, kernels == "triton")
-        self._attends = bool(kernels) and sdpa
+        self._sdpa = sdpa
         self._own = [
             OwnAttention(b.attention, (b.queries, b.keys, b.values), b.out, b.heads) for b in blocks[:feature]
         ]
@@ -68,7 +69,7 @@ class TowerMerging:
             self._on(block.layer.register_forward_hook(partial(self._leave, i), prepend=True))
             if self.config.metric == "keys":
                 self._on(block.keys.register_forward_hook(partial(self._keep_keys, i)))
-            if self._attends:
+            if self.kernels:
                 self._handles += self._own[i].install()
             if self.config.site == "attention":
                 self._on(block.norm.register_forward_pre_hook(partial(self._before_mlp, i)))
@@ -127,7 +128,7 @@ class TowerMerging:
         weighted = self.config.proportional and self._lengths[i] != self._lengths[0]
         mask = rest[0] if rest else kwargs.get("attention_mask")
         self._own[i].stop()
-        if self._attends_here(hidden, mask):
+        if self._attends_here(i, hidden, mask):
             self._own[i].start(self.slots[i].sizes if weighted else None)
         elif weighted:
             bias = size_bias(self.slots[i].sizes.to(hidden.device), hidden.dtype)
@@ -135,15 +136,18 @@ class TowerMerging:
             return ((hidden, bias, *rest[1:]), kwargs) if rest else (args, kwargs | {"attention_mask": bias})
         return None
 
-    def _attends_here(self, hidden: Tensor, mask: Tensor | None) -> bool:
-        """Whether this package's attention takes the block's place: never where nothing merges."""
+    def _attends_here(self, i: int, hidden: Tensor, mask: Tensor | None) -> bool:
+        """Whether this package's attention takes the place of block i's: never where nothing merges."""
         return (
-            self._attends
+            bool(self.kernels)
             and mask is None
             and self._lengths[0] != self._lengths[-1]
             and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
+            and not self.blocks[i].attention.training  # dropout
             and pays(hidden)
+            and self._sdpa()
+            and self._own[i].intact
         )
 
     def _keep_keys(self, i: int, _module: nn.Module, _args: tuple, keys: Tensor) -> None:
