@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_pitome import embedded
+from llava_pitome.bench.machine import machine
 
 PACKAGES = (
     "llava-pitome",
@@ -107,11 +108,7 @@ def write(plan: Plan, rows: list[dict]) -> Path:
         "tasks": plan.tasks,
         "commit": commit(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "machine": {
-            "python": platform.python_version(),
-            "processor": platform.machine(),
-            "system": platform.system(),
-        },
+        "machine": {"python": platform.python_version(), "system": platform.system()} | machine(),
     }
     _replace(path, json.dumps(facts, indent=1, default=str))
     return path

@@ -273,11 +273,11 @@ def test_another_side_goes_first_in_every_round(target, monkeypatch):
 
 
 def test_the_brief_table_tells_merging_sides_only():
-    facts = {"batch": 1, "patches": 576, "merging": {}, "side": "0.9", "tokens": 54, "merging_share": 0.04321}
+    facts = {"batch": 1, "patches": 576, "merging": {"ratio": 0.9}, "side": "0.9", "tokens": 54}
     row = facts | {
         "speedup": {"tower": (1, 3.5, 4), "answer of 16": (1, 2, 3)},
         "median": {"answer of 16": 1},
     }
-    row |= {"flop_ratio": {"tower": 2.86}, "efficiency": {"tower": 1}}
+    row |= {"flop_ratio": {"tower": 2.86}, "efficiency": {"tower": 1}, "merging_share": 0.04321}
     assert "| 1 | 576 | 0.9 | 54 | 4.3% | 3.50 (2.86) | 2.00 |\n" in brief([row])
     assert brief([row]) == brief([row, row | {"merging": None}])

@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
 import curve  # noqa: E402
 
+from llava_pitome.bench.summary import brief, summarise  # noqa: E402
+
 MEASURED = json.loads((ROOT / "eval/results/curve.json").read_text())["points"]
 README = (ROOT / "README.md").read_text()
 
@@ -42,3 +44,25 @@ def test_merging_has_something_to_lose(method):
     """Were the curve flat, the benchmark could not tell methods apart."""
     accuracy = [MEASURED[curve.point(method, r)]["accuracy"]["mean"] for r in (0.975, 0.8)]
     assert accuracy[0] - accuracy[1] > 3
+
+
+SPEED = {file.stem: json.loads(file.read_text()) for file in (ROOT / "eval/results/speed").glob("*.json")}
+
+
+@pytest.mark.parametrize("name", SPEED)
+def test_the_speeds_in_readme_and_docs_are_the_measured_ones(name):
+    assert brief(summarise(SPEED[name]["rows"])) in README + (ROOT / "docs/performance.md").read_text()
+
+
+def test_towers_and_whole_models_were_timed():
+    assert set(SPEED) >= {"tower", "llava-7b", "llava-7b-batches", "patches"}
+    assert all(found["machine"]["processor"] and found["packages"]["torch"] for found in SPEED.values())
+
+
+@pytest.mark.parametrize("name", SPEED)
+def test_every_side_was_timed_as_often_as_the_dense_one(name):
+    rows = SPEED[name]["rows"]
+    assert all(
+        len(taken) == SPEED[name]["options"]["rounds"] for r in rows for taken in r["seconds"].values()
+    )
+    assert {r["batch"] for r in rows} == set(SPEED[name]["options"]["batch"])

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: processor, GPU, versions."""
+"""What a measurement ran on: processor, GPU, versions."""
 
 import os
 import platform
@@ -11,8 +11,9 @@ import torch
 PACKAGES = ("llava-pitome", "torch", "transformers")
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
+def machine(device: str | None = None) -> dict[str, Any]:
+    """What numbers were measured on: the processor, and the GPU where one computes (or is there at all)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = {
         "processor": _processor(),
         "cores": os.cpu_count(),
