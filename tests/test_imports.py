@@ -12,10 +12,9 @@ import llava_pitome
 PACKAGE = Path(llava_pitome.__file__).parent
 ORDER = (
     ("kernels",),
-    ("kernels.average_triton",),
+    ("kernels.average_triton", "kernels.matching_triton"),
     ("schedule", "merging", "kernels.attention"),
     ("methods.pitome", "methods.tome", "methods.random"),
-    ("kernels.matching_triton",),
     ("methods",),
     ("config", "spectral"),
     ("places",),

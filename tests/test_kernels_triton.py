@@ -16,6 +16,7 @@ from llava_pitome.methods import pitome
 GPU = torch.cuda.is_available()
 
 DEVICE = "cuda" if GPU else "cpu"
+in_triton = methods.METHODS["pitome"].triton
 ENERGIES = ("eq4", "elu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # images, tokens, channels, tokens that go: within one tile and over several, none of them a multiple of it
@@ -43,6 +44,11 @@ def reference(metric, remove, **parameters):
     if not remove:
         return torch.arange(metric.shape[1], device=metric.device).repeat(metric.shape[0], 1)
     return pitome.parents(metric, remove, **parameters)
+
+
+def plain(x, shares, plan):
+    """The reference's averages."""
+    return merging._average(x, shares, plan.slot, plan.kept, plan.gone)
 
 
 def merged(batch, count, channels, remove, dtype=torch.float32, order=False):
@@ -76,7 +82,7 @@ def test_energies_are_those_of_the_reference_in_float64(batch, count, channels, 
 def test_parents_are_those_of_the_reference(batch, count, channels, remove, margin, alpha, energy):
     x = tokens(batch, count, channels, seed=count).to(DEVICE)
     known = {"margin": margin, "alpha": alpha, "energy": energy}
-    assert torch.equal(matching_triton.parents(x, remove, **known), reference(x, remove, **known))
+    assert torch.equal(in_triton(x, remove, **known), reference(x, remove, **known))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,7 +90,7 @@ def test_parents_are_those_of_the_reference(batch, count, channels, remove, marg
 @pytest.mark.parametrize("batch, count, channels, remove", SHAPES[1:4])
 def test_half_precision_is_matched_in_float32_at_every_depth(batch, count, channels, remove, depth, dtype):
     x = tokens(batch, count, channels, dtype, seed=count).to(DEVICE)
-    parent = matching_triton.parents(x, remove, depth=depth)
+    parent = in_triton(x, remove, depth=depth)
     assert parent.dtype == torch.int64
     assert torch.equal(parent, pitome.parents(x.float(), remove, depth=depth))
 
@@ -93,16 +99,14 @@ def test_half_precision_is_matched_in_float32_at_every_depth(batch, count, chann
 def test_golden_groups_of_float64_are_found_in_float32(case, arrays):
     x = torch.from_numpy(arrays["features"]).float().to(DEVICE)
     for energy in (e for e in ENERGIES if f"groups_{e}" in arrays):
-        parent = matching_triton.parents(
-            x, case["remove"], margin=case["margin"], alpha=case["alpha"], energy=energy
-        )
+        parent = in_triton(x, case["remove"], margin=case["margin"], alpha=case["alpha"], energy=energy)
         expected = torch.from_numpy(arrays[f"groups_{energy}"]).long()
         assert torch.equal(smallest(parent.cpu()), expected), energy
 
 
 def test_of_two_tokens_one_joins_the_other():
     """Which one is a tie that the last bit decides."""
-    assert smallest(matching_triton.parents(tokens(3, 2).to(DEVICE), 1).cpu()).tolist() == [[0, 0]] * 3
+    assert smallest(in_triton(tokens(3, 2).to(DEVICE), 1).cpu()).tolist() == [[0, 0]] * 3
 
 
 @pytest.mark.parametrize("energy", ENERGIES)
@@ -112,29 +116,29 @@ def test_ties_go_to_the_lower_index(remove, margin, alpha, energy):
     """Sums of halves are exact in every order; the interpreter's products round by a token's position."""
     sign = torch.randint(0, 2, (2, 130, 4), generator=torch.Generator().manual_seed(0))
     x, known = (sign - 0.5).to(DEVICE), {"margin": margin, "alpha": alpha, "energy": energy}
-    assert torch.equal(matching_triton.parents(x, remove, **known), pitome.parents(x, remove, **known))
+    assert torch.equal(in_triton(x, remove, **known), pitome.parents(x, remove, **known))
 
 
 @pytest.mark.parametrize("remove", [1, 9, 35])
 @pytest.mark.parametrize("same", [torch.ones(1, 70, 16), torch.zeros(1, 70, 16)], ids=["ones", "zeros"])
 def test_equal_tokens_all_join_the_second(same, remove):
     expected = [1 if i < 2 * remove and i % 2 == 0 else i for i in range(70)]
-    assert matching_triton.parents(same.to(DEVICE), remove).tolist() == [expected]
+    assert in_triton(same.to(DEVICE), remove).tolist() == [expected]
 
 
 def test_a_metric_that_lies_scattered_in_memory_is_matched_too():
     x = tokens(2, 21, 16).to(DEVICE)
     for view in (x[:, 1:], x[:, ::2], x.transpose(1, 2)):
-        assert torch.equal(matching_triton.parents(view, 3), pitome.parents(view, 3))
+        assert torch.equal(in_triton(view, 3), pitome.parents(view, 3))
 
 
 def test_images_are_matched_and_averaged_alone_as_in_a_batch():
     x, shares, plan = merged(3, 49, 20, 20, torch.bfloat16)
-    parent = matching_triton.parents(x, 20)
+    parent = in_triton(x, 20)
     out = average_triton.average(x, shares, plan)
     for i in range(3):
         own = slice(i, i + 1)
-        assert torch.equal(matching_triton.parents(x[own], 20), parent[own])
+        assert torch.equal(in_triton(x[own], 20), parent[own])
         one = merging.Plan(plan.slot[own], plan.length, plan.kept[own], plan.gone[own])
         assert torch.equal(average_triton.average(x[own], shares[own], one), out[own])
 
@@ -151,7 +155,7 @@ def test_images_are_matched_and_averaged_alone_as_in_a_batch():
 )
 def test_what_cannot_be_matched_raises(options, message):
     with pytest.raises(ValueError, match=message):
-        matching_triton.parents(torch.ones(1, 9, 4), **{"remove": 2, **options})
+        in_triton(torch.ones(1, 9, 4), **{"remove": 2, **options})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
@@ -159,7 +163,7 @@ def test_other_dtypes_raise_with_those_that_are_allowed(dtype):
     x, shares, plan = merged(1, 9, 4, 2)
     allowed = rf"has dtype {dtype}; allowed are torch.float32, torch.bfloat16, torch.float16"
     with pytest.raises(ValueError, match=f"metric {allowed}"):
-        matching_triton.parents(x.to(dtype), 2)
+        in_triton(x.to(dtype), 2)
     with pytest.raises(ValueError, match=f"x {allowed}"):
         average_triton.average(x.to(dtype), shares, plan)
     with pytest.raises(ValueError, match=f"share has dtype {dtype}"):
@@ -173,7 +177,7 @@ def test_averages_are_those_of_the_reference(batch, count, channels, remove, dty
     x, shares, plan = merged(batch, count, channels, remove, dtype, order)
     out = average_triton.average(x, shares, plan)
     assert out.dtype == dtype
-    expected = merging._average(x.float(), shares, plan)
+    expected = plain(x.float(), shares, plan)
     torch.testing.assert_close(out.float(), expected, rtol=STEP[dtype], atol=1e-6)
 
 
@@ -207,12 +211,12 @@ def test_tokens_are_added_by_rising_position(values, total):
 
 
 def test_tokens_in_front_and_tokens_scattered_in_memory_are_averaged_too():
-    x, _, plan = merged(2, 20, 16, 6)
-    wide = merging.widen(plan, 1)
+    x = tokens(2, 20, 16).float().to(DEVICE)
+    wide = merging.plan(merging.widen(reference(x, 6), 1), 15)
     x = torch.cat([x, x[:, :1]], 1).transpose(1, 2).contiguous().transpose(1, 2)
     shares = share(torch.ones(2, 21, device=DEVICE), wide)
     out = average_triton.average(x, shares, wide)
-    torch.testing.assert_close(out, merging._average(x, shares, wide), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out, plain(x, shares, wide), rtol=1e-6, atol=1e-6)
     assert torch.equal(out[:, 0], x[:, 0])
 
 
@@ -260,7 +264,7 @@ def test_cuda_graphs_capture_matching_and_averages():
     size = torch.ones(2, 49, device=DEVICE)
 
     def step():
-        parent = matching_triton.parents(x, 12)
+        parent = in_triton(x, 12)
         plan = merging.plan(parent, 37)
         return parent, average_triton.average(x, share(size, plan), plan)
 

@@ -13,38 +13,27 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_pitome.methods import pitome
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # few rows, so that one image of 576 tokens is 36 programs; tl.dot takes no fewer than 16 channels
 TILE = {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 32}
 
 
-def parents(
-    metric: Tensor,
-    remove: int,
-    *,
-    depth: float = 0.0,
-    margin: float | None = None,
-    alpha: float = 1.0,
-    energy: str = "eq4",
-) -> Tensor:
+def parents(metric: Tensor, remove: int, margin: float, alpha: float, energy: str) -> Tensor:
     """The token each token folds into: (B, N) int64, itself for the N - R that survive.
 
-    Arguments as for `methods.pitome.parents`; a half-precision metric is matched in float32.
+    Arguments as for `methods.pitome.parents`, checked by the caller; a half-precision metric is matched in
+    float32.
 
     Raises:
-        ValueError: a metric in another dtype, more than N // 2 to remove, and what the reference raises.
+        ValueError: a metric in another dtype, or more than N // 2 to remove.
     """
     if metric.dtype not in DTYPES:
         raise ValueError(f"metric has dtype {metric.dtype}; allowed are {', '.join(map(str, DTYPES))}")
-    pitome.check(margin, alpha, energy)
     batch, count, channels = metric.shape
     if not 0 <= remove <= count // 2:  # the kernels would read behind the last token
         raise ValueError(f"remove={remove} does not fit {count} tokens; allowed is 0 to {count // 2}")
     unit = F.normalize(metric.float(), dim=-1).contiguous()
-    m = pitome.START * (1 - depth) if margin is None else margin
-    down = mean_energy(unit, m, alpha, energy).argsort(dim=1, descending=True, stable=True)
+    down = mean_energy(unit, margin, alpha, energy).argsort(dim=1, descending=True, stable=True)
     b = down[:, 1 : 2 * remove : 2].sort(1).values  # (B, R), so that the first of equals has the lowest index
     parent = torch.arange(count, device=metric.device).repeat(batch, 1)
     with torch.cuda.device_of(unit):

@@ -31,11 +31,20 @@ class Method(NamedTuple):
     triton: Callable[..., Tensor] | None = None
 
 
-def _pitome_in_triton(metric: Tensor, remove: int, **parameters) -> Tensor:
+def _pitome_in_triton(
+    metric: Tensor,
+    remove: int,
+    *,
+    depth: float = 0.0,
+    margin: float | None = None,
+    alpha: float = 1.0,
+    energy: str = "eq4",
+) -> Tensor:
     """`pitome.parents` on a GPU."""
     from llava_pitome.kernels import matching_triton
 
-    return matching_triton.parents(metric, remove, **parameters)
+    pitome.check(margin, alpha, energy)
+    return matching_triton.parents(metric, remove, pitome.margin_at(depth, margin), alpha, energy)
 
 
 METHODS: dict[str, Method] = {

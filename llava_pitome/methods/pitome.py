@@ -52,14 +52,20 @@ def ordered(
     """`parents`, and ranks (B, N) that lay survivors out as the authors do: by energy, merged ones last."""
     check(margin, alpha, energy)
     unit = F.normalize(metric, dim=-1)
-    m = START * (1 - depth) if margin is None else margin
-    down = mean_energy(unit, m, alpha, energy).argsort(dim=1, descending=True, stable=True)
+    down = mean_energy(unit, margin_at(depth, margin), alpha, energy).argsort(
+        dim=1, descending=True, stable=True
+    )
     a, b = down[:, : 2 * remove : 2], down[:, 1 : 2 * remove : 2].sort(1).values  # (B, remove) each
     scores = _rows(unit, a) @ _rows(unit, b).transpose(1, 2)  # (B, remove, remove)
     closest = b.gather(1, scores.argmax(-1))  # the first of equals, the lowest index since b is sorted
     here = torch.arange(metric.shape[1], device=metric.device).expand_as(down)
     rank = torch.empty_like(down).scatter_(1, down, (here - 2 * remove) % metric.shape[1])
     return here.scatter(1, a, closest), rank
+
+
+def margin_at(depth: float, margin: float | None = None) -> float:
+    """The margin m at a depth, or the one that is given."""
+    return START * (1 - depth) if margin is None else margin
 
 
 def mean_energy(unit: Tensor, margin: float, alpha: float = 1.0, energy: str = "eq4") -> Tensor:
