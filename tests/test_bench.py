@@ -12,7 +12,7 @@ from llava_pitome.bench import run
 from llava_pitome.bench.clock import timed
 from llava_pitome.bench.memory import peak
 from llava_pitome.bench.run import Load, measure
-from llava_pitome.bench.sides import overhead, side
+from llava_pitome.bench.sides import compiling, overhead, side, tower
 from llava_pitome.bench.summary import brief, quartiles, summarise, table
 from llava_pitome.bench.targets import Target, build, inputs
 from llava_pitome.cli import main
@@ -186,18 +186,39 @@ def test_a_checkpoint_on_disk_can_be_benchmarked(capsys, tmp_path):
     assert [(r["side"], r["batch"]) for r in found["rows"]] == [("dense", 3), ("0.8", 3)]
 
 
-def test_every_compiled_tower_is_compiled(capsys, tmp_path, monkeypatch):
-    plain = torch.nn.Module.compile  # inductor needs a C++ compiler, and a path without spaces
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **_: plain(m, backend="eager", dynamic=False))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # which the bench has to raise
-    torch._dynamo.reset()
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    words = "--target embedded --ratio 0.8 --batch 1,2 --rounds 1 --warmup 1 --compile default --new-tokens 1"
+def test_every_compiled_tower_runs_compiled_whatever_was_compiled_before_it(target, monkeypatch):
+    ran, plain = [], torch.nn.Module.compile
+
+    def backend(graph, _inputs):
+        return lambda *args: ran.append(len(graph.graph.nodes)) or graph.forward(*args)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **_: plain(m, backend=backend, dynamic=False))
+    torch.compiler.reset()
+    configs = (None, MergeConfig(tokens=9), MergeConfig(tokens=5))
+    sides = [side(target, config, "", True, "default") for config in configs]
+    few = torch._dynamo.config.patch(recompile_limit=1)  # which the bench has to raise
+    with few, compiling(len(configs) * 2), torch.no_grad():
+        for batch in (1, 2):
+            for one in sides:
+                ran.clear()
+                tower(one, images(batch))()
+                assert len(ran) == 1  # all of it in one graph
+                assert ran[0] > 100
+    torch.compiler.reset()
+
+
+def test_the_bench_compiles_both_sides(capsys, tmp_path, monkeypatch):
+    asked, plain = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda m, **how: asked.append(how) or plain(m, backend="eager", dynamic=False),
+    )
+    words = "--target embedded --ratio 0.8 --batch 1 --rounds 1 --warmup 1 --compile default --new-tokens 1"
     found, _ = bench(capsys, tmp_path, *words.split())
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before >= 4  # two sides, two batches
-    assert [r["side"] for r in found["rows"]] == ["dense", "0.8"] * 2
+    assert asked == [{"mode": "default", "dynamic": False}] * 2
+    assert [r["side"] for r in found["rows"]] == ["dense", "0.8"]
     assert "merging" not in found["rows"][1]["seconds"]  # told for what runs by itself only
-    assert found["options"]["compile"] == "default"
     torch.compiler.reset()
 
 

@@ -233,17 +233,23 @@ def test_what_peft_puts_into_the_attention_is_not_passed_over(counted, model, fi
     assert merging.lengths(PATCHES)[-1] == found.shape[1] - 1
 
 
-def test_a_batch_gives_what_its_images_give_alone_whichever_kernel_they_take():
-    """With the shapes at which the kernel starts to pay on the way through the layers."""
-    torch.manual_seed(0)
+def test_whether_the_kernel_pays_does_not_depend_on_the_batch(monkeypatch):
+    """With shapes at which it stops to pay on the way through the layers."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    taken = []
+    monkeypatch.setattr(
+        "llava_pitome.places.attention.attention", lambda *a: taken.append(a[0].shape) or a[0]
+    )
     shapes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 16}
     tower = CLIPVisionModel(CLIPVisionConfig(**shapes, image_size=40, patch_size=4)).eval().bfloat16()
-    pixels = images(3, side=40).bfloat16()
     with merge_tokens(tower, MergeConfig(ratio=0.95)) as merging, torch.no_grad():
-        assert merging.lengths(100)[0] > 91 > merging.lengths(100)[-1]
-        together = tower(pixels).last_hidden_state
-        alone = torch.cat([tower(image[None]).last_hidden_state for image in pixels])
-    assert torch.equal(together, alone)
+        lengths = merging.lengths(100)[:-1]
+        for batch in (1, 3, 8):
+            tower(images(batch, side=40).bfloat16())
+            assert taken == [(batch, n + 1, 1024) for n in lengths if n + 1 >= 91]
+            assert 0 < len(taken) < len(lengths)
+            taken.clear()
 
 
 def test_keys_that_are_missing_raise(model):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llava_pitome import llava
 from llava_pitome.api import apply
-from llava_pitome.bench.targets import Target
+from llava_pitome.bench.targets import Target, inputs
 from llava_pitome.config import MergeConfig
 from llava_pitome.places.tower import TowerMerging
 
@@ -46,10 +46,13 @@ def side(target: Target, config: MergeConfig | None, label: str, kernels: bool |
     weights = {id(t): t for t in (*target.model.parameters(), *target.model.buffers())}
     own = target._replace(model=copy.deepcopy(target.model, weights))
     merging = None if config is None else apply(own.model, config, kernels=kernels)
-    if compiled != "off":
-        llava.find(own.model).tower.compile(mode=compiled, dynamic=False)
     tokens = target.patches if merging is None else merging.lengths(target.patches)[-1]
-    return Side(label, own, merging, tokens, compiled != "off")
+    made = Side(label, own, merging, tokens, compiled != "off")
+    if made.compiled:
+        with torch.no_grad():  # transformers installs hooks of its own at the first use, which break a graph
+            tower(made, inputs(own, 1, tokens, 1)["pixel_values"])()
+        llava.find(own.model).tower.compile(mode=compiled, dynamic=False)
+    return made
 
 
 def tower(side: Side, pixels: Tensor) -> Callable[[], Any]:

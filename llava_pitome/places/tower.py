@@ -126,12 +126,13 @@ class TowerMerging:
         if not self._merges(i):
             self.slots[i + 1] = self.slots[i]._replace(merge=None)
         weighted = self.config.proportional and self._lengths[i] != self._lengths[0]
+        sizes = self.slots[i].sizes.to(hidden.device) if weighted else None
         mask = rest[0] if rest else kwargs.get("attention_mask")
         self._own[i].stop()
         if self._attends_here(i, hidden, mask):
-            self._own[i].start(self.slots[i].sizes if weighted else None)
-        elif weighted:
-            bias = size_bias(self.slots[i].sizes.to(hidden.device), hidden.dtype)
+            self._own[i].start(sizes)
+        elif sizes is not None:
+            bias = size_bias(sizes, hidden.dtype)
             bias = bias if mask is None else mask + bias
             return ((hidden, bias, *rest[1:]), kwargs) if rest else (args, kwargs | {"attention_mask": bias})
         return None
