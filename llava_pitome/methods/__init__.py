@@ -31,20 +31,11 @@ class Method(NamedTuple):
     triton: Callable[..., Tensor] | None = None
 
 
-def _pitome_in_triton(
-    metric: Tensor,
-    remove: int,
-    *,
-    depth: float = 0.0,
-    margin: float | None = None,
-    alpha: float = 1.0,
-    energy: str = "eq4",
-) -> Tensor:
+def _pitome_in_triton(metric: Tensor, remove: int, **parameters) -> Tensor:
     """`pitome.parents` on a GPU."""
     from llava_pitome.kernels import matching_triton
 
-    pitome.check(margin, alpha, energy)
-    return matching_triton.parents(metric, remove, pitome.margin_at(depth, margin), alpha, energy)
+    return matching_triton.parents(metric, remove, *pitome.resolved(**parameters))
 
 
 METHODS: dict[str, Method] = {

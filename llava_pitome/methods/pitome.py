@@ -40,32 +40,17 @@ def parents(
     return ordered(metric, remove, depth=depth, margin=margin, alpha=alpha, energy=energy)[0]
 
 
-def ordered(
-    metric: Tensor,
-    remove: int,
-    *,
-    depth: float = 0.0,
-    margin: float | None = None,
-    alpha: float = 1.0,
-    energy: str = "eq4",
-) -> tuple[Tensor, Tensor]:
+def ordered(metric: Tensor, remove: int, **parameters) -> tuple[Tensor, Tensor]:
     """`parents`, and ranks (B, N) that lay survivors out as the authors do: by energy, merged ones last."""
-    check(margin, alpha, energy)
+    margin, alpha, energy = resolved(**parameters)
     unit = F.normalize(metric, dim=-1)
-    down = mean_energy(unit, margin_at(depth, margin), alpha, energy).argsort(
-        dim=1, descending=True, stable=True
-    )
+    down = mean_energy(unit, margin, alpha, energy).argsort(dim=1, descending=True, stable=True)
     a, b = down[:, : 2 * remove : 2], down[:, 1 : 2 * remove : 2].sort(1).values  # (B, remove) each
     scores = _rows(unit, a) @ _rows(unit, b).transpose(1, 2)  # (B, remove, remove)
     closest = b.gather(1, scores.argmax(-1))  # the first of equals, the lowest index since b is sorted
     here = torch.arange(metric.shape[1], device=metric.device).expand_as(down)
     rank = torch.empty_like(down).scatter_(1, down, (here - 2 * remove) % metric.shape[1])
     return here.scatter(1, a, closest), rank
-
-
-def margin_at(depth: float, margin: float | None = None) -> float:
-    """The margin m at a depth, or the one that is given."""
-    return START * (1 - depth) if margin is None else margin
 
 
 def mean_energy(unit: Tensor, margin: float, alpha: float = 1.0, energy: str = "eq4") -> Tensor:
@@ -122,10 +107,13 @@ def _rows_at_a_time(unit: Tensor) -> int:
     return max(min(-(-count // 3), BLOCK[unit.device.type == "cpu"] // (batch * count)), 1)
 
 
-def check(margin: float | None, alpha: float, energy: str) -> None:
-    """Raises ValueError for a margin or alpha that is no number, or an unknown energy."""
+def resolved(
+    depth: float = 0.0, margin: float | None = None, alpha: float = 1.0, energy: str = "eq4"
+) -> tuple[float, float, str]:
+    """The margin at this depth unless one is given, alpha and energy; checked, as `parents` says."""
     for name, value in (("margin", START if margin is None else margin), ("alpha", alpha)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
             raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number")
     if energy not in ENERGIES:
         raise ValueError(f"energy={energy!r} is unknown; allowed are {', '.join(ENERGIES)}")
+    return (START * (1 - depth) if margin is None else margin), alpha, energy
