@@ -10,11 +10,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from llava_pitome import embedded, llava
+from llava_pitome import embedded, language, llava
 from llava_pitome import processor as placeholders
 from llava_pitome.config import MergeConfig
 from llava_pitome.kernels import triton_is_there, triton_takes
-from llava_pitome.places.tower import KERNELS, TowerMerging, installed
+from llava_pitome.places.everywhere import Merging, installed
+from llava_pitome.places.tower import KERNELS
 
 FIELD = "token_merging"  # of the model's config
 
@@ -22,7 +23,7 @@ FIELD = "token_merging"  # of the model's config
 class _Applied(NamedTuple):
     """What `remove` needs: the hooks, the fitted processor, and what the model's config held before."""
 
-    merging: TowerMerging
+    merging: Merging
     processor: Any
     before: dict[str, Any] | None
 
@@ -32,7 +33,7 @@ _applied: WeakKeyDictionary[nn.Module, _Applied] = WeakKeyDictionary()
 
 def apply(
     model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool | str = True
-) -> TowerMerging:
+) -> Merging:
     """Makes a model merge its visual tokens, from the next forward pass until `remove`.
 
     The model is touched through hooks only. A config that was applied before is replaced, unless this raises.
@@ -60,7 +61,7 @@ def apply(
     _check_kernels(parts, kernels)
     if processor is not None:
         placeholders.check(processor, parts.patch_size)
-    merging = TowerMerging(parts.blocks, parts.feature, parts.class_tokens, config, kernels, parts.sdpa)
+    merging = Merging(parts, config, kernels, language.find(parts, config))
     remove(model)  # from here on nothing can fail
     if processor is not None:
         placeholders.fit(processor, partial(config.tokens_at, layers=parts.feature))
@@ -102,9 +103,10 @@ def _check_kernels(parts: llava.Parts, kernels: bool | str) -> None:
 
 def _remove_copied(model: nn.Module) -> None:
     """Takes the hooks off a model that was copied while it merged."""
-    merging = installed(llava.find(model).blocks)
-    if merging is not None:
-        merging.remove()
+    places = installed(model)
+    for place in places:
+        place.remove()
+    if places:
         vars(model.config).pop(FIELD, None)
         _forget_compiled()
 
@@ -112,7 +114,7 @@ def _remove_copied(model: nn.Module) -> None:
 @contextmanager
 def merge_tokens(
     model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool | str = True
-) -> Iterator[TowerMerging]:
+) -> Iterator[Merging]:
     """`apply` for a with block; what was applied before comes back, also when it raises."""
     outer = _applied.get(llava.unwrap(model))
     merging = apply(model, config, processor, kernels=kernels)

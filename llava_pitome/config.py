@@ -6,20 +6,19 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_pitome import schedule
-from llava_pitome.methods import METHODS, check
+from llava_pitome import schedule, validation
+from llava_pitome.recipes import RECIPES
 
-METRICS = ("keys", "hidden")
-SITES = ("attention", "block")
-ORDERS = ("raster", "method")
 VERSION = 1  # of the saved form
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """How visual tokens merge.
+    """How visual tokens merge, in the tower, behind the projector (prefix), and in the language model.
 
-    Give `ratio` or `tokens`, not both. Every field is saved with the model as `model.config.token_merging`.
+    Say how far with `ratio` or `tokens` (the tower), `prefix`, `decoder`, `resize`, or several of them; a
+    place that is not named merges nothing. Every field is saved with the model as
+    `model.config.token_merging`.
 
     Attributes:
         ratio: share of the patches that each tower layer keeps, in (0, 1]; or one share per layer up to the
@@ -31,16 +30,27 @@ class MergeConfig:
         early_method: another method for the first layers, up to the share `early_depth` of the encoder; None
             for one method throughout.
         early_depth: share of the encoder's layers, in [0, 1], that `early_method` takes.
-        metric: what similarity is measured on: "keys", the block's attention keys averaged over heads (the
-            paper), or "hidden", the hidden state that is merged.
-        site: where in a block tokens merge: "attention", between attention and MLP (the paper), or "block",
+        metric: what similarity is measured on in a layer: "keys", the block's attention keys averaged over
+            heads (the paper), or "hidden", the hidden state that is merged.
+        site: where in a layer tokens merge: "attention", between attention and MLP (the paper), or "block",
             behind the whole block.
         size_weighted: average tokens by the patches that they stand for (the paper) instead of plainly.
-        proportional: add log size to the attention scores of later layers (the paper).
+        proportional: add log size to the attention scores of later tower layers (the paper).
         order: "raster" keeps survivors where they were; "method" lays them out as the method's authors do.
+        depths: the part of the tower whose layers share `tokens`, or a single `ratio`: (0, 1) is all of it.
+        prefix: merges once more behind the projector: the share in (0, 1] that stays, or, as a whole number,
+            how many tokens.
+        prefix_share: with `tokens`, the part of the reduction (of its logarithm) that is left to the prefix.
+        prefix_metric: what similarity is measured on there: "features", as they come from the projector, or
+            "keys", those of the tower's last layer; None is what the method's paper says.
+        decoder: language model layers that merge the image's tokens during prefill, each with the share or
+            the number that stays; the KV cache of the layers behind is shorter. {8: 0.5, 16: 0.5}.
+        llm_proportional: add log size to the scores of image tokens in the language model's attention.
+        resize: rows and columns of patches to which a picture is shrunk in front of the tower.
 
     Raises:
-        ValueError: a value out of its range, an unknown name, or both `ratio` and `tokens`.
+        ValueError: a value out of its range, an unknown name, values that do not go together, or a method in
+            a place where its definition makes no sense.
     """
 
     ratio: float | tuple[float, ...] | None = None
@@ -54,64 +64,32 @@ class MergeConfig:
     size_weighted: bool = True
     proportional: bool = True
     order: str = "raster"
+    depths: tuple[float, float] = (0.0, 1.0)
+    prefix: float | int | None = None
+    prefix_share: float = 0.0
+    prefix_metric: str | None = None
+    decoder: dict[int, float | int] = field(default_factory=dict)
+    llm_proportional: bool = False
+    resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Checks every field where the value is made."""
-        if (self.ratio is None) == (self.tokens is None):
-            raise ValueError(
-                f"give ratio or tokens, and not both: ratio={self.ratio!r}, tokens={self.tokens!r}"
-            )
-        if isinstance(self.ratio, list):  # as JSON brings it
-            object.__setattr__(self, "ratio", tuple(self.ratio))
-        shares = self.ratio if isinstance(self.ratio, tuple) else () if self.ratio is None else (self.ratio,)
-        for share in shares:
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise ValueError(
-                    f"ratio={self.ratio!r} is not allowed: each ratio must be a number in (0, 1]"
-                )
-        if self.ratio == ():
-            raise ValueError("ratio=() is not allowed: give one share per tower layer, or a single number")
-        if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int)):
-            raise ValueError(f"tokens={self.tokens!r} is not allowed: it must be a whole number")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(
-                f"tokens={self.tokens} is not allowed: at least 1 token must reach the language model"
-            )
-        for name, allowed in (("metric", METRICS), ("site", SITES), ("order", ORDERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; allowed are {', '.join(allowed)}"
-                )
-        for name in ("size_weighted", "proportional"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False")
-        if not isinstance(self.early_depth, int | float) or not 0 <= self.early_depth <= 1:
-            raise ValueError(
-                f"early_depth={self.early_depth!r} is not allowed: it must be a number in [0, 1]"
-            )
-        if self.early_method is not None:
-            check(self.early_method, {})
-        if (self.early_method is None) != (self.early_depth == 0):
-            raise ValueError(
-                f"early_method={self.early_method!r} and early_depth={self.early_depth} go together: "
-                "give both or none"
-            )
-        if not isinstance(self.parameters, dict):
-            raise ValueError(f"parameters={self.parameters!r} is not allowed: it must be a dict")
-        object.__setattr__(self, "parameters", dict(self.parameters))  # nobody else's to change
-        check(self.method, self.parameters)
-        if "depth" in self.parameters:
-            raise ValueError("parameters may not hold 'depth': the layer sets it")
-        if self.order == "method" and METHODS[self.method].ordered is None:
-            raise ValueError(
-                f"order='method' is not allowed: method {self.method!r} defines no order of its own"
-            )
+        for name in ("ratio", "depths", "resize"):
+            if isinstance(getattr(self, name), list):  # as JSON brings it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("parameters", "decoder"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be a dict")
+            object.__setattr__(self, name, dict(getattr(self, name)))  # nobody else's to change
+        object.__setattr__(self, "decoder", validation.layers(self.decoder))
+        validation.check(self)
 
     @classmethod
     def recipe(cls, name: str, **changes: Any) -> "MergeConfig":
         """The config of a named recipe, with `ratio=` or `tokens=` and any other field changed.
 
-        "paper": the equations. "released": what the authors' LLaVA branch computes instead.
+        "paper": the equations. "released": what the authors' LLaVA branch computes instead. "best": what was
+        found best on the embedded benchmark's training pictures.
 
         Raises:
             ValueError: an unknown recipe or field.
@@ -144,43 +122,92 @@ class MergeConfig:
         """A dict of plain values that survives JSON, stamped with its version."""
         return json.loads(json.dumps({"version": VERSION} | dataclasses.asdict(self)))
 
+    @property
+    def merges_in_tower(self) -> bool:
+        """Whether the tower is asked to merge; how much depends on the image's size."""
+        if self.tokens is not None:
+            return self.prefix_share < 1
+        shares = self.ratio if isinstance(self.ratio, tuple) else (self.ratio or 1,)
+        return any(share < 1 for share in shares)
+
+    @property
+    def merges_in_prefix(self) -> bool:
+        """Whether tokens merge behind the projector."""
+        return (self.prefix is not None and self.prefix != 1.0) or self.prefix_share > 0
+
+    def patches_at(self, patches: int) -> int:
+        """Patches that the tower sees, of an image's `patches`.
+
+        Raises:
+            ValueError: `resize` asks for more than there are.
+        """
+        seen = patches if self.resize is None else self.resize[0] * self.resize[1]
+        if seen > patches:
+            raise ValueError(f"resize={self.resize} does not fit: this image has {patches} patches")
+        return seen
+
     def lengths(self, patches: int, layers: int) -> tuple[int, ...]:
-        """Patches before the first and after each of the `layers` layers that may merge.
+        """Patches before the first and after each of the `layers` tower layers that may merge.
+
+        Args:
+            patches: what the tower sees.
+            layers: up to the feature layer.
 
         Raises:
             ValueError: more tokens than patches, or not one ratio per layer.
         """
+        may = [self.depths[0] <= i / layers < self.depths[1] for i in range(layers)]
         if self.tokens is not None:
-            return schedule.lengths_for(patches, layers, self.tokens)
-        if isinstance(self.ratio, tuple) and len(self.ratio) != layers:
+            if self.tokens > patches:
+                raise ValueError(
+                    f"tokens={self.tokens} does not fit: this image has {patches} patches, allowed is 1 to "
+                    f"{patches}"
+                )
+            return schedule.lengths_for(
+                patches, may, schedule.divided(patches, self.tokens, self.prefix_share)
+            )
+        if not isinstance(self.ratio, tuple):
+            return schedule.lengths(patches, [self.ratio or 1.0 if m else 1.0 for m in may])
+        if len(self.ratio) != layers:
             raise ValueError(
                 f"ratio holds {len(self.ratio)} shares; the tower has {layers} layers that can merge"
             )
-        return schedule.lengths(
-            patches, self.ratio if isinstance(self.ratio, tuple) else (self.ratio,) * layers
-        )
+        return schedule.lengths(patches, self.ratio)
+
+    def after_prefix(self, tokens: int) -> int:
+        """Tokens that the prefix leaves of those that the projector makes.
+
+        Raises:
+            ValueError: `prefix` asks for more than there are.
+        """
+        if self.tokens is not None and self.prefix_share > 0:
+            return min(self.tokens, tokens)
+        return tokens if self.prefix is None else schedule.left(tokens, self.prefix, "prefix")
 
     def tokens_at(self, patches: int, layers: int) -> int:
-        """Image tokens that reach the language model, of `patches`."""
-        return self.lengths(patches, layers)[-1]
+        """Image tokens that reach the language model, of an image's `patches`."""
+        return self.after_prefix(self.lengths(self.patches_at(patches), layers)[-1])
+
+    def llm_lengths(self, tokens: int, layers: int) -> tuple[int, ...]:
+        """Image tokens in front of the first and behind each of the language model's `layers` layers.
+
+        Raises:
+            ValueError: `decoder` names a layer that is not there, or that has none behind it, or asks for
+                more tokens than there are.
+        """
+        if wrong := [i for i in self.decoder if i > layers - 2]:
+            raise ValueError(
+                f"decoder names layer {wrong[0]}; the language model has {layers} layers, and a layer that "
+                f"merges needs one behind it: allowed are 0 to {layers - 2}"
+            )
+        counts = [tokens]
+        for i in range(layers):
+            keep = self.decoder.get(i, 1.0)
+            counts.append(schedule.left(counts[-1], keep, f"decoder[{i}]"))
+        return tuple(counts)
 
     def method_at(self, depth: float) -> tuple[str, dict[str, Any]]:
-        """The method and its parameters at a depth l_i / l in [0, 1)."""
+        """The method and its parameters in the tower at a depth l_i / l in [0, 1)."""
         if self.early_method is not None and depth < self.early_depth:
             return self.early_method, {}
         return self.method, self.parameters
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "released": {
-        "parameters": {"energy": "elu"},
-        "early_method": "tome",
-        "early_depth": 13 / 24,  # layers 0 to 12 of CLIP-L's 24
-        "metric": "hidden",
-        "site": "block",
-        "size_weighted": False,
-        "proportional": False,
-        "order": "method",
-    },
-}

@@ -1,13 +1,13 @@
 """Where the parts of a LLaVA are: the only file that knows transformers' attribute names."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from llava_pitome import language
 from llava_pitome.config import MergeConfig
-from llava_pitome.places.blocks import Block
+from llava_pitome.places.blocks import Block, Parts
 
 SUPPORTED = (
     "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and kin); "
@@ -26,30 +26,6 @@ HUB = (
     "local_files_only",
     "force_download",
 )  # where files come from
-
-
-class Parts(NamedTuple):
-    """The parts of a model that merging needs.
-
-    Attributes:
-        model: the model inside all wrappers.
-        tower: the vision tower's module.
-        blocks: every encoder block of the tower, in order.
-        feature: number of blocks whose output counts.
-        class_tokens: tokens in front of the patches, 0 or 1.
-        patch_size: pixels across one patch.
-        patches: patches of an image at the tower's own size.
-        sdpa: tells whether the tower's attention is left to torch, so that a kernel may be chosen for it.
-    """
-
-    model: nn.Module
-    tower: nn.Module
-    blocks: tuple[Block, ...]
-    feature: int
-    class_tokens: int
-    patch_size: int
-    patches: int
-    sdpa: Callable[[], bool]
 
 
 def find(model: nn.Module) -> Parts:
@@ -72,7 +48,12 @@ def find(model: nn.Module) -> Parts:
     feature = len(blocks) if tower is model else _feature(model.config.vision_feature_layer, len(blocks))
     sdpa = partial(_is_sdpa, tower.config)
     size, patch = tower.config.image_size, tower.config.patch_size
-    return Parts(model, tower, blocks, feature, CLASS_TOKENS[kind], patch, (size // patch) ** 2, sdpa)
+    patches, class_tokens = (size // patch) ** 2, CLASS_TOKENS[kind]
+    if tower is model:
+        return Parts(model, tower, blocks, feature, class_tokens, patch, patches, sdpa, 0, None, None)
+    front = class_tokens if model.config.vision_feature_select_strategy == "full" else 0
+    projector, llm = model.model.multi_modal_projector, model.model.language_model
+    return Parts(model, tower, blocks, feature, class_tokens, patch, patches, sdpa, front, projector, llm)
 
 
 def _is_sdpa(config: Any) -> bool:
@@ -102,13 +83,24 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def check(parts: Parts, config: MergeConfig) -> None:
     """Raises ValueError where the model cannot do what the config asks."""
-    config.lengths(parts.patches, parts.feature)
+    tokens = config.tokens_at(parts.patches, parts.feature)
     kernel = parts.tower.config._attn_implementation
-    if config.proportional and kernel not in MASKED:
+    if config.proportional and config.merges_in_tower and kernel not in MASKED:
         raise ValueError(
             f"proportional attention adds a bias to the scores, which attn_implementation={kernel!r} cannot "
             f"take; load the model with {' or '.join(map(repr, MASKED))}, or set proportional=False"
         )
+    inside = config.decoder or config.llm_proportional
+    if parts.llm is None:
+        if inside or config.merges_in_prefix:
+            raise ValueError("a vision tower alone has no projector and no language model to merge in")
+        return
+    if not inside:
+        return
+    text = parts.model.config.text_config
+    config.llm_lengths(tokens, text.num_hidden_layers)
+    language.check_kernel(parts.llm)
+    language.check_model(parts.model)
 
 
 def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module, Any]:
@@ -148,8 +140,9 @@ def _dtype(wanted: Any, config: Any) -> Any:
 
 def _block(layer: nn.Module) -> Block:
     a = layer.self_attn
+    heads = a.num_heads
     return Block(
-        layer, a, a.q_proj, a.k_proj, a.v_proj, a.out_proj, a.num_heads, layer.layer_norm2, layer.mlp
+        layer, a, a.q_proj, a.k_proj, a.v_proj, a.out_proj, heads, heads, layer.layer_norm2, layer.mlp
     )
 
 

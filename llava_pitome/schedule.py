@@ -9,24 +9,48 @@ from fractions import Fraction
 from math import floor
 
 
-def lengths(patches: int, keep: Sequence[float]) -> tuple[int, ...]:
-    """Patches before the first layer and after each one: len(keep) + 1 numbers, `patches` first.
+def after(tokens: int, keep: float) -> int:
+    """Tokens that are left of some when the share `keep` stays; at least one.
 
     Shares are read as the decimals they were written as, so that 0.9 of 10 is 9 and not a rounding error away
     from it.
     """
+    return max(tokens - floor(tokens * (1 - Fraction(str(keep)))), 1)
+
+
+def left(tokens: int, keep: float | int, what: str) -> int:
+    """Tokens that are left of some: the share `keep`, or, where it is a whole number, that many.
+
+    Raises:
+        ValueError: more are to be left than there are; `what` names the setting that says so.
+    """
+    if isinstance(keep, float):
+        return after(tokens, keep)
+    if keep > tokens:
+        raise ValueError(
+            f"{what}={keep} does not fit: {tokens} tokens arrive there, allowed is 1 to {tokens}"
+        )
+    return keep
+
+
+def lengths(patches: int, keep: Sequence[float]) -> tuple[int, ...]:
+    """Patches before the first layer and after each one: len(keep) + 1 numbers, `patches` first."""
     counts = [patches]
     for share in keep:
-        remove = floor(counts[-1] * (1 - Fraction(str(share))))
-        counts.append(max(counts[-1] - remove, 1))
+        counts.append(after(counts[-1], share))
     return tuple(counts)
 
 
-def lengths_for(patches: int, layers: int, tokens: int) -> tuple[int, ...]:
+def lengths_for(patches: int, merging: Sequence[bool], tokens: int) -> tuple[int, ...]:
     """Lengths that end at exactly `tokens`, as close to one common share per layer as whole tokens allow.
 
     The largest share that does not end above `tokens` is found first; where it ends below, the surplus is
     given back from the last layer on, so that earlier layers keep the common share.
+
+    Args:
+        patches: tokens in front of the first layer.
+        merging: for each layer, whether it may merge.
+        tokens: how many are to be left.
 
     Raises:
         ValueError: `tokens` is not in [1, patches], or there is no layer that could merge.
@@ -36,15 +60,14 @@ def lengths_for(patches: int, layers: int, tokens: int) -> tuple[int, ...]:
             f"tokens={tokens} does not fit: this image has {patches} patches, allowed is 1 to {patches}"
         )
     if tokens == patches:
-        return (patches,) * (layers + 1)
-    if layers < 1:
+        return (patches,) * (len(merging) + 1)
+    if not any(merging):
         raise ValueError(
             f"tokens={tokens} needs a layer that can merge, and none lies before the feature layer"
         )
-    counts = list(lengths(patches, (solve(patches, layers, tokens),) * layers))
-    for layer in range(layers, 0, -1):  # no layer may end below what is wanted at the end
-        counts[layer] = max(counts[layer], tokens)
-    return tuple(counts)
+    share = solve(patches, sum(merging), tokens)
+    counts = list(lengths(patches, [share if may else 1.0 for may in merging]))
+    return tuple(max(count, tokens) for count in counts)  # no layer may end below what is wanted at the end
 
 
 def solve(patches: int, layers: int, tokens: int) -> float:
@@ -57,3 +80,11 @@ def solve(patches: int, layers: int, tokens: int) -> float:
         else:
             high = middle
     return low / 10**6
+
+
+def divided(patches: int, tokens: int, last: float) -> int:
+    """Tokens between two steps that lead from `patches` to `tokens`, the second with the share `last` of it.
+
+    Shares are of the logarithm: with 0.5 both steps keep the same share of what they are given.
+    """
+    return max(min(round(patches * (tokens / patches) ** (1 - last)), patches), tokens)

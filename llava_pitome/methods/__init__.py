@@ -1,34 +1,83 @@
 """Who joins whom: one file a method, and the dict that names them.
 
-A method is a pure function `parents(metric, remove, *, depth, **parameters) -> parent`. To add one, write
-its file and its line in METHODS; every test and every place then takes it.
+A method is a pure function on tensors that never sees a model. Most are `parents(metric, remove, *, depth,
+**parameters) -> parent`; one that only drops tokens is `kept(metric, remove, ...)`, the survivors. To add
+one, write its file and its line in METHODS; every test and every place then takes it.
 """
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llava_pitome.kernels import triton_takes
-from llava_pitome.merging import compose, merge, plan
-from llava_pitome.methods import pitome, random, tome
+from llava_pitome.merging import Choice, compose, fold, plan
+from llava_pitome.methods import (
+    dct,
+    diffrate,
+    divprune,
+    fastv,
+    grid,
+    pitome,
+    prumerge,
+    random,
+    sparsevlm,
+    tofu,
+    tome,
+    visionzip,
+)
+
+PLACES = ("tower", "prefix", "decoder")
+GIVEN = {  # what a place can tell a method beside the metric, by name, with an example for two by two patches
+    "size": torch.ones(1, 4),  # (B, N) patches that a token stands for
+    "class_attention": torch.full((1, 4), 0.25),  # (B, N) the class token's attention, mean over heads
+    "received_attention": torch.full((1, 4), 0.25),  # (B, N) attention a token gets, mean over all queries
+    "last_attention": torch.full((1, 4), 0.25),  # (B, N) the attention of the prompt's last token
+    "text_attention": torch.full((1, 2, 4), 0.25),  # (B, Q, N) the attention of each text token
+    "text": torch.eye(4)[None, :2],  # (B, Q, D) the text tokens, as `metric` has the image's
+    "asks": torch.ones(1, 2, dtype=torch.bool),  # (B, Q) False where a text token is padding
+    "grid": (2, 2),  # rows and columns of patches, where none has merged so far
+}
 
 
 class Method(NamedTuple):
-    """A method's functions.
+    """A method's functions: `parents`, `kept`, `weighted` or `mixed`, and others that say more.
+
+    All take (metric (B, N, D), remove, depth=..., **given, **parameters); `given` is what `needs` names.
 
     Attributes:
-        parents: (metric (B, N, D), remove <= N // 2, depth=..., **parameters) to parent (B, N).
-        ordered: the same arguments to `parents` and ranks (B, N) of the survivors, for methods whose authors
-            do not keep raster order.
-        triton: the same as `parents` on a GPU; its file is imported when it is called.
+        parents: to parent (B, N).
+        kept: to the positions (B, N - remove) of those who stay, ascending; the others leave nothing behind.
+        ordered: to parent and the ranks (B, N) of the survivors, for methods whose authors do not keep raster
+            order.
+        weighted: to parent and how much of each token counts (B, N), where that is not all of it.
+        mixed: to parent and what survivors are made of (B or 1, M, N), where that is no average.
+        triton: as `parents`, on a GPU; its file is imported when it is called.
+        halves: pairs tokens up, so that at most half of them can go at once.
+        keeps_norm: stretches averages to the longest of their tokens.
+        needs: names in GIVEN.
+        places: where the method's definition makes sense.
+        keys: at the prefix, similarity is measured on the tower's keys and not on the projected features.
     """
 
-    parents: Callable[..., Tensor]
+    parents: Callable[..., Tensor] | None = None
+    kept: Callable[..., Tensor] | None = None
     ordered: Callable[..., tuple[Tensor, Tensor]] | None = None
+    weighted: Callable[..., tuple[Tensor, Tensor]] | None = None
+    mixed: Callable[..., tuple[Tensor, Tensor]] | None = None
     triton: Callable[..., Tensor] | None = None
+    halves: bool = True
+    keeps_norm: bool = False
+    needs: tuple[str, ...] = ()
+    places: tuple[str, ...] = PLACES
+    keys: bool = False
+
+    @property
+    def find(self) -> Callable[..., Any]:
+        """The function that says most."""
+        return self.mixed or self.weighted or self.parents or self.kept
 
 
 def _pitome_in_triton(metric: Tensor, remove: int, **parameters) -> Tensor:
@@ -39,28 +88,58 @@ def _pitome_in_triton(metric: Tensor, remove: int, **parameters) -> Tensor:
 
 
 METHODS: dict[str, Method] = {
-    "pitome": Method(pitome.parents, pitome.ordered, _pitome_in_triton),
+    "pitome": Method(pitome.parents, ordered=pitome.ordered, triton=_pitome_in_triton),
     "tome": Method(tome.parents),
     "random": Method(random.parents),
+    "tofu": Method(weighted=tofu.weighted, keeps_norm=True),
+    "dct": Method(mixed=dct.mixed, halves=False),
+    "diffrate": Method(
+        weighted=diffrate.weighted, halves=False, needs=("class_attention",), places=("tower", "prefix")
+    ),
+    "grid": Method(grid.parents, halves=False, needs=("grid",), places=("prefix", "decoder")),
+    "fastv": Method(kept=fastv.kept, halves=False, needs=("received_attention",), places=("decoder",)),
+    "fastv-last": Method(
+        kept=fastv.kept_by_last, halves=False, needs=("last_attention",), places=("decoder",)
+    ),
+    "visionzip": Method(
+        visionzip.parents, halves=False, needs=("class_attention",), places=("prefix",), keys=True
+    ),
+    "prumerge": Method(
+        mixed=prumerge.mixed, halves=False, needs=("class_attention",), places=("prefix",), keys=True
+    ),
+    "divprune": Method(kept=divprune.kept, halves=False, places=("prefix", "decoder")),
+    "sparsevlm": Method(
+        weighted=sparsevlm.weighted,
+        halves=False,
+        needs=("text", "text_attention", "asks"),
+        places=("decoder",),
+    ),
 }
 
 
 def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -> Tensor:
     """The token each token folds into: (B, N) int64, itself for the N - remove that survive.
 
-    Methods pair tokens up and so remove at most half of them at once; more is removed in rounds, each matched
+    Methods that pair tokens up remove at most half of them at once; more is removed in rounds, each matched
     on the averages that the round before has left.
 
     Args:
         metric: (B, N, D) what similarity is measured on, without the class token.
         remove: tokens that go, 0 to N - 1.
         method: a name in METHODS.
-        **parameters: the method's own, see its file.
+        **parameters: the method's own, see its file, and what it needs of GIVEN.
 
     Raises:
         ValueError: an unknown method or parameter, a metric that is not (B, N, D), or `remove` out of range.
     """
-    check(method, parameters)
+    given = {k: v for k, v in parameters.items() if k in GIVEN}
+    own = {k: v for k, v in parameters.items() if k not in GIVEN}
+    check(method, own)
+    needs = METHODS[method].needs
+    if idle := [name for name in given if name not in needs]:
+        raise ValueError(
+            f"method {method!r} has no use for {', '.join(idle)}; it needs {', '.join(needs) or 'nothing'}"
+        )
     if metric.ndim != 3:
         raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (images, tokens, channels)")
     if not metric.is_floating_point():
@@ -68,53 +147,99 @@ def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -
     count = metric.shape[1]
     if not isinstance(remove, int) or not 0 <= remove < max(count, 1):
         raise ValueError(f"remove={remove} does not fit {count} tokens; allowed is 0 to {max(count - 1, 0)}")
-    return match(metric, remove, method, **parameters)
+    if missing := [name for name in needs if name not in given]:
+        raise ValueError(f"method {method!r} needs {', '.join(missing)}, which was not given")
+    return choose(metric, remove, method, **given, **own).parent
 
 
-def ordered(metric: Tensor, remove: int, method: str, **parameters) -> tuple[Tensor, Tensor | None]:
-    """`match`, and the ranks (B, N) in which the method's authors lay survivors out; None: raster."""
-    find, half = METHODS[method].ordered, metric.shape[1] // 2
-    if find is None:
-        return match(metric, remove, method, **parameters), None
-    parent, rank = find(metric, min(remove, half), **parameters)
-    return (parent if remove <= half else match(metric, remove, method, **parameters)), rank
+def choose(
+    metric: Tensor, remove: int, method: str, *, ordered: bool = False, triton: bool = False, **parameters
+) -> Choice:
+    """What a method chooses, without the checks of `parents`, for callers whose config was checked.
+
+    Args:
+        metric: (B, N, D) what similarity is measured on.
+        remove: tokens that go, 0 to N - 1.
+        method: a name in METHODS.
+        ordered: ask for the layout of the method's authors, where they have one.
+        triton: prefer a GPU kernel.
+        **parameters: the method's own, depth, and what it needs of GIVEN.
+    """
+    count, found = metric.shape[1], METHODS[method]
+    if remove == 0:
+        return Choice(_themselves(metric))
+    if ordered and found.ordered:
+        parent, rank = found.ordered(metric, min(remove, count // 2), **parameters)
+        if remove > count // 2:
+            parent = _rounds(metric, remove, found, found.parents, parameters).parent
+        return Choice(parent, rank=rank)
+    find = found.triton if triton and found.triton and triton_takes(metric) else found.find
+    if found.halves and remove > count // 2:
+        return _rounds(metric, remove, found, find, parameters)
+    return _chosen(found, find, metric, remove, parameters)
 
 
-def match(metric: Tensor, remove: int, method: str, triton: bool = False, **parameters) -> Tensor:
-    """`parents` without its checks, for callers whose config was checked; `triton` prefers a GPU kernel."""
+def _chosen(found: Method, find: Callable[..., Any], metric: Tensor, remove: int, parameters: dict) -> Choice:
+    """What one call of a method's function chooses."""
+    said = find(metric, remove, **parameters)
+    if find is found.kept:
+        return Choice(_parents_of(said, metric.shape[1]), prunes=True)
+    if find is found.mixed:
+        return Choice(said[0], mixing=said[1])
+    if find is found.weighted:
+        return Choice(said[0], weight=said[1], keeps_norm=found.keeps_norm)
+    return Choice(said, keeps_norm=found.keeps_norm)
+
+
+def _rounds(metric: Tensor, remove: int, found: Method, find: Callable[..., Any], parameters: dict) -> Choice:
+    """One choice for several, each of which pairs up what the one before has left."""
     count = metric.shape[1]
-    found = METHODS[method]
-    find = found.triton if triton and found.triton and triton_takes(metric) else found.parents
-    if 0 < remove <= count // 2:
-        return find(metric, remove, **parameters)
-    parent = torch.arange(count, device=metric.device).repeat(metric.shape[0], 1)
+    parent, weight = _themselves(metric), None
     size = torch.ones(metric.shape[:2], device=metric.device)
     laid = plan(parent, count)
     while remove:
         step = min(remove, metric.shape[1] // 2)
-        later = find(metric, step, **parameters)
-        parent = compose(later, laid)
-        metric, size = merge(metric, size, plan(later, metric.shape[1] - step))
+        later = _chosen(found, find, metric, step, parameters)
+        if later.weight is not None:
+            lifted = later.weight.gather(1, laid.slot)
+            weight = lifted if weight is None else weight * lifted
+        parent = compose(later.parent, laid)
+        metric, size = fold(metric, size, plan(later.parent, metric.shape[1] - step), later)
         laid = plan(parent, metric.shape[1])
         remove -= step
-    return parent
+    return Choice(parent, weight=weight, keeps_norm=found.keeps_norm)
+
+
+def _themselves(metric: Tensor) -> Tensor:
+    """Everybody stays: (B, N)."""
+    return torch.arange(metric.shape[1], device=metric.device).repeat(metric.shape[0], 1)
+
+
+def _parents_of(kept: Tensor, count: int) -> Tensor:
+    """Parents (B, N) where those who go leave nothing behind: the survivor in front of them, or the first."""
+    here = torch.arange(count, device=kept.device).repeat(len(kept), 1)
+    stays = torch.zeros_like(here).scatter_(1, kept, kept)
+    return torch.maximum(stays.cummax(1).values, kept[:, :1])
+
+
+def parameters_of(method: str) -> tuple[str, ...]:
+    """The names of a method's own parameters."""
+    found = METHODS[method]
+    asked = inspect.signature(found.find).parameters.items()
+    return tuple(n for n, p in asked if p.kind is p.KEYWORD_ONLY and n not in ("depth", *found.needs))
 
 
 def check(method: str, parameters: dict) -> None:
     """Raises ValueError for a name that METHODS lacks, or parameters that the method does not take."""
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
-    taken = [
-        n
-        for n, p in inspect.signature(METHODS[method].parents).parameters.items()
-        if p.kind is p.KEYWORD_ONLY
-    ]
-    own = [name for name in taken if name != "depth"]
+    own = parameters_of(method)
     for name in parameters:
-        if name not in taken:
+        if name not in (*own, "depth"):
             raise ValueError(
                 f"method {method!r} has no parameter {name!r}; it takes {', '.join(own) or 'none'}"
             )
-    METHODS[method].parents(
-        torch.eye(4).unsqueeze(0), 1, **parameters
-    )  # raises on values that it does not take
+    given = {name: GIVEN[name] for name in METHODS[method].needs}
+    METHODS[method].find(
+        torch.eye(4).unsqueeze(0), 1, **given, **parameters
+    )  # raises on values it cannot take

@@ -1,5 +1,6 @@
-"""The parts of an encoder block that merging touches, and what is known in front of it."""
+"""The parts of a transformer block that merging touches, and what is known in front of it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -8,16 +9,17 @@ from llava_pitome.merging import Plan, narrow
 
 
 class Block(NamedTuple):
-    """The parts of one pre-norm encoder block that merging touches.
+    """The parts of one pre-norm block, of a tower or a language model, that merging touches.
 
     Attributes:
         layer: the whole block, (hidden (B, T, D), attention mask or None, ...) to hidden.
         attention: its attention, (hidden (B, T, D), mask or None, ...) to (hidden, weights or None).
-        queries: the projection to queries (B, T, D).
-        keys: the projection to keys.
+        queries: the projection to queries (B, T, heads x channels).
+        keys: the projection to keys (B, T, key_heads x channels).
         values: the projection to values.
         out: the projection behind the attention.
         heads: number of attention heads.
+        key_heads: number of heads of the keys, of which `heads` is a multiple.
         norm: the norm in front of the MLP.
         mlp: the MLP, without its residual.
     """
@@ -29,8 +31,39 @@ class Block(NamedTuple):
     values: nn.Module
     out: nn.Module
     heads: int
+    key_heads: int
     norm: nn.Module
     mlp: nn.Module
+
+
+class Parts(NamedTuple):
+    """The parts of a model that merging needs.
+
+    Attributes:
+        model: the model inside all wrappers.
+        tower: the vision tower's module.
+        blocks: every encoder block of the tower, in order.
+        feature: number of blocks whose output counts.
+        class_tokens: tokens in front of the patches, 0 or 1.
+        patch_size: pixels across one patch.
+        patches: patches of an image at the tower's own size.
+        sdpa: tells whether the tower's attention is left to torch, so that a kernel may be chosen for it.
+        front: class tokens among an image's features, 0 or 1.
+        projector: the module behind the tower; None for a tower alone.
+        llm: the language model; None for a tower alone.
+    """
+
+    model: nn.Module
+    tower: nn.Module
+    blocks: tuple[Block, ...]
+    feature: int
+    class_tokens: int
+    patch_size: int
+    patches: int
+    sdpa: Callable[[], bool]
+    front: int
+    projector: nn.Module | None
+    llm: nn.Module | None
 
 
 class Slot(NamedTuple):
@@ -48,7 +81,7 @@ class Slot(NamedTuple):
 
     @property
     def size(self) -> Tensor:
-        """Sizes (B, N) without class tokens; they add up to the patches of the image."""
+        """Sizes (B, N) without class tokens; where nothing is dropped they add up to the image's patches."""
         return self.sizes[:, self.front :]
 
     @property

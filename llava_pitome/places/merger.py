@@ -1,99 +1,126 @@
-"""One merge inside a tower: from a block's keys and hidden state to fewer tokens and their sizes.
+"""One merge: from a metric and a hidden state to fewer tokens and their sizes; the same in every place.
 
-Shapes: B images, T tokens with the class token, N without it, M after the merge, D channels.
+Shapes: B images, T tokens with those in front, N without them, M after the merge, D channels.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.merging import Plan, full_precision, merge, plan, widen
-from llava_pitome.methods import match, ordered
+from llava_pitome.merging import Choice, Plan, fold, full_precision, plan, widen
+from llava_pitome.methods import METHODS, choose
 from llava_pitome.places.blocks import Slot
+
+Offers = Mapping[str, Callable[[], Any]]  # what a place can tell of methods' GIVEN, worked out when asked
 
 
 class Merger:
     """Merges as a config says."""
 
-    def __init__(self, config: MergeConfig, layers: int, class_tokens: int, triton: bool):
+    def __init__(self, config: MergeConfig, front: int, triton: bool):
         """Prepares merging.
 
         Args:
             config: how to merge.
-            layers: blocks of the tower, which say how deep one of them lies.
-            class_tokens: tokens in front of the patches that never merge, 0 or 1.
+            front: tokens in front of the patches that never merge: a class token, or none.
             triton: let kernels written in Triton compute, where they can.
         """
-        self.config, self.layers, self.class_tokens, self.triton = config, layers, class_tokens, triton
-
-    def key(self, keys: Tensor, heads: int) -> Tensor:
-        """One key a token (B, T, D / heads): the mean over the heads of (B, T, D), without gradients."""
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        return keys.detach().unflatten(-1, (heads, -1)).mean(-2, dtype=wide)
+        self.config, self.front, self.triton = config, front, triton
 
     def merge(
-        self, i: int, x: Tensor, keys: Tensor | None, length: int, here: Slot, last: Slot | None
+        self,
+        x: Tensor,
+        metric: Tensor,
+        length: int,
+        here: Slot,
+        last: Slot | None,
+        way: tuple[str, dict[str, Any], float],
+        offers: Offers,
     ) -> tuple[Tensor, Slot]:
-        """Merges at block i.
+        """Merges once.
 
         Args:
-            i: which block.
             x: (B, T, D) the hidden state that becomes shorter.
-            keys: (B, T, C) one key a token; not looked at where the hidden state is the metric.
+            metric: (B, T, C) what similarity is measured on.
             length: M, patches that survive.
-            here: what is known in front of the block.
-            last: what the pass before left behind the block.
+            here: what is known in front.
+            last: what the pass before left behind.
+            way: the method, its parameters, and the depth of this merge in [0, 1].
+            offers: what the method may need beside the metric.
 
         Returns:
-            The merged hidden state, class token in front, and what is known behind the block.
+            The merged hidden state, front tokens first, and what is known behind it.
 
         Raises:
-            RuntimeError: gradient checkpointing runs the block again, and other tokens would merge; or the
-                keys are missing.
+            RuntimeError: gradient checkpointing runs a block again, and other tokens would merge.
         """
-        if self.config.metric == "hidden":
-            keys = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        elif keys is None:
-            raise RuntimeError(
-                f"block {i} made no keys: its key projection was replaced after apply; apply again"
-            )
-        metric = keys[:, self.class_tokens :]
-        laid = self._match(i, metric, length)
+        sizes = here.sizes.to(x.device)
+        choice, laid = self._choose(metric.detach(), length, sizes, way, offers)
         if _recomputing() and not (last and last.merge and torch.equal(last.merge.slot, laid.slot)):
             raise RuntimeError(
                 "gradient checkpointing ran a block again after another forward pass changed what merges; "
                 "with checkpointing on, go backward before the next forward"
             )
-        sizes = here.sizes.to(x.device)
-        if self.config.size_weighted:
-            merged, sizes = merge(x, sizes, laid, self._triton_now)
-        else:
-            merged, _ = merge(x, torch.ones_like(sizes), laid, self._triton_now)
-            sizes = sizes.new_zeros(len(sizes), laid.length).scatter_add(1, laid.slot, sizes)
-        return merged, Slot(sizes, laid, self.class_tokens)
+        merged, sizes = fold(x, sizes, laid, choice, self.config.size_weighted, self._triton_now)
+        return merged, Slot(sizes, laid, self.front)
 
     @torch.no_grad()
-    def _match(self, i: int, metric: Tensor, length: int) -> Plan:
-        """Who merges at block i, class tokens included, by the metric (B, N, D) of the others."""
-        depth, remove = i / self.layers, metric.shape[1] - length
-        method, parameters = self.config.method_at(depth)
+    def _choose(
+        self,
+        metric: Tensor,
+        length: int,
+        sizes: Tensor,
+        way: tuple[str, dict[str, Any], float],
+        offers: Offers,
+    ) -> tuple[Choice, Plan]:
+        """Who merges, front tokens included."""
+        method, parameters, depth = way
+        front = self.front
+        offers = {"size": lambda: sizes[:, front:], **offers}
+        given = {name: offers[name]() for name in METHODS[method].needs}
+        metric = metric[:, front:].to(torch.promote_types(metric.dtype, torch.float32))
         with full_precision(metric.device.type):
-            if self.config.order != "method":
-                parent, order = (
-                    match(metric, remove, method, self._triton_now, depth=depth, **parameters),
-                    None,
-                )
-            else:
-                parent, order = ordered(metric, remove, method, depth=depth, **parameters)
-        front = self.class_tokens
-        if order is not None:
-            order = nn.functional.pad(order + front, (front, 0))
-        return plan(widen(parent, front), length + front, order)
+            choice = choose(
+                metric,
+                metric.shape[1] - length,
+                method,
+                ordered=self.config.order == "method",
+                triton=self._triton_now,
+                depth=depth,
+                **given,
+                **parameters,
+            )
+        choice = _widened(choice, front)
+        return choice, plan(choice.parent, length + front, choice.rank)
 
     @property
     def _triton_now(self) -> bool:
         """Whether Triton may compute: torch.compile writes kernels of its own."""
         return self.triton and not torch.compiler.is_compiling()
+
+
+def _widened(choice: Choice, front: int) -> Choice:
+    """The choice with `front` tokens ahead, which keep to themselves."""
+    if not front:
+        return choice
+    rank, weight, mixing = choice.rank, choice.weight, choice.mixing
+    if rank is not None:
+        rank = nn.functional.pad(rank + front, (front, 0))
+    if weight is not None:
+        weight = nn.functional.pad(weight, (front, 0), value=1)
+    if mixing is not None:
+        mixing = nn.functional.pad(mixing, (front, 0, front, 0))
+        mixing[:, :front, :front] = torch.eye(front, dtype=mixing.dtype, device=mixing.device)
+    return choice._replace(parent=widen(choice.parent, front), rank=rank, weight=weight, mixing=mixing)
+
+
+def key(keys: Tensor, heads: int) -> Tensor:
+    """One key a token (B, T, C): the mean over the heads of (B, T, heads * C), without gradients."""
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    return keys.detach().unflatten(-1, (heads, -1)).mean(-2, dtype=wide)
 
 
 def _recomputing() -> bool:

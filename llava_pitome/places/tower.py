@@ -16,8 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from llava_pitome.config import MergeConfig
 from llava_pitome.kernels.attention import pays
 from llava_pitome.merging import Plan, size_bias
+from llava_pitome.places import looks
 from llava_pitome.places.attention import OwnAttention
 from llava_pitome.places.blocks import Block, Slot, hidden_of
+from llava_pitome.places.inside import Inside
 from llava_pitome.places.merger import Merger
 
 KERNELS = (True, False, "triton")  # what is known to be faster, plain PyTorch alone, and Triton too
@@ -52,8 +54,13 @@ class TowerMerging:
         """
         self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
         self.kernels = kernels
-        self._merger = Merger(config, len(blocks), class_tokens, kernels == "triton")
+        self._merger = Merger(config, class_tokens, kernels == "triton")
         self._sdpa = sdpa
+        self._looks = [self._look(i, block) for i, block in enumerate(blocks[:feature])]
+        self._inside = [
+            Inside(block, config.site, partial(self._merges, i), partial(self._merge, i))
+            for i, block in enumerate(blocks[:feature])
+        ]
         self._own = [
             OwnAttention(b.attention, (b.queries, b.keys, b.values), b.out, b.heads) for b in blocks[:feature]
         ]
@@ -62,18 +69,19 @@ class TowerMerging:
         self._handles: list[RemovableHandle] = []
         self._forget()
 
+    def _look(self, i: int, block: Block) -> looks.Looking:
+        method = self._way(i)[0]
+        wanted = looks.wanted(method, self.config.metric == "keys")
+        return looks.Looking(block, wanted, self.class_tokens, partial(self._merges, i))
+
     def install(self) -> None:
-        """Registers the hooks; prepended, because transformers' own record what the block returns."""
+        """Registers the hooks."""
         for i, block in enumerate(self.blocks[: self.feature]):
             self._on(block.layer.register_forward_pre_hook(partial(self._enter, i), with_kwargs=True))
-            self._on(block.layer.register_forward_hook(partial(self._leave, i), prepend=True))
-            if self.config.metric == "keys":
-                self._on(block.keys.register_forward_hook(partial(self._keep_keys, i)))
+            self._handles += self._looks[i].install()
             if self.kernels:
                 self._handles += self._own[i].install()
-            if self.config.site == "attention":
-                self._on(block.norm.register_forward_pre_hook(partial(self._before_mlp, i)))
-                self._on(block.mlp.register_forward_hook(partial(self._after_mlp, i)))
+            self._handles += self._inside[i].install()
         for block in self.blocks[self.feature :]:
             self._on(block.layer.register_forward_pre_hook(self._idle, with_kwargs=True))
 
@@ -87,9 +95,8 @@ class TowerMerging:
     def _forget(self) -> None:
         """Empties every place in which a forward pass leaves something."""
         self.slots: list[Slot | None] = [None] * (self.feature + 1)
-        self._keys: list[Tensor | None] = [None] * self.feature
-        self._merged: list[Tensor | None] = [None] * self.feature
-        self._mlp: list[Tensor | None] = [None] * self.feature
+        for part in (*self._looks, *self._inside):
+            part.forget()
         for own in self._own:
             own.stop()
 
@@ -103,15 +110,29 @@ class TowerMerging:
         """The merges of the last forward pass, in order; see `merging.trace`."""
         return [slot.plan for slot in self.slots if slot is not None and slot.merge is not None]
 
+    @property
+    def patches(self) -> int:
+        """Patches in front of the first block, in the last forward pass; 0 before there was one."""
+        return self._lengths[0] if self._lengths else 0
+
     def merge_alone(self, i: int, keys: Tensor, x: Tensor) -> Tensor:
-        """What merging at block i costs, for measuring: from its keys (B, T, D) to the merged x (B, T, D)."""
+        """What merging at block i costs, for measuring: from its keys (B, T, D) to the merged x (B, T, D).
+
+        Raises:
+            RuntimeError: the method needs more than the keys.
+        """
         if not self._merges(i):
             return x
-        self._keep_keys(i, self.blocks[i].keys, (), keys)
+        self._looks[i].see(keys)
         return self._merge(i, x)
 
     def _on(self, handle: RemovableHandle) -> None:
         self._handles.append(handle)
+
+    def _way(self, i: int) -> tuple:
+        """The method at block i, its parameters, and how deep the block lies."""
+        depth = i / len(self.blocks)
+        return (*self.config.method_at(depth), depth)
 
     def _merges(self, i: int) -> bool:
         return self._lengths[i] != self._lengths[i + 1]
@@ -125,8 +146,8 @@ class TowerMerging:
             self.slots[0] = Slot(ones, front=self.class_tokens)
         if not self._merges(i):
             self.slots[i + 1] = self.slots[i]._replace(merge=None)
-        weighted = self.config.proportional and self._lengths[i] != self._lengths[0]
-        sizes = self.slots[i].sizes.to(hidden.device) if weighted else None
+        sizes = self.sizes_in(i)
+        sizes = None if sizes is None else sizes.to(hidden.device)
         mask = rest[0] if rest else kwargs.get("attention_mask")
         self._own[i].stop()
         if self._attends_here(i, hidden, mask):
@@ -136,6 +157,11 @@ class TowerMerging:
             bias = bias if mask is None else mask + bias
             return ((hidden, bias, *rest[1:]), kwargs) if rest else (args, kwargs | {"attention_mask": bias})
         return None
+
+    def sizes_in(self, i: int) -> Tensor | None:
+        """The sizes (B, T) that weigh block i's attention; None where it is not weighed."""
+        weighted = self.config.proportional and self._lengths[i] != self._lengths[0]
+        return self.slots[i].sizes if weighted else None
 
     def _attends_here(self, i: int, hidden: Tensor, mask: Tensor | None) -> bool:
         """Whether this package's attention takes the place of block i's: never where nothing merges."""
@@ -151,45 +177,13 @@ class TowerMerging:
             and self._own[i].intact
         )
 
-    def _keep_keys(self, i: int, _module: nn.Module, _args: tuple, keys: Tensor) -> None:
-        """Behind the key projection: one key a token, the mean over the heads."""
-        if self._merges(i):
-            self._keys[i] = self._merger.key(keys, self.blocks[i].heads)
-
-    def _before_mlp(self, i: int, _module: nn.Module, args: tuple) -> tuple | None:
-        """In front of the norm: what goes into the MLP is merged."""
-        if not self._merges(i):
-            return None
-        self._merged[i] = self._merge(i, args[0])
-        return (self._merged[i], *args[1:])
-
-    def _after_mlp(self, i: int, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
-        """Behind the MLP: keeps its output, and hands the block a zero to add to its unmerged residual."""
-        if not self._merges(i):
-            return None
-        self._mlp[i] = output
-        return output.new_zeros(())
-
-    def _leave(self, i: int, _layer: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
-        """Behind block i: the merged hidden state stands where the block's own was."""
-        if not self._merges(i):
-            return None
-        if self.config.site == "block":
-            merged = self._merge(i, output)
-        else:
-            merged = self._merged[i] + self._mlp[i]
-            if output.requires_grad and not merged.requires_grad:
-                raise RuntimeError(
-                    "gradient checkpointing with use_reentrant=True hides the merged tokens from autograd; "
-                    "use gradient_checkpointing_kwargs={'use_reentrant': False}"
-                )
-        self._merged[i] = self._mlp[i] = self._keys[i] = None
-        return merged
-
     def _merge(self, i: int, x: Tensor) -> Tensor:
         """Merges x (B, T, D) at block i and writes slot i + 1."""
-        length, last = self._lengths[i + 1], self.slots[i + 1]
-        merged, self.slots[i + 1] = self._merger.merge(i, x, self._keys[i], length, self.slots[i], last)
+        seen, sizes = self._looks[i], self.sizes_in(i)
+        metric = x if self.config.metric == "hidden" else seen.key()
+        offers = {"class_attention": partial(seen.class_attention, sizes)}
+        length, here, last = self._lengths[i + 1], self.slots[i], self.slots[i + 1]
+        merged, self.slots[i + 1] = self._merger.merge(x, metric, length, here, last, self._way(i), offers)
         return merged
 
     def _idle(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -200,11 +194,3 @@ class TowerMerging:
         if args:
             return (hidden[:, :1], *rest), kwargs
         return args, kwargs | {"hidden_states": hidden[:, :1]}
-
-
-def installed(blocks: tuple[Block, ...]) -> TowerMerging | None:
-    """The hooks that are on a tower, or None; a copy of a merging model carries a copy of them."""
-    for hook in blocks[0].layer._forward_pre_hooks.values():
-        if isinstance(hook, partial) and isinstance(getattr(hook.func, "__self__", None), TowerMerging):
-            return hook.func.__self__
-    return None

@@ -1,0 +1,92 @@
+"""All places of one model together: what `apply` puts on it and `remove` takes off."""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from llava_pitome.config import MergeConfig
+from llava_pitome.merging import Plan
+from llava_pitome.places.blocks import Parts
+from llava_pitome.places.decoder import DecoderMerging, Llm
+from llava_pitome.places.prefix import PrefixMerging, grid
+from llava_pitome.places.shrink import Shrinking
+from llava_pitome.places.tower import TowerMerging
+
+Place = Shrinking | PrefixMerging | TowerMerging | DecoderMerging
+
+
+class Merging:
+    """The hooks on a model.
+
+    Attributes:
+        config: how it merges.
+        kernels: which kernels may compute, as given to `apply`.
+        tower: merging inside the vision tower.
+        prefix: merging behind the projector; None where none is asked for.
+        decoder: merging in the language model; None where none is asked for.
+    """
+
+    def __init__(self, parts: Parts, config: MergeConfig, kernels: bool | str, llm: Llm | None):
+        """Prepares hooks.
+
+        Args:
+            parts: of the model.
+            config: how to merge.
+            kernels: as for `apply`.
+            llm: the language model's parts, where the config merges or weighs something inside it.
+        """
+        self.config, self.kernels = config, kernels
+        triton = kernels == "triton"
+        self.tower = TowerMerging(
+            parts.blocks, parts.feature, parts.class_tokens, config, kernels, parts.sdpa
+        )
+        self.shrinking: Shrinking | None = None
+        self.prefix: PrefixMerging | None = None
+        self.decoder: DecoderMerging | None = None
+        if config.resize is not None:
+            self.shrinking = Shrinking(parts.tower, parts.patch_size, config.resize)
+        if config.merges_in_prefix:
+            self.prefix = PrefixMerging(parts.projector, self.tower, parts.front, config, triton)
+        if llm is not None:
+            self.decoder = DecoderMerging(llm, config, self.sizes, self._grid, triton)
+
+    @property
+    def _parts(self) -> list[Place]:
+        return [p for p in (self.shrinking, self.prefix, self.tower, self.decoder) if p is not None]
+
+    def install(self) -> None:
+        """Registers all hooks."""
+        for part in self._parts:
+            part.install()
+
+    def remove(self) -> None:
+        """Takes every hook off and forgets the last forward pass."""
+        for part in self._parts:
+            part.remove()
+
+    def plans(self) -> list[Plan]:
+        """The merges of the last forward pass from patches to what reached the language model, in order.
+
+        See `merging.trace`. What the language model merged is in `decoder.slots`.
+        """
+        return self.tower.plans() + (self.prefix.plans() if self.prefix is not None else [])
+
+    def sizes(self) -> Tensor | None:
+        """Patches (I, n) of each token that reached the language model; None where nothing merged."""
+        slot = self.prefix.slot if self.prefix is not None else self.tower.slots[-1]
+        return slot.size if slot is not None and self.plans() else None
+
+    def _grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches."""
+        return grid(self.tower.patches, self.config)
+
+
+def installed(model: nn.Module) -> list[Place]:
+    """The hooks that are on a model, by place; a copy of a merging model carries a copy of them."""
+    found: dict[int, Place] = {}
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            owner = getattr(hook.func if isinstance(hook, partial) else hook, "__self__", None)
+            if isinstance(owner, Place):
+                found[id(owner)] = owner
+    return list(found.values())

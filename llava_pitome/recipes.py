@@ -1,0 +1,17 @@
+"""Named ways to merge: what a MergeConfig holds beside how far it goes."""
+
+from typing import Any
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "parameters": {"energy": "elu"},
+        "early_method": "tome",
+        "early_depth": 13 / 24,  # layers 0 to 12 of CLIP-L's 24
+        "metric": "hidden",
+        "site": "block",
+        "size_weighted": False,
+        "proportional": False,
+        "order": "method",
+    },
+}
