@@ -55,8 +55,8 @@ def check_model(model: nn.Module) -> None:
     kind = getattr(settings, "cache_implementation", None)
     if kind not in (None, "dynamic"):
         raise ValueError(
-            f"generation_config.cache_implementation={kind!r} cannot hold layers of different lengths; set it "
-            "to None to merge inside the language model"
+            f"generation_config.cache_implementation={kind!r} cannot hold layers of different lengths; set "
+            "it to None to merge inside the language model"
         )
 
 

@@ -91,7 +91,7 @@ def fold(
 ) -> tuple[Tensor, Tensor]:
     """The tokens (B, N, D) that a choice leaves, and the patches they stand for: (B, M, D) and (B, M).
 
-    `merge` where everybody counts; what is dropped counts in no size either. A mixing has its say whatever the
+    `merge` where everybody counts; what is dropped counts in no size either. A mixing holds whatever the
     sizes are; they follow the parents.
 
     Args:

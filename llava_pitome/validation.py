@@ -1,12 +1,9 @@
 """What a MergeConfig may hold: every check raises ValueError with the value and what is allowed."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_pitome.methods import METHODS
 from llava_pitome.methods import check as check_method
-
-if TYPE_CHECKING:
-    from llava_pitome.config import MergeConfig
 
 CHOICES = {
     "metric": ("keys", "hidden"),
@@ -17,8 +14,8 @@ CHOICES = {
 FLAGS = ("size_weighted", "proportional", "llm_proportional")
 
 
-def check(config: "MergeConfig") -> None:
-    """Checks every field, and what must go together."""
+def check(config: Any) -> None:
+    """Checks every field of a MergeConfig, and what must go together."""
     _amounts(config)
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
@@ -65,7 +62,7 @@ def _keep(name: str, value: Any) -> None:
         )
 
 
-def _amounts(config: "MergeConfig") -> None:
+def _amounts(config: Any) -> None:
     """How far tokens merge."""
     ratio, tokens = config.ratio, config.tokens
     if ratio is not None and tokens is not None:
@@ -106,7 +103,7 @@ def _amounts(config: "MergeConfig") -> None:
         raise ValueError(f"resize={side!r} is not allowed: it must be rows and columns, whole numbers from 1")
 
 
-def _depths(config: "MergeConfig") -> None:
+def _depths(config: Any) -> None:
     """The part of the tower that merges."""
     depths = config.depths
     if not (isinstance(depths, tuple) and len(depths) == 2 and all(map(_number, depths))) or not (
@@ -119,7 +116,7 @@ def _depths(config: "MergeConfig") -> None:
         raise ValueError(f"ratio says what each layer keeps, so depths={depths} must stay (0, 1)")
 
 
-def _early(config: "MergeConfig") -> None:
+def _early(config: Any) -> None:
     """The method of the first layers."""
     if not isinstance(config.early_depth, int | float) or not 0 <= config.early_depth <= 1:
         raise ValueError(f"early_depth={config.early_depth!r} is not allowed: it must be a number in [0, 1]")
@@ -133,7 +130,7 @@ def _early(config: "MergeConfig") -> None:
         )
 
 
-def _places(config: "MergeConfig") -> None:
+def _places(config: Any) -> None:
     """The method's definition makes sense wherever it is to merge."""
     used = {
         "tower": config.merges_in_tower,
@@ -143,7 +140,7 @@ def _places(config: "MergeConfig") -> None:
     merging = [place for place, does in used.items() if does]
     for place in merging:
         _belongs(config.method, place)
-    if "grid" in METHODS[config.method].needs and (len(merging) > 1 or len(config.decoder) > 1):
+    if METHODS[config.method].needs_grid and (len(merging) > 1 or len(config.decoder) > 1):
         raise ValueError(
             f"method {config.method!r} works on the grid of patches, which is there for the first merge "
             f"only; this config merges in {' and '.join(merging)}"

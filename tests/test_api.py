@@ -18,7 +18,7 @@ from llava_pitome import MergeConfig, apply, load, merge_tokens, remove
 def test_the_readmes_lines_answer_with_fewer_tokens(model, processor, pictures):
     with merge_tokens(model, MergeConfig(ratio=0.9), processor) as merging:
         inputs = processor(images=pictures[0], text="<image> what is this", return_tensors="pt")
-        assert (inputs.input_ids == IMAGE).sum() == merging.lengths(PATCHES)[-1] < PATCHES / 1.8
+        assert (inputs.input_ids == IMAGE).sum() == merging.tower.lengths(PATCHES)[-1] < PATCHES / 1.8
         assert generate(model, inputs).shape == (1, 6)
     assert (
         processor(images=pictures[0], text="<image>", return_tensors="pt").input_ids == IMAGE
@@ -89,7 +89,7 @@ def test_two_models_merge_each_by_its_own_config(pictures):
 def test_a_batch_answers_as_its_rows_alone(tower, config, pictures):
     model, processor = make_model(tower), make_processor(tower)
     with merge_tokens(model, config, processor) as merging, torch.no_grad():
-        inputs, kept = batch(processor, PROMPTS, pictures), merging.lengths(PATCHES)[-1]
+        inputs, kept = batch(processor, PROMPTS, pictures), merging.tower.lengths(PATCHES)[-1]
         assert (inputs.input_ids == IMAGE).sum(1).tolist() == [kept, 2 * kept, kept, 0]
         assert (
             (inputs.input_ids[-1] == PAD).sum() > 0 == (inputs.input_ids[-1, -3:] == PAD).sum()
@@ -161,7 +161,7 @@ def test_bfloat16_answers(tower, kernel, config, pictures):
         found = features(model, inputs)
         assert found.dtype == torch.bfloat16
         assert found.isfinite().all()
-        assert [s.size.dtype for s in merging.slots] == [torch.float32] * LAYERS
+        assert [s.size.dtype for s in merging.tower.slots] == [torch.float32] * LAYERS
         assert generate(model, inputs).shape == (len(PROMPTS), 6)
 
 

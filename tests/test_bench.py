@@ -79,19 +79,20 @@ def test_sides_share_their_weights_and_leave_the_target_alone(target):
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 def test_the_overhead_is_the_matching_and_merging_of_a_whole_pass(target, recipe, monkeypatch):
     merged = side(target, MergeConfig.recipe(recipe, ratio=0.8), "", True, "off")
-    hooks = [list(block.keys._forward_hooks) for block in merged.merging.blocks]
+    hooks = [list(block.keys._forward_hooks) for block in merged.merging.tower.blocks]
     pixels, seen = images(2), []
     with torch.no_grad():
         merged.target.model.model.vision_tower(pixels)
-        slots = [slot.plan.slot for slot in merged.merging.slots[1:]]
+        slots = [slot.plan.slot for slot in merged.merging.tower.slots[1:]]
         work = overhead(merged, pixels)
-        plain = type(merged.merging)._merge
-        monkeypatch.setattr(type(merged.merging), "_merge", lambda *a: seen.append(a[1]) or plain(*a))
+        tower = type(merged.merging.tower)
+        plain = tower._merge
+        monkeypatch.setattr(tower, "_merge", lambda *a: seen.append(a[1]) or plain(*a))
         work()
         assert seen == list(range(7))
-        assert all(torch.equal(s.plan.slot, old) for s, old in zip(merged.merging.slots[1:], slots))
+        assert all(torch.equal(s.plan.slot, old) for s, old in zip(merged.merging.tower.slots[1:], slots))
         work()  # as often as is wanted
-    assert [list(block.keys._forward_hooks) for block in merged.merging.blocks] == hooks
+    assert [list(block.keys._forward_hooks) for block in merged.merging.tower.blocks] == hooks
 
 
 def test_speedups_are_medians_of_rounds_and_efficiency_their_share_of_the_flops():

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from llava_pitome import METHODS, MergeConfig
-from llava_pitome.config import ORDERS, SITES
+from llava_pitome.validation import CHOICES
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_the_paper_is_the_default():
     assert (config.method, config.metric, config.site, config.order) == (
         "pitome",
         "keys",
-        SITES[0],
-        ORDERS[0],
+        CHOICES["site"][0],
+        CHOICES["order"][0],
     )
     assert config.size_weighted and config.proportional
 

@@ -11,7 +11,7 @@ from llava_pitome.kernels import attention as kernel
 from llava_pitome.kernels.attention import attention, pays
 from llava_pitome.llava import find
 from llava_pitome.places import tower as place
-from llava_pitome.places.tower import installed
+from llava_pitome.places.everywhere import installed
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
@@ -91,7 +91,7 @@ def test_a_tower_with_the_kernel_computes_what_a_merged_tower_written_out_does(c
     model, pixels, config = make_model(tower), images(), MergeConfig.recipe(recipe, ratio=0.8)
     with merge_tokens(model, config) as merging:
         found = features(model, pixels)
-        lengths = merging.lengths(PATCHES)
+        lengths = merging.tower.lengths(PATCHES)
     head = tower == "clip"
     assert counted == [(2, n + head, 32) for n in lengths[:FEATURE]]
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_the_kernel_leaves_nothing_behind_when_a_pass_is_broken_off(counted, mod
     handle.remove()
     assert torch.equal(features(model, pixels), whole)
     remove(model)
-    assert all(own._hidden is None and own._projected == [None] * 3 for own in merging._own)
+    assert all(own._hidden is None and own._projected == [None] * 3 for own in merging.tower._own)
     assert state(model) == before
     assert torch.equal(features(model, pixels), expected)
 
@@ -181,7 +181,7 @@ def test_a_merging_tower_never_asks_the_device_for_a_value(recipe, method):
     with merge_tokens(model, config) as merging, torch.no_grad():
         out = model.model.vision_tower(images().to("meta"), output_hidden_states=True)
         assert len(merging.plans()) == LAYERS - 1
-    assert out.hidden_states[-2].shape[1] == 1 + merging.lengths(PATCHES)[-1]
+    assert out.hidden_states[-2].shape[1] == 1 + merging.tower.lengths(PATCHES)[-1]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_what_was_applied_before_comes_back_with_its_kernels(model, kernels):
     apply(model, MergeConfig(tokens=9), kernels=kernels)
     with merge_tokens(model, MergeConfig(tokens=5), kernels=not kernels) as inner:
         assert inner.kernels is not kernels
-    assert installed(find(model).blocks).kernels is kernels
+    assert [place.kernels for place in installed(model)] == [kernels]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -230,7 +230,7 @@ def test_what_peft_puts_into_the_attention_is_not_passed_over(counted, model, fi
     remove(model)
     apply(model, config, kernels=False)
     torch.testing.assert_close(features(find(model).model, pixels), found, rtol=0, atol=1e-4)
-    assert merging.lengths(PATCHES)[-1] == found.shape[1] - 1
+    assert merging.tower.lengths(PATCHES)[-1] == found.shape[1] - 1
 
 
 def test_whether_the_kernel_pays_does_not_depend_on_the_batch(monkeypatch):
@@ -244,7 +244,7 @@ def test_whether_the_kernel_pays_does_not_depend_on_the_batch(monkeypatch):
     shapes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 16}
     tower = CLIPVisionModel(CLIPVisionConfig(**shapes, image_size=40, patch_size=4)).eval().bfloat16()
     with merge_tokens(tower, MergeConfig(ratio=0.95)) as merging, torch.no_grad():
-        lengths = merging.lengths(100)[:-1]
+        lengths = merging.tower.lengths(100)[:-1]
         for batch in (1, 3, 8):
             tower(images(batch, side=40).bfloat16())
             assert taken == [(batch, n + 1, 1024) for n in lengths if n + 1 >= 91]
@@ -257,5 +257,5 @@ def test_keys_that_are_missing_raise(model):
         attention = model.model.vision_tower.encoder.layers[0].self_attn
         attention.k_proj = copy.deepcopy(attention.k_proj)
         attention.k_proj._forward_hooks.clear()
-        with pytest.raises(RuntimeError, match="block 0 made no keys"):
+        with pytest.raises(RuntimeError, match="made no keys"):
             features(model, images())

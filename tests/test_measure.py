@@ -25,7 +25,7 @@ def test_merging_costs_little_more_than_the_formula_and_far_less_than_the_plain_
     with merge_tokens(model, MergeConfig(ratio=0.8), processor) as merging:
         inputs = processor(text="<image> what is this", images=pictures[:1], return_tensors="pt")
         merged = counted(model, inputs)
-    lengths = merging.lengths(PATCHES)
+    lengths = merging.tower.lengths(PATCHES)
     formula = closed_form(model, lengths, inputs.input_ids.shape[1] - lengths[-1])
     assert (merged.projector, merged.llm) == (formula.projector, formula.llm)
     overhead = merged.tower - formula.tower

@@ -6,15 +6,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from given import at, given, survivors, tokens
 
 from llava_pitome import METHODS, parents
 from llava_pitome import methods as package
-from llava_pitome.methods import pitome
+from llava_pitome.methods import GIVEN, PLACES, choose, pitome
 
 HERE = Path(__file__).parent / "golden"
 ALL = Path(__file__).parents[2] / "shared" / "golden"  # beside the checkout, where there is one
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SIZES = ((16, 4), (17, 8), (36, 3), (49, 24))
+ROUNDS = ((5, 3), (16, 9), (16, 15), (49, 40), (2, 1), (36, 35), (1, 0))
 
 
 def golden(folder):
@@ -40,11 +42,6 @@ CASES = [
 ]
 
 
-def tokens(batch=3, count=16, channels=8, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, count, channels, generator=generator, dtype=torch.float64).to(dtype)
-
-
 def unit(x):
     return torch.nn.functional.normalize(x, dim=-1)
 
@@ -55,8 +52,9 @@ def smallest(parent):
     return together.long().argmax(-1)
 
 
-def survivors(parent):
-    return (parent == torch.arange(parent.shape[1])).sum(1)
+def found(x, remove, method, **parameters):
+    """Parents by a method that is given what it needs."""
+    return parents(x, remove, method, **given(method, *x.shape, x.dtype), **parameters)
 
 
 @pytest.mark.parametrize("case, arrays", CASES)
@@ -193,7 +191,7 @@ def test_random_joins_the_most_similar_of_those_who_stay():
 @pytest.mark.parametrize("count, remove", SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_exactly_as_many_go_as_are_to_go(method, count, remove, dtype):
-    parent = parents(tokens(count=count, dtype=dtype), remove, method)
+    parent = found(tokens(count=count, dtype=dtype), remove, method)
     assert parent.shape == (3, count)
     assert parent.dtype == torch.int64
     assert survivors(parent).tolist() == [count - remove] * 3
@@ -203,16 +201,49 @@ def test_exactly_as_many_go_as_are_to_go(method, count, remove, dtype):
 @pytest.mark.parametrize("count, remove", SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_parent_of_a_parent_is_itself(method, count, remove, dtype):
-    parent = parents(tokens(count=count, dtype=dtype), remove, method)
+    parent = found(tokens(count=count, dtype=dtype), remove, method)
     assert torch.equal(parent.gather(1, parent), parent)
 
 
-@pytest.mark.parametrize("count, remove", [(5, 3), (16, 9), (16, 15), (49, 40), (2, 1), (36, 35), (1, 0)])
+@pytest.mark.parametrize("count, remove", ROUNDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_more_than_half_go_in_rounds(method, count, remove):
-    parent = parents(tokens(count=count), remove, method)
+def test_more_than_half_go_at_once_or_in_rounds(method, count, remove):
+    parent = found(tokens(count=count), remove, method)
     assert survivors(parent).tolist() == [count - remove] * 3
     assert torch.equal(parent.gather(1, parent), parent)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_count_can_be_left(method):
+    x = tokens(2, 12)
+    for remove in range(12):
+        assert survivors(found(x, remove, method)).tolist() == [12 - remove] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count, remove", SIZES + ROUNDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_choice_holds_together(method, count, remove, dtype):
+    x = tokens(count=count, dtype=dtype)
+    choice = choose(x, remove, method, **given(method, 3, count, dtype=dtype))
+    stays = choice.parent == torch.arange(count)
+    if choice.weight is not None:
+        assert choice.weight.shape == (3, count)
+        assert choice.weight[stays].eq(1).all()
+        assert choice.weight.ge(0).all()
+    if choice.mixing is not None:
+        assert choice.mixing.shape in ((3, count - remove, count), (1, count - remove, count))
+        torch.testing.assert_close(
+            choice.mixing.double().sum(2), torch.ones_like(choice.mixing[..., 0]).double(), atol=1e-5, rtol=0
+        )
+    assert choice.prunes == (METHODS[method].kept is not None and remove > 0)
+
+
+@pytest.mark.parametrize("method", [m for m, found in METHODS.items() if found.kept])
+def test_who_goes_without_leaving_anything_belongs_to_the_survivor_in_front_or_to_the_first(method):
+    for row in found(tokens(), 9, method).tolist():
+        kept = [i for i in range(16) if row[i] == i]
+        assert row == [max([k for k in kept if k <= i], default=kept[0]) for i in range(16)]
 
 
 def test_a_second_round_is_matched_on_the_averages_of_the_first():
@@ -224,24 +255,58 @@ def test_a_second_round_is_matched_on_the_averages_of_the_first():
     assert parents(x, 5, "tome").tolist() == [[second[kept.index(first[i])] for i in range(8)]]
 
 
+def same(one, other):
+    """Whether two choices are equal, those of a batch and those of its images."""
+    assert torch.equal(one.parent, other.parent)
+    for a, b in ((one.weight, other.weight), (one.mixing, other.mixing)):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("remove", [5, 15])
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_a_batch_do_not_know_of_each_other(method, remove):
-    x = tokens(4, 20, dtype=torch.float64)
-    alone = torch.cat([parents(row[None], remove, method) for row in x])
-    assert torch.equal(parents(x, remove, method), alone)
+    x, needs = tokens(4, 20, dtype=torch.float64), given(method, 4, 20, dtype=torch.float64)
+    together = choose(x, remove, method, **needs)
+    for i in range(4):
+        alone = choose(x[i : i + 1], remove, method, **at(needs, slice(i, i + 1)))
+        mine = [t if t is None or len(t) == 1 else t[i : i + 1] for t in together[:3]]
+        same(alone, together._replace(parent=mine[0], weight=mine[1], mixing=mine[2]))
 
 
 @pytest.mark.parametrize("remove", [5, 15])
 @pytest.mark.parametrize("method", METHODS)
 def test_permuting_the_batch_commutes(method, remove):
-    x, shuffled = tokens(4, 20, dtype=torch.float64), [2, 0, 3, 1]
-    assert torch.equal(parents(x[shuffled], remove, method), parents(x, remove, method)[shuffled])
+    x, needs = tokens(4, 20, dtype=torch.float64), given(method, 4, 20, dtype=torch.float64)
+    shuffled = [2, 0, 3, 1]
+    one = choose(x[shuffled], remove, method, **at(needs, shuffled))
+    other = choose(x, remove, method, **needs)
+    mine = [t if t is None or len(t) == 1 else t[shuffled] for t in other[:3]]
+    same(one, other._replace(parent=mine[0], weight=mine[1], mixing=mine[2]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_is_chosen_again_and_nothing_given_is_changed(method):
+    x, needs = tokens(), given(method)
+    before = {name: value if isinstance(value, tuple) else value.clone() for name, value in needs.items()}
+    one, copy = choose(x, 9, method, **needs), x.clone()
+    same(one, choose(x, 9, method, **needs))
+    assert torch.equal(x, copy)
+    assert all(torch.equal(torch.as_tensor(needs[n]), torch.as_tensor(v)) for n, v in before.items())
+
+
+@pytest.mark.parametrize("count, remove", [(16, 5), (49, 40)])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_shape_depends_on_what_is_in_a_tensor(method, count, remove):
+    needs = {n: v if isinstance(v, tuple) else v.to("meta") for n, v in given(method, 3, count).items()}
+    choice = choose(tokens(count=count).to("meta"), remove, method, **needs)  # there is nothing to look at
+    assert choice.parent.shape == (3, count)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nobody_goes_where_nobody_is_to_go(method):
-    assert torch.equal(parents(tokens(2, 9), 0, method), torch.arange(9).repeat(2, 1))
+    assert torch.equal(found(tokens(2, 9), 0, method), torch.arange(9).repeat(2, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -256,16 +321,28 @@ def test_ties_go_to_the_lower_index(remove, dtype):
     assert parents(same, remove, "tome").tolist() == [expected]
 
 
-@pytest.mark.parametrize("method", METHODS)
+BY_ANGLE = [m for m, found in METHODS.items() if "text" not in found.needs]  # a text's products have lengths
+
+
+@pytest.mark.parametrize("method", BY_ANGLE)
 def test_the_length_of_a_token_does_not_matter(method):
     x = tokens(2, 20, dtype=torch.float64)
     lengths = torch.rand(2, 20, 1, dtype=torch.float64) + 0.5
-    assert torch.equal(parents(x, 6, method), parents(x * lengths, 6, method))
+    assert torch.equal(found(x, 6, method), found(x * lengths, 6, method))
+
+
+@pytest.mark.parametrize("remove", [4, 9])
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_of_zeros_still_merge(method, remove):
+    assert survivors(found(torch.zeros(2, 10, 4), remove, method)).tolist() == [10 - remove] * 2
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_tokens_of_zeros_still_merge(method):
-    assert survivors(parents(torch.zeros(2, 10, 4), 4, method)).tolist() == [6, 6]
+def test_where_everything_given_is_the_same_as_many_go(method):
+    needs = {n: v if isinstance(v, tuple) else torch.zeros_like(v) for n, v in given(method).items()}
+    choice = choose(torch.ones(3, 16, 8), 9, method, **needs)
+    assert survivors(choice.parent).tolist() == [7] * 3
+    assert choice.mixing is None or choice.mixing.isfinite().all()
 
 
 def test_an_unknown_method_raises_with_the_ones_there_are():
@@ -291,18 +368,53 @@ def test_removing_more_than_there_are_raises_with_the_range(method, remove):
         parents(tokens(), remove, method)
 
 
+@pytest.mark.parametrize("method", [m for m, found in METHODS.items() if found.needs])
+def test_what_is_needed_and_was_not_given_is_named(method):
+    needs = given(method)
+    name = METHODS[method].needs[0]
+    with pytest.raises(ValueError, match=rf"method '{method}' needs {name}, which was not given"):
+        parents(tokens(), 2, method, **{n: v for n, v in needs.items() if n != name})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_given_and_not_needed_is_named(method):
+    idle = next(name for name in GIVEN if name not in METHODS[method].needs)
+    with pytest.raises(ValueError, match=rf"method '{method}' has no use for {idle}; it needs"):
+        parents(tokens(), 2, method, **given(method), **{idle: GIVEN[idle]})
+
+
+@pytest.mark.parametrize("method, entry", METHODS.items())
+def test_an_entry_says_what_can_be(method, entry):
+    assert entry.find is not None
+    assert set(entry.needs) <= set(GIVEN)
+    assert entry.places
+    assert set(entry.places) <= set(PLACES)
+    assert not (entry.halves and entry.needs)  # a later round would be given what was there before the first
+    assert not (entry.halves and (entry.kept or entry.mixed))  # rounds cannot be put together
+    assert ("received_attention" in entry.needs or "last_attention" in entry.needs) <= (
+        entry.places == ("decoder",)
+    )
+
+
 @pytest.mark.parametrize("shape", [(16,), (16, 8), (1, 2, 16, 8)])
 def test_a_metric_of_another_shape_raises(shape):
     with pytest.raises(ValueError, match="metric has shape"):
         parents(torch.zeros(shape), 1)
 
 
-def test_method_files_import_only_torch():
+def test_method_files_import_only_torch_and_each_other():
     files = [f for f in Path(package.__file__).parent.glob("*.py") if f.name != "__init__.py"]
-    assert {f.stem for f in files} >= set(METHODS)
+    siblings = {f.stem for f in files}
+    assert siblings >= {found.find.__module__.split(".")[-1] for found in METHODS.values()}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
-                assert all(alias.name.split(".")[0] == "torch" for alias in node.names), file
+                assert all(alias.name.split(".")[0] in ("torch", "math") for alias in node.names), file
             if isinstance(node, ast.ImportFrom):
-                assert node.level == 0 and node.module.split(".")[0] == "torch", file
+                assert node.level == 0, file
+                if node.module == package.__name__:
+                    assert {alias.name for alias in node.names} <= siblings, file
+                elif node.module.startswith(package.__name__):
+                    assert node.module.removeprefix(f"{package.__name__}.") in siblings, file
+                else:
+                    assert node.module.split(".")[0] == "torch", file

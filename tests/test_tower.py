@@ -131,7 +131,7 @@ def test_every_layer_is_given_as_many_tokens_as_the_schedule_says_and_those_behi
             layer.self_attn.register_forward_hook(lambda _m, _a, out: seen.append(out[0].shape[1]))
         features(model, images())
     head = 1 if tower == "clip" else 0
-    assert seen == [n + head for n in merging.lengths(PATCHES)[:FEATURE]] + [1]
+    assert seen == [n + head for n in merging.tower.lengths(PATCHES)[:FEATURE]] + [1]
 
 
 @pytest.mark.parametrize("layer, blocks", [(-3, 6), (5, 5), (-1, 8), (8, 8)])
@@ -139,7 +139,7 @@ def test_merging_ends_at_the_feature_layer(layer, blocks):
     model = make_model(vision_feature_layer=layer)
     with merge_tokens(model, MergeConfig(tokens=9)) as merging:
         assert features(model, images()).shape[1] == 9 + 1
-        assert len(merging.lengths(PATCHES)) == blocks + 1
+        assert len(merging.tower.lengths(PATCHES)) == blocks + 1
 
 
 @pytest.mark.parametrize("recipe", ["paper", "released"])
@@ -160,10 +160,10 @@ def test_running_one_layer_again_gives_the_same(tower):
         for layer in layers[2:4]:
             layer.register_forward_hook(lambda _m, _a, out: outputs.append(out))
         whole = features(model, images())
-        sizes = [slot.size for slot in merging.slots]
+        sizes = [slot.size for slot in merging.tower.slots]
         for _ in range(2):
             assert torch.equal(layers[3](outputs[0], None), outputs[1])
-        assert all(torch.equal(slot.size, size) for slot, size in zip(merging.slots, sizes))
+        assert all(torch.equal(slot.size, size) for slot, size in zip(merging.tower.slots, sizes))
         assert torch.equal(features(model, images()), whole)
 
 
@@ -171,7 +171,7 @@ def test_the_trace_says_which_patches_became_which_token(model):
     with merge_tokens(model, MergeConfig(ratio=0.8)) as merging:
         tokens = features(model, images()).shape[1] - 1
         plans = merging.plans()
-        sizes = merging.slots[-1].size
+        sizes = merging.tower.slots[-1].size
     slot = trace(plans)
     assert slot.shape == (2, PATCHES)
     assert [torch.bincount(row, minlength=tokens).tolist() for row in slot] == sizes.tolist()
@@ -263,8 +263,8 @@ def test_each_layer_can_have_its_own_ratio(model):
     shares = (1.0, 0.5, 1.0, 0.9, 0.4, 1.0, 0.5)
     with merge_tokens(model, MergeConfig(ratio=shares)) as merging:
         assert features(model, images()).shape[1] == 1 + 4
-        assert [slot.size.shape[1] for slot in merging.slots] == [36, 36, 18, 18, 17, 7, 7, 4]
-        assert all(slot.size.sum(1).tolist() == [PATCHES] * 2 for slot in merging.slots)
+        assert [slot.size.shape[1] for slot in merging.tower.slots] == [36, 36, 18, 18, 17, 7, 7, 4]
+        assert all(slot.size.sum(1).tolist() == [PATCHES] * 2 for slot in merging.tower.slots)
         assert len(merging.plans()) == 4
 
 
@@ -275,7 +275,7 @@ def test_more_than_half_can_go_in_one_layer(tower, recipe, ratio):
     model = make_model(tower)
     with merge_tokens(model, MergeConfig.recipe(recipe, ratio=ratio)) as merging:
         found = features(model, images())
-    assert found.shape[1] == merging.lengths(PATCHES)[-1] + (tower == "clip") <= 3
+    assert found.shape[1] == merging.tower.lengths(PATCHES)[-1] + (tower == "clip") <= 3
     assert found.isfinite().all()
 
 
@@ -300,7 +300,7 @@ def test_an_image_of_another_size_keeps_its_own_share(model):
         for side in (SIDE, 64, SIDE):
             count = (side // 8) ** 2
             out = tower(images(side=side), output_hidden_states=True, interpolate_pos_encoding=True)
-            assert out.hidden_states[-2].shape[1] == 1 + merging.lengths(count)[-1]
+            assert out.hidden_states[-2].shape[1] == 1 + merging.tower.lengths(count)[-1]
 
 
 def test_images_of_a_batch_do_not_know_of_each_other(model):
@@ -314,15 +314,15 @@ def test_the_class_token_never_merges(model):
     with merge_tokens(model, MergeConfig(ratio=0.5)) as merging:
         found = features(model, images())
     with torch.no_grad():
-        expected = slow(model, images(), merging.lengths(PATCHES), "paper")
+        expected = slow(model, images(), merging.tower.lengths(PATCHES), "paper")
     torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)
-    assert merging.lengths(PATCHES)[-1] == found.shape[1] - 1
+    assert merging.tower.lengths(PATCHES)[-1] == found.shape[1] - 1
 
 
 def test_gradients_reach_every_layer_up_to_the_feature_layer(model):
     model.train()
     with merge_tokens(model, MergeConfig(ratio=0.8)) as merging:
-        tokens = merging.lengths(PATCHES)[-1]
+        tokens = merging.tower.lengths(PATCHES)[-1]
         ids = torch.tensor([[1] + [4] * tokens + [5, 6, 7]])
         model(input_ids=ids, pixel_values=images(1), labels=ids).loss.backward()
     layers = model.model.vision_tower.encoder.layers
@@ -351,9 +351,9 @@ def test_autocast_merges(model):
 
 def test_matching_does_not_lose_precision_under_autocast():
     torch.manual_seed(0)
-    metric, found = torch.randn(2, 36, 8), []
-    merger = Merger(MergeConfig(ratio=0.5, metric="hidden"), 1, 0, False)
+    metric, ones, found = torch.randn(2, 36, 8), Slot(torch.ones(2, 36)), []
+    merger = Merger(MergeConfig(ratio=0.5, metric="hidden"), 0, False)
     for on in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
-            found.append(merger.merge(0, metric, None, 18, Slot(torch.ones(2, 36)), None)[1].plan.slot)
+            found.append(merger.merge(metric, metric, 18, ones, None, ("pitome", {}, 0.0), {})[1].plan.slot)
     assert torch.equal(*found)

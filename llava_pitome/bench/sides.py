@@ -12,7 +12,7 @@ from llava_pitome import llava
 from llava_pitome.api import apply
 from llava_pitome.bench.targets import Target, inputs
 from llava_pitome.config import MergeConfig
-from llava_pitome.places.tower import TowerMerging
+from llava_pitome.places.everywhere import Merging
 
 
 class Side(NamedTuple):
@@ -28,7 +28,7 @@ class Side(NamedTuple):
 
     label: str
     target: Target
-    merging: TowerMerging | None
+    merging: Merging | None
     tokens: int
     compiled: bool = False
 
@@ -46,7 +46,7 @@ def side(target: Target, config: MergeConfig | None, label: str, kernels: bool |
     weights = {id(t): t for t in (*target.model.parameters(), *target.model.buffers())}
     own = target._replace(model=copy.deepcopy(target.model, weights))
     merging = None if config is None else apply(own.model, config, kernels=kernels)
-    tokens = target.patches if merging is None else merging.lengths(target.patches)[-1]
+    tokens = target.patches if merging is None else config.tokens_at(target.patches, llava.find(own.model).feature)
     made = Side(label, own, merging, tokens, compiled != "off")
     if made.compiled:
         with torch.no_grad():  # transformers installs hooks of its own at the first use, which break a graph
@@ -87,7 +87,7 @@ def graphed(work: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
 
 def overhead(side: Side, pixels: Tensor) -> Callable[[], Any]:
     """The matching and merging of one forward pass and nothing else, on what the tower really had there."""
-    merging = side.merging
+    merging = side.merging.tower
     blocks = merging.blocks[: merging.feature]
     keys: list[Tensor] = []
     hidden: list[Tensor] = []

@@ -79,6 +79,11 @@ class Method(NamedTuple):
         """The function that says most."""
         return self.mixed or self.weighted or self.parents or self.kept
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it works on the grid of patches, as it is before any of them has merged."""
+        return "grid" in self.needs
+
 
 def _pitome_in_triton(metric: Tensor, remove: int, **parameters) -> Tensor:
     """`pitome.parents` on a GPU."""

@@ -6,7 +6,7 @@ they are grouped around density peaks, theta times as many as they are, and a gr
 
 The paper removes as many tokens as the attention's rank suggests, and the recycled come on top; here the
 count is given and holds both, divided as tau and theta say, at most half of it recycled. A group is averaged,
-not added up, and stands where its peak stood. Relevance is measured where the merge is, not on the embeddings.
+not added up, and stands where its peak stood. Relevance is measured where tokens merge, not on embeddings.
 """
 
 import math

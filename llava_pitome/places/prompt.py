@@ -83,7 +83,7 @@ class Shortening(NamedTuple):
 
 
 def shorten(prompt: Prompt, plan: Plan) -> Shortening:
-    """The prompts without the tokens of each image (I, n) that `plan` lets go; the others keep their order."""
+    """The prompts without the tokens of each image (I, n) that `plan` lets go; the others keep order."""
     batch, before = prompt.shape
     fewer = plan.gone.shape[1]
     lengths = tuple(n - k * fewer for n, k in zip(prompt.lengths, prompt.counts))
