@@ -105,16 +105,19 @@ def fold(
     if choice.prunes:
         return rows(x, plan.kept), sizes.gather(1, plan.kept)
     counted = sizes if choice.weight is None else sizes * choice.weight
+    wide = torch.promote_types(x.dtype, torch.float32)
     if choice.mixing is not None:
         with full_precision(x.device.type):
-            wide = torch.promote_types(x.dtype, torch.float32)
             return (choice.mixing.to(wide) @ x.to(wide)).to(x.dtype), _totals(counted, plan)
+    average = x.to(wide) if choice.keeps_norm else x  # what is stretched yet is not to be rounded twice
     if size_weighted:
-        merged, total = merge(x, counted, plan, triton)
+        merged, total = merge(average, counted, plan, triton)
     else:
         weight = torch.ones_like(sizes) if choice.weight is None else choice.weight
-        merged, total = merge(x, weight, plan, triton)[0], _totals(counted, plan)
-    return (_stretched(merged, x, plan, choice.weight) if choice.keeps_norm else merged), total
+        merged, total = merge(average, weight, plan, triton)[0], _totals(counted, plan)
+    if choice.keeps_norm:
+        merged = _stretched(merged, average, plan, choice.weight).to(x.dtype)
+    return merged, total
 
 
 def _totals(sizes: Tensor, plan: Plan) -> Tensor:
@@ -125,17 +128,16 @@ def _totals(sizes: Tensor, plan: Plan) -> Tensor:
 def _stretched(merged: Tensor, x: Tensor, plan: Plan, weight: Tensor | None) -> Tensor:
     """Merged tokens (B, M, D) at the norm of the longest token (B, N, D) in them that has any weight.
 
-    Where no two were averaged there is nothing to stretch, and no bit changes.
+    Gradients pass through the norms. Where no two were averaged, nothing is stretched and no bit changes.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norms = x.to(wide).norm(dim=-1)
-    counts = torch.ones_like(norms) if weight is None else (weight > 0).to(wide)
+    norms = x.norm(dim=-1)
+    counts = torch.ones_like(norms) if weight is None else (weight > 0).to(x.dtype)
     blank = norms.new_zeros(merged.shape[:2])
     longest = blank.scatter_reduce(1, plan.slot, norms * counts, "amax")
-    own = merged.to(wide).norm(dim=-1)
+    own = merged.norm(dim=-1)
     stretches = (blank.scatter_add(1, plan.slot, counts) > 1) & (own > 0)
     factor = torch.where(stretches, longest, 1.0) / torch.where(stretches, own, 1.0)
-    return (merged.to(wide) * factor.unsqueeze(2)).to(merged.dtype)
+    return merged * factor.unsqueeze(2)
 
 
 def _average(x: Tensor, share: Tensor, slot: Tensor, kept: Tensor, gone: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def tome(tokens: list[list[float]], remove: int) -> list[int]:
 
 def parts(length: int, count: int) -> list[list[int]]:
     """`length` places cut into `count` parts, as even as can be."""
-    cuts = [i * length // count for i in range(count + 1)]
+    cuts = [i * length // max(count, 1) for i in range(count + 1)]
     return [list(range(a, b)) for a, b in pairwise(cuts)]
 
 

@@ -9,6 +9,9 @@ RECIPES = [
     MergeConfig(ratio=0.8),
     MergeConfig.recipe("released", ratio=0.8),
     MergeConfig(tokens=5, method="tome"),
+    MergeConfig(tokens=6, prefix_share=0.5),
+    MergeConfig(prefix=0.3, decoder={0: 0.5, 1: 2}, llm_proportional=True),
+    MergeConfig(resize=(4, 5)),
 ]
 PROMPTS = ["<image> what is this", "a red <image> cat or <image> dog", "what is <image>", "two red cat"]
 

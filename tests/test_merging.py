@@ -1,8 +1,11 @@
+import oracle
 import pytest
 import torch
+from given import given
 
 from llava_pitome import METHODS, parents
-from llava_pitome.merging import compose, merge, narrow, plan, size_bias, trace, unmerge, widen
+from llava_pitome.merging import Choice, compose, fold, merge, narrow, plan, size_bias, trace, unmerge, widen
+from llava_pitome.methods import choose
 
 SIZES = ((6, 2), (17, 8), (36, 3), (49, 40))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -19,12 +22,22 @@ def sizes(count, seed=0):
     return torch.randint(1, 9, (2, count), generator=torch.Generator().manual_seed(seed)).float()
 
 
+def found(x, remove, method):
+    """Parents by a method that is given what it needs."""
+    return parents(x, remove, method, **given(method, *x.shape, x.dtype))
+
+
+def choice_of(x, remove, method, **parameters):
+    """The whole choice of such a method."""
+    return choose(x, remove, method, **given(method, *x.shape, x.dtype), **parameters)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count, remove", SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_sum_of_size_times_token_is_conserved(method, count, remove, dtype):
     x, size = tokens(count, dtype), sizes(count)
-    merged, total = merge(x, size, plan(parents(x, remove, method), count - remove))
+    merged, total = merge(x, size, plan(found(x, remove, method), count - remove))
     assert merged.dtype == dtype
     assert merged.shape == (2, count - remove, 8)
     before = (x.double() * size.double()[..., None]).sum(1)
@@ -36,7 +49,7 @@ def test_the_sum_of_size_times_token_is_conserved(method, count, remove, dtype):
 @pytest.mark.parametrize("method", METHODS)
 def test_sizes_add_up_to_the_patches(method, count, remove):
     x = tokens(count)
-    _, total = merge(x, torch.ones(2, count), plan(parents(x, remove, method), count - remove))
+    _, total = merge(x, torch.ones(2, count), plan(found(x, remove, method), count - remove))
     assert total.shape == (2, count - remove)
     assert total.min() >= 1
     assert total.sum(1).tolist() == [count, count]
@@ -45,7 +58,7 @@ def test_sizes_add_up_to_the_patches(method, count, remove):
 @pytest.mark.parametrize("count, remove", SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_survivors_keep_raster_order(method, count, remove):
-    parent = parents(tokens(count), remove, method)
+    parent = found(tokens(count), remove, method)
     laid = plan(parent, count - remove)
     for slots, row in zip(laid.slot, parent):
         kept = torch.arange(count)[row == torch.arange(count)]
@@ -71,7 +84,7 @@ def test_merging_nothing_changes_no_bit(dtype):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_token_that_stays_alone_changes_no_bit(method, dtype):
     x, size = tokens(20, dtype), sizes(20)
-    parent = parents(x, 6, method)
+    parent = found(x, 6, method)
     laid = plan(parent, 14)
     merged, total = merge(x, size, laid)
     for b in range(2):
@@ -92,7 +105,7 @@ def test_a_merged_token_is_the_average_weighted_by_size():
 @pytest.mark.parametrize("method", METHODS)
 def test_unmerged_tokens_are_equal_within_a_group_and_merge_to_themselves(method, dtype):
     x, size = tokens(20, dtype), sizes(20)
-    parent = parents(x, 12, method)
+    parent = found(x, 12, method)
     laid = plan(parent, 8)
     merged, _ = merge(x, size, laid)
     back = unmerge(merged, laid)
@@ -190,7 +203,7 @@ def test_the_size_bias_counts_a_token_as_often_as_it_stands_for_patches():
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_flow_to_every_token_by_its_share(method):
     x, size = tokens(20, torch.float32).requires_grad_(), sizes(20)
-    laid = plan(parents(x.detach(), 12, method), 8)
+    laid = plan(found(x.detach(), 12, method), 8)
     merged, total = merge(x, size, laid)
     merged.sum().backward()
     share = size / total.gather(1, laid.slot)
@@ -236,3 +249,173 @@ def test_a_plan_with_tokens_in_front_is_the_plan_behind_them():
     assert wide.slot[:, 0].tolist() == [0, 0]
     for found, expected in zip(narrow(wide, 1), plain):
         assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+FOLDED = [  # a choice of every kind
+    ("pitome", {}), ("tofu", {"depth": 0.0}), ("tofu", {"depth": 0.9}), ("diffrate", {}), ("sparsevlm", {}),
+    ("dct", {}), ("prumerge", {"neighbours": 4}), ("fastv", {}), ("divprune", {}), ("visionzip", {}),
+]  # fmt: skip
+WAYS = [True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", WAYS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_choice_without_more_to_say_folds_as_a_merge(method, weighted, dtype):
+    x, size = tokens(20, dtype), sizes(20)
+    laid = plan(found(x, 12, method), 8)
+    merged, total = fold(x, size, laid, Choice(laid.kept.gather(1, laid.slot)), weighted)
+    expected, _ = merge(x, size if weighted else torch.ones_like(size), laid)
+    assert torch.equal(merged, expected)
+    assert torch.equal(total, merge(x, size, laid)[1])
+
+
+@pytest.mark.parametrize("weighted", WAYS)
+@pytest.mark.parametrize("count, remove", SIZES)
+@pytest.mark.parametrize("method", [m for m, f in METHODS.items() if not (f.mixed or f.keeps_norm or f.kept)])
+def test_the_sum_of_what_counts_is_conserved(method, count, remove, weighted):
+    x, size = tokens(count), sizes(count)
+    choice = choice_of(x, remove, method)
+    laid = plan(choice.parent, count - remove)
+    merged, total = fold(x, size, laid, choice, weighted)
+    weight = torch.ones_like(size) if choice.weight is None else choice.weight
+    assert torch.equal(total.sum(1), (size * weight).sum(1))
+    tally = size if weighted else torch.ones_like(size)
+    held = merge(x, tally * weight, laid)[1]  # by what the averages were weighted
+    torch.testing.assert_close(
+        (merged * held[..., None]).sum(1), (x * (tally * weight)[..., None]).sum(1), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", WAYS)
+@pytest.mark.parametrize("method, parameters", FOLDED)
+def test_what_is_dropped_counts_nothing(method, parameters, weighted, dtype):
+    x, size = tokens(20, dtype), sizes(20)
+    choice = choice_of(x, 9, method, **parameters)
+    laid = plan(choice.parent, 11)
+    dropped = torch.zeros(2, 20, dtype=torch.bool)
+    if choice.weight is not None:
+        dropped = choice.weight == 0
+    elif choice.prunes:
+        dropped = choice.parent != torch.arange(20)
+    elif choice.mixing is not None:
+        dropped = (choice.mixing == 0).all(1).expand(2, -1)
+    one, total = fold(x, size, laid, choice, weighted)
+    other, after = fold(x.masked_fill(dropped[..., None], 99.0), size, laid, choice, weighted)
+    assert torch.equal(one, other)
+    assert torch.equal(total, after)
+    assert one.dtype == dtype
+    if choice.mixing is None:
+        assert torch.equal(total.sum(1), size.masked_fill(dropped, 0).sum(1))
+        assert (
+            dropped.any() == (METHODS[method].kept is not None or choice.weight is not None)
+            or method == "tofu"
+        )
+
+
+def test_weights_are_shares_of_an_average():
+    x, size = torch.tensor([[[1.0], [4.0], [7.0], [9.0]]]), torch.tensor([[2.0, 1.0, 1.0, 5.0]])
+    choice = Choice(torch.tensor([[2, 1, 2, 2]]), weight=torch.tensor([[0.5, 1.0, 1.0, 0.0]]))
+    merged, total = fold(x, size, plan(choice.parent, 2), choice)
+    assert merged.flatten().tolist() == [4.0, (0.5 * 2 * 1 + 7) / 2]
+    assert total.tolist() == [[1.0, 2.0]]
+    merged, total = fold(x, size, plan(choice.parent, 2), choice, size_weighted=False)
+    assert merged.flatten().tolist() == [4.0, pytest.approx((0.5 * 1 + 7) / 1.5)]
+    assert total.tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_mixing_says_what_survivors_are_made_of(batch):
+    x, size = tokens(4), sizes(4)
+    mixing = torch.rand(batch, 2, 4, generator=torch.Generator().manual_seed(1))
+    choice = Choice(torch.tensor([[1, 1, 1, 3]]).repeat(2, 1), mixing=mixing)
+    merged, total = fold(x, size, plan(choice.parent, 2), choice)
+    expected = torch.stack([mixing[b % batch].double() @ x[b] for b in range(2)])
+    torch.testing.assert_close(merged, expected)
+    assert torch.equal(total, torch.stack([size[:, :3].sum(1), size[:, 3]], 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pruning_leaves_survivors_and_their_sizes_as_they_are(dtype):
+    x, size = tokens(12, dtype), sizes(12)
+    choice = choice_of(x, 7, "fastv")
+    merged, total = fold(x, size, plan(choice.parent, 5), choice)
+    stays = choice.parent == torch.arange(12)
+    assert torch.equal(merged, x[stays].view(2, 5, -1))
+    assert torch.equal(total, size[stays].view(2, 5))
+
+
+@pytest.mark.parametrize("weighted", WAYS)
+@pytest.mark.parametrize("count, remove", SIZES)
+def test_keeping_the_norm_is_what_a_plain_python_oracle_says(count, remove, weighted):
+    x, size = tokens(count), sizes(count)
+    choice = Choice(parents(x, remove, "tome"), keeps_norm=True)
+    merged, _ = fold(x, size, plan(choice.parent, count - remove), choice, weighted)
+    for b, parent in enumerate(choice.parent.tolist()):
+        for i, kept in enumerate(i for i in range(count) if parent[i] == i):
+            group = [j for j in range(count) if parent[j] == kept]
+            counts = [size[b, j].item() if weighted else 1 for j in group]
+            expected = oracle.mlerp([x[b, j].tolist() for j in group], counts)
+            torch.testing.assert_close(merged[b, i], torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keeping_the_norm_changes_no_bit_where_nothing_was_averaged(dtype):
+    x, size = tokens(20, dtype), sizes(20)
+    plain = Choice(parents(x, 6, "tome"), weight=torch.ones(2, 20))
+    plain.weight[0] = (plain.parent[0] == torch.arange(20)).float()  # the first image's are dropped
+    laid = plan(plain.parent, 14)
+    one, other = (fold(x, size, laid, c)[0] for c in (plain, plain._replace(keeps_norm=True)))
+    single = (plain.weight.unsqueeze(1) * (laid.slot.unsqueeze(1) == torch.arange(14)[:, None])).sum(2) == 1
+    assert single[0].all()
+    assert not single[1].all()
+    assert torch.equal(one[single], other[single])
+    assert not torch.isclose(one[~single], other[~single]).all(1).any()
+
+
+def test_a_norm_is_kept_beside_tokens_of_zeros_and_not_where_tokens_cancel_out():
+    x = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])
+    choice = Choice(torch.tensor([[0, 0, 2, 2]]), keeps_norm=True)
+    merged, _ = fold(x, torch.ones(1, 4), plan(choice.parent, 2), choice)
+    assert merged.tolist() == [[[3.0, 4.0], [0.0, 0.0]]]
+
+
+@pytest.mark.parametrize("method, parameters", FOLDED)
+def test_half_precision_tokens_are_folded_in_float32(method, parameters):
+    x = (torch.randn(1, 300, 16, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
+    choice = choice_of(x, 280 if METHODS[method].needs else 150, method, **parameters)
+    length = 20 if METHODS[method].needs else 150
+    laid = plan(choice.parent, length)
+    found, _ = fold(x, torch.ones(1, 300), laid, choice)
+    exact, _ = fold(x.double(), torch.ones(1, 300), laid, choice)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)  # rounded once
+
+
+@pytest.mark.parametrize("weighted", WAYS)
+@pytest.mark.parametrize("method, parameters", FOLDED)
+def test_gradients_flow_through_every_kind_of_choice(method, parameters, weighted):
+    x, size = tokens(8).requires_grad_(), sizes(8).double()
+    choice = choice_of(x.detach(), 3, method, **parameters)
+    laid = plan(choice.parent, 5)
+    assert torch.autograd.gradcheck(lambda t: fold(t, size, laid, choice, weighted)[0], (x,))
+
+
+def test_gradients_of_a_kept_norm_are_finite_beside_tokens_of_zeros():
+    x = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
+    x.requires_grad_()
+    choice = Choice(torch.tensor([[0, 0, 2, 2, 4, 4]]), keeps_norm=True)
+    fold(x, torch.ones(1, 6), plan(choice.parent, 3), choice)[0].sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("method, parameters", FOLDED)
+def test_autocast_does_not_reach_what_is_folded(method, parameters):
+    x, size = tokens(20, torch.float32), sizes(20)
+    choice = choice_of(x, 9, method, **parameters)
+    laid = plan(choice.parent, 11)
+    expected, _ = fold(x, size, laid, choice)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = fold(x, size, laid, choice)
+    assert torch.equal(found, expected)
