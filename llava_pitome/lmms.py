@@ -22,6 +22,7 @@ from llava_pitome.api import load, remove
 from llava_pitome.config import MergeConfig
 from llava_pitome.llava import DTYPES
 from llava_pitome.measure import counted, literature
+from llava_pitome.validation import AMOUNTS
 
 MANIFEST = ModelManifest("llava_pitome", simple_class_path="llava_pitome.lmms.LlavaPitome")
 IGNORED = (
@@ -198,11 +199,12 @@ class LlavaPitome(lmms):
 def _config(recipe: str, named: dict[str, Any], merging: dict[str, Any]) -> MergeConfig | None:
     """The config that the arguments ask for; None where they ask for none."""
     changes = merging | {k: v for k, v in named.items() if v is not None}
-    if changes.keys() & {"ratio", "tokens"}:
+    if changes.keys() & set(AMOUNTS):
         return MergeConfig.recipe(recipe, **changes)
     if changes or recipe != "paper":
         raise ValueError(
-            f"recipe={recipe!r} with {changes} says how to merge but not how far: give ratio or tokens"
+            f"recipe={recipe!r} with {changes} says how to merge but not how far: give one of "
+            f"{', '.join(AMOUNTS)}"
         )
     return None
 

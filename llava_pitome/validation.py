@@ -11,6 +11,7 @@ CHOICES = {
     "order": ("raster", "method"),
     "prefix_metric": (None, "features", "keys"),
 }
+AMOUNTS = ("ratio", "tokens", "prefix", "decoder", "resize")  # fields that say how far to merge
 FLAGS = ("size_weighted", "proportional", "llm_proportional")
 
 
@@ -67,14 +68,8 @@ def _amounts(config: Any) -> None:
     ratio, tokens = config.ratio, config.tokens
     if ratio is not None and tokens is not None:
         raise ValueError(f"give ratio or tokens, and not both: ratio={ratio!r}, tokens={tokens!r}")
-    if (
-        ratio is None
-        and tokens is None
-        and config.prefix is None
-        and not config.decoder
-        and not config.resize
-    ):
-        raise ValueError("nothing says how far to merge: give ratio or tokens, or prefix, decoder or resize")
+    if all(getattr(config, name) in (None, {}) for name in AMOUNTS) and not config.llm_proportional:
+        raise ValueError(f"nothing says how far to merge: give one of {', '.join(AMOUNTS)}")
     for share in ratio if isinstance(ratio, tuple) else () if ratio is None else (ratio,):
         if not _number(share) or not 0 < share <= 1:
             raise ValueError(f"ratio={ratio!r} is not allowed: each ratio must be a number in (0, 1]")

@@ -73,15 +73,15 @@ def test_where_tofu_turns_can_be_said(until):
 
 
 def test_tofu_prunes_in_rounds_without_averaging_what_it_drops():
-    x = tokens(1, 8, dtype=EXACT)
-    first = oracle.tome(x[0].tolist(), 4)
-    kept = [i for i in range(8) if first[i] == i]
-    second = oracle.tome([x[0, i].tolist() for i in kept], 2)
-    expected = [kept[second[kept.index(first[i])]] for i in range(8)]
-    choice, left = chosen(x, 6, "tofu")
+    x = tokens(1, 40, dtype=EXACT)
+    first = oracle.tome(x[0].tolist(), 20)
+    kept = [i for i in range(40) if first[i] == i]
+    second = oracle.tome([x[0, i].tolist() for i in kept], 5)
+    expected = [kept[second[kept.index(first[i])]] for i in range(40)]
+    choice, left = chosen(x, 25, "tofu")
     assert choice.parent.tolist() == [expected]
-    stays = [i for i in range(8) if expected[i] == i]
-    assert choice.weight.tolist() == [[int(i in stays) for i in range(8)]]
+    stays = [i for i in range(40) if expected[i] == i]
+    assert choice.weight.tolist() == [[int(i in stays) for i in range(40)]]
     assert torch.equal(left[0], x[0, stays])
 
 
@@ -205,6 +205,13 @@ def test_prumerge_is_made_of_each_survivor_and_its_neighbours():
     assert ((mixing > 0).sum(2) == 7).all()
 
 
+def test_prumerge_has_each_survivor_in_itself_among_equal_tokens_too():
+    choice = chosen(torch.zeros(2, 40, 4), 30, "prumerge", neighbours=3)[0]
+    stays = choice.parent == torch.arange(40)
+    own = choice.mixing[stays.nonzero()[:, 0], torch.arange(10).repeat(2), stays.nonzero()[:, 1]]
+    assert (own > 0).all()
+
+
 @pytest.mark.parametrize("count, remove", CASES)
 def test_divprune_does_what_a_plain_python_oracle_does(count, remove):
     x = tokens(3, count, dtype=EXACT, seed=count)
@@ -251,7 +258,7 @@ def test_sparsevlm_asks_no_padding():
     assert not needs["asks"].all()
 
 
-@pytest.mark.parametrize("asks", [0, 1, WORDS])
+@pytest.mark.parametrize("asks", range(WORDS + 1))
 def test_sparsevlm_rates_by_equal_words_and_without_any(asks):
     x, needs = tokens(3, 20), given("sparsevlm", 3, 20)
     needs["text"] = torch.ones_like(needs["text"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_pitome import llava
 from llava_pitome.bench.clock import timed
 from llava_pitome.bench.memory import peak
-from llava_pitome.bench.sides import Side, graphed, overhead, tower
+from llava_pitome.bench.sides import Side, graphed, merges_alone, overhead, tower
 from llava_pitome.bench.targets import inputs
 from llava_pitome.measure import counted
 
@@ -63,7 +63,7 @@ def _timing(side: Side, load: Load) -> Callable[[], dict[str, float]]:
     pixels = given["pixel_values"]
     alone = side.compiled or not side.target.answers  # a hook on a compiled tower would be compiled with it
     works = {"tower": tower(side, pixels)} if alone else {}
-    if side.merging is not None and not side.compiled:
+    if side.merging is not None and not side.compiled and merges_alone(side):
         works["merging"] = overhead(side, pixels)
     if load.graphs:
         works = {name: graphed(work) for name, work in works.items()}

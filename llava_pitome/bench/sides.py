@@ -12,6 +12,7 @@ from llava_pitome import llava
 from llava_pitome.api import apply
 from llava_pitome.bench.targets import Target, inputs
 from llava_pitome.config import MergeConfig
+from llava_pitome.methods import METHODS
 from llava_pitome.places.everywhere import Merging
 
 
@@ -83,6 +84,13 @@ def graphed(work: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
+
+
+def merges_alone(side: Side) -> bool:
+    """Whether `overhead` can be told from the rest: the tower merges, by nothing but keys or hidden states."""
+    config = side.merging.config
+    methods = (config.method, config.early_method or config.method)
+    return config.merges_in_tower and not any(METHODS[m].needs for m in methods)
 
 
 def overhead(side: Side, pixels: Tensor) -> Callable[[], Any]:

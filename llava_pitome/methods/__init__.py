@@ -85,11 +85,15 @@ class Method(NamedTuple):
         return "grid" in self.needs
 
 
-def _pitome_in_triton(metric: Tensor, remove: int, **parameters) -> Tensor:
-    """`pitome.parents` on a GPU."""
+def _pitome_in_triton(
+    metric: Tensor, remove: int, *, candidates: float | None = 2.0, split: str = "energy", **energy
+) -> Tensor:
+    """`pitome.parents` on a GPU, where it does what the paper says; the rest is left to PyTorch."""
     from llava_pitome.kernels import matching_triton
 
-    return matching_triton.parents(metric, remove, *pitome.resolved(**parameters))
+    if (candidates, split) != (2.0, "energy"):
+        return pitome.parents(metric, remove, candidates=candidates, split=split, **energy)
+    return matching_triton.parents(metric, remove, *pitome.resolved(**energy))
 
 
 METHODS: dict[str, Method] = {

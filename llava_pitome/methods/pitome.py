@@ -10,6 +10,7 @@ BLOCK = {
 }  # similarities in a block, on CPUs (1 MiB, half a core's L2) and elsewhere
 SMALL = 2**16  # up to here, 256 KiB, one block serves
 START = 0.9  # the margin at depth 0; it falls to 0 at the last layer (section 3.2)
+SPLITS = ("energy", "raster")
 
 
 def parents(
@@ -18,39 +19,71 @@ def parents(
     *,
     depth: float = 0.0,
     margin: float | None = None,
+    start: float = START,
+    end: float = 0.0,
     alpha: float = 1.0,
     energy: str = "eq4",
+    candidates: float | None = 2.0,
+    split: str = "energy",
 ) -> Tensor:
     """The token each token folds into: (B, N), itself for the N - remove that survive.
 
-    The 2 `remove` tokens of highest energy alternate between A and B down the list; every a joins its most
-    similar b. Ties go to the lower index.
+    In the paper the 2 `remove` tokens of highest energy alternate between A and B down the list; every a joins
+    its most similar b. Where more tokens are candidates, those a join that are most similar to their b. Ties go
+    to the lower index.
 
     Args:
         metric: (B, N, D) what similarity is measured on; the attention keys, in the paper.
         remove: tokens that go, at most N // 2.
-        depth: l_i / l in [0, 1), how far up the encoder this is; sets the margin where none is given.
-        margin: similarity from which two tokens count as one cluster.
+        depth: l_i / l in [0, 1], how far up the encoder this is; sets the margin where none is given.
+        margin: similarity from which two tokens count as one cluster, the same at every depth.
+        start: the margin at depth 0.
+        end: the margin at depth 1; in between it changes evenly.
         alpha: how strongly tokens below the margin lower the energy.
         energy: "eq4", the paper's, or "elu", what the authors' LLaVA branch computes.
+        candidates: tokens that may merge, in multiples of `remove`, at least 2 (the paper); the others, of
+            lowest energy, are protected. None protects nobody.
+        split: "energy" alternates A and B down the list of energies (the paper), "raster" in raster order.
 
     Raises:
-        ValueError: a margin or alpha that is no number, an unknown energy.
+        ValueError: a number that is none, an unknown energy or split, candidates below 2.
     """
-    return ordered(metric, remove, depth=depth, margin=margin, alpha=alpha, energy=energy)[0]
+    how = {"depth": depth, "margin": margin, "start": start, "end": end, "alpha": alpha, "energy": energy}
+    return ordered(metric, remove, candidates=candidates, split=split, **how)[0]
 
 
-def ordered(metric: Tensor, remove: int, **parameters) -> tuple[Tensor, Tensor]:
+def ordered(
+    metric: Tensor, remove: int, *, candidates: float | None = 2.0, split: str = "energy", **energy
+) -> tuple[Tensor, Tensor]:
     """`parents`, and ranks (B, N) that lay survivors out as the authors do: by energy, merged ones last."""
-    margin, alpha, energy = resolved(**parameters)
+    count = metric.shape[1]
+    pool = _pool(count, remove, candidates)
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown; allowed are {', '.join(SPLITS)}")
     unit = F.normalize(metric, dim=-1)
-    down = mean_energy(unit, margin, alpha, energy).argsort(dim=1, descending=True, stable=True)
-    a, b = down[:, : 2 * remove : 2], down[:, 1 : 2 * remove : 2].sort(1).values  # (B, remove) each
-    scores = _rows(unit, a) @ _rows(unit, b).transpose(1, 2)  # (B, remove, remove)
-    closest = b.gather(1, scores.argmax(-1))  # the first of equals, the lowest index since b is sorted
-    here = torch.arange(metric.shape[1], device=metric.device).expand_as(down)
-    rank = torch.empty_like(down).scatter_(1, down, (here - 2 * remove) % metric.shape[1])
+    down = mean_energy(unit, *resolved(**energy)).argsort(dim=1, descending=True, stable=True)
+    chosen = down[:, :pool] if split == "energy" else down[:, :pool].sort(1).values
+    a, b = chosen[:, ::2], chosen[:, 1::2].sort(1).values
+    scores = _rows(unit, a) @ _rows(unit, b).transpose(1, 2)  # (B, |A|, |B|)
+    best, at = scores.max(-1)  # the first of equals, the lowest index since b is sorted
+    closest = b.gather(1, at)
+    if pool > 2 * remove:
+        goes = best.argsort(dim=1, descending=True, stable=True)[:, :remove]
+        a, closest = a.gather(1, goes), closest.gather(1, goes)
+    here = torch.arange(count, device=metric.device).expand_as(down)
+    rank = torch.empty_like(down).scatter_(1, down, (here - pool) % count)
     return here.scatter(1, a, closest), rank
+
+
+def _pool(count: int, remove: int, candidates: float | None) -> int:
+    """How many tokens may merge."""
+    if candidates is None:
+        return count
+    if isinstance(candidates, bool) or not isinstance(candidates, int | float) or not candidates >= 2:
+        raise ValueError(
+            f"candidates={candidates!r} is not allowed: it must be a number from 2, or None for all tokens"
+        )
+    return int(min(candidates * remove, count))
 
 
 def mean_energy(unit: Tensor, margin: float, alpha: float = 1.0, energy: str = "eq4") -> Tensor:
@@ -108,12 +141,18 @@ def _rows_at_a_time(unit: Tensor) -> int:
 
 
 def resolved(
-    depth: float = 0.0, margin: float | None = None, alpha: float = 1.0, energy: str = "eq4"
+    depth: float = 0.0,
+    margin: float | None = None,
+    start: float = START,
+    end: float = 0.0,
+    alpha: float = 1.0,
+    energy: str = "eq4",
 ) -> tuple[float, float, str]:
     """The margin at this depth unless one is given, alpha and energy; checked, as `parents` says."""
-    for name, value in (("margin", START if margin is None else margin), ("alpha", alpha)):
+    numbers = {"margin": START if margin is None else margin, "start": start, "end": end, "alpha": alpha}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
             raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number")
     if energy not in ENERGIES:
         raise ValueError(f"energy={energy!r} is unknown; allowed are {', '.join(ENERGIES)}")
-    return (START * (1 - depth) if margin is None else margin), alpha, energy
+    return (start * (1 - depth) + end * depth if margin is None else margin), alpha, energy
