@@ -3,7 +3,7 @@
 Units: FLOPs, a multiply-add being two. Prefill only, which is what merging shortens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,7 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from llava_pitome import llava
+from llava_pitome.llava import Shapes
+from llava_pitome.validation import CHOICES
 
+SITES = CHOICES["site"]
 QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes layers, whose products torch's counter does not see
 
 
@@ -51,39 +54,70 @@ def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
     return Flops(tower, projector, total - tower - projector + sum(quantized))
 
 
-def closed_form(model: nn.Module, lengths: tuple[int, ...], text: int) -> Flops:
+def closed_form(
+    model: nn.Module | Shapes,
+    lengths: Sequence[int],
+    text: int,
+    llm_lengths: Sequence[int] | None = None,
+    site: str = "attention",
+) -> Flops:
     """FLOPs of one picture and `text` further tokens by formula, with attention counted in full.
 
-    What a SigLIP tower pools at its end, which LLaVA does not read, is left out.
+    Left out is what a SigLIP tower pools at its end, which LLaVA does not read, and what choosing and merging
+    cost.
 
     Args:
-        model: a LLaVA.
-        lengths: patches before the first block and after each, as `TowerMerging.lengths` gives them; for a
-            plain model, the same number throughout.
+        model: a LLaVA, or its sizes.
+        lengths: patches before the first block of the tower and after each, as `MergeConfig.lengths` gives
+            them; for a plain model, the same number throughout.
         text: tokens of the prompt that are no image tokens.
+        llm_lengths: image tokens before the first block of the language model and after each, as
+            `MergeConfig.llm_lengths` gives them; None: what the tower leaves, throughout.
+        site: where in a block tokens merge, as in MergeConfig.
+
+    Raises:
+        ValueError: not one length per block of the language model, or an unknown site.
     """
-    s = llava.shapes(model)
+    s = _sizes(model)
+    if site not in SITES:
+        raise ValueError(f"site={site!r} is unknown; allowed are {', '.join(map(repr, SITES))}")
+    if llm_lengths is None:
+        llm_lengths = (lengths[-1],) * (s.llm_layers + 1)
+    if len(llm_lengths) != s.llm_layers + 1:
+        raise ValueError(
+            f"llm_lengths holds {len(llm_lengths)} numbers; {s.llm_layers} layers need {s.llm_layers + 1}"
+        )
     tower = 2 * s.patch_inputs * s.tower_width * lengths[0]
-    for before, after in pairwise(lengths):
-        n, m = before + s.class_tokens, after + s.class_tokens
+    for n, m in _passed(lengths, s.class_tokens, site):
         tower += _block(n, m, s.tower_width, s.tower_width, s.tower_mlp, 2)
     idle = s.tower_layers - (len(lengths) - 1)
     rest = lengths[-1] + s.class_tokens if lengths[-1] == lengths[0] else 1
     tower += idle * _block(rest, rest, s.tower_width, s.tower_width, s.tower_mlp, 2)
     projector = 2 * lengths[-1] * (s.tower_width * s.llm_width + s.llm_width**2)
-    n = lengths[-1] + text
-    llm = s.llm_layers * _block(n, n, s.llm_width, s.llm_kv, s.llm_mlp, 3) + 2 * s.llm_width * s.vocabulary
+    llm = 2 * s.llm_width * s.vocabulary
+    for n, m in _passed(llm_lengths, text, site):
+        llm += _block(n, m, s.llm_width, s.llm_kv, s.llm_mlp, 3)
     return Flops(tower, projector, llm)
 
 
-def literature(model: nn.Module, tokens: int) -> float:
+def literature(model: nn.Module | Shapes, tokens: int) -> float:
     """The formula in common use, T (4 n d^2 + 2 n^2 d + 2 n d m), n being `tokens`: multiply-adds.
 
     It leaves out the tower and one of the three MLP matrices; given for comparison with papers.
     """
-    s = llava.shapes(model)
+    s = _sizes(model)
     layer = 4 * tokens * s.llm_width**2 + 2 * tokens**2 * s.llm_width + 2 * tokens * s.llm_width * s.llm_mlp
     return s.llm_layers * layer
+
+
+def _sizes(model: nn.Module | Shapes) -> Shapes:
+    return model if isinstance(model, Shapes) else llava.shapes(model)
+
+
+def _passed(lengths: Sequence[int], others: int, site: str) -> Iterator[tuple[int, int]]:
+    """For each block, tokens in its attention and in its MLP, with the `others` that never merge."""
+    for before, after in pairwise(lengths):
+        yield before + others, (after if site == "attention" else before) + others
 
 
 def _block(n: int, m: int, width: int, kv: int, mlp: int, matrices: int) -> int:

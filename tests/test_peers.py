@@ -261,7 +261,7 @@ def test_sparsevlm_asks_no_padding():
 @pytest.mark.parametrize("asks", range(WORDS + 1))
 def test_sparsevlm_rates_by_equal_words_and_without_any(asks):
     x, needs = tokens(3, 20), given("sparsevlm", 3, 20)
-    needs["text"] = torch.ones_like(needs["text"])
+    needs["text"] = torch.zeros_like(needs["text"])
     needs["asks"] = (torch.arange(WORDS) < asks).expand(3, -1)
     choice = choose(x, 12, "sparsevlm", **needs, recycled=0.0)
     score = needs["text_attention"][:, :asks].sum(1)

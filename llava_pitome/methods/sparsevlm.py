@@ -16,6 +16,8 @@ from torch import Tensor
 
 from llava_pitome.methods.survivors import best, closest, others, share, tokens_at, whole
 
+ALMOST = 1 - 1e-5  # of the mean: words of equal relevance, which rounding tells apart, all rate
+
 
 def weighted(
     metric: Tensor,
@@ -84,8 +86,7 @@ def ratings(metric: Tensor, text: Tensor, text_attention: Tensor, asks: Tensor) 
     relevance = product.masked_fill(padding, torch.finfo(wide).min).softmax(2).mean(1)  # (B, Q)
     relevance = relevance.masked_fill(~asks, 0)
     mean = relevance.sum(1, keepdim=True) / asks.sum(1, keepdim=True).clamp(min=1)
-    mean = mean.minimum(relevance.amax(1, keepdim=True))  # where all are equal, rounding must not exclude all
-    rates = asks & (relevance >= mean)
+    rates = asks & (relevance >= ALMOST * mean)
     seen = text_attention.to(wide).masked_fill(~rates.unsqueeze(2), 0)
     return seen.sum(1) / rates.sum(1, keepdim=True).clamp(min=1)
 

@@ -1,0 +1,56 @@
+"""Which of lmms-eval's tasks a command asks, and where their questions are."""
+
+import difflib
+from functools import cache
+from pathlib import Path
+
+TASKS = Path(__file__).parent / "tasks"
+EMBEDDED_TASK, FOLDER_TASK = "embedded_vqa", "vqav2_val_folder"
+
+
+def tasks(names: tuple[str, ...], data: str) -> tuple[str, ...]:
+    """The tasks by the name under which they read the data that was asked for.
+
+    Raises:
+        ValueError: a task that lmms-eval does not have, or that cannot read the data.
+    """
+    if data == "hub":
+        if unknown := [n for n in names if n != "vqav2_val" and n not in known_tasks()]:
+            near = [m for n in unknown for m in difflib.get_close_matches(n, known_tasks(), n=1, cutoff=0.0)]
+            raise ValueError(
+                f"tasks={','.join(unknown)}: lmms-eval has no such task; the nearest is {', '.join(near)}"
+            )
+        return names
+    if names != ("vqav2_val",):
+        raise ValueError(
+            f"data={data} holds questions in VQAv2's form; tasks={','.join(names)} needs data=hub"
+        )
+    if data == "embedded":
+        return (EMBEDDED_TASK,)
+    check_folder(Path(data))
+    return (FOLDER_TASK,)
+
+
+@cache
+def known_tasks() -> tuple[str, ...]:
+    """The names of lmms-eval's single tasks and of the wrappers in eval/tasks."""
+    from lmms_eval.tasks import TaskManager
+
+    return (*TaskManager("ERROR").all_subtasks, *(t.stem for t in TASKS.glob("*.yaml")))
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError unless the folder holds a whole validation split in parquet files."""
+    import pyarrow
+    from pyarrow import parquet
+
+    files = sorted(folder.glob("**/validation*.parquet"))
+    if not files:
+        raise ValueError(
+            f"data={folder} holds no validation*.parquet; allowed: auto | hub | embedded | such a folder"
+        )
+    for file in files:
+        try:
+            parquet.ParquetFile(file).close()
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{file} is damaged or only half written: {error}") from error
