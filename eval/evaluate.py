@@ -15,7 +15,8 @@ from typing import Any
 
 import results
 import torch
-from plan import EMBEDDED_TASK, FOLDER_TASK, Plan
+from plan import Plan
+from questions import EMBEDDED_TASK, FOLDER_TASK
 
 from llava_pitome.embedded import dataset
 
@@ -35,7 +36,7 @@ def run(plan: Plan) -> int:
         _meet()
         for label, merging in plan.runs().items():
             if first:
-                print(f"{label}: {plan.patches if merging is None else plan.tokens} image tokens", flush=True)
+                print(f"{label}: {plan.cost(merging).tokens} image tokens", flush=True)
             found = _evaluate(plan, label, merging)
             if first:
                 rows += results.rows(plan, label, merging, found, _journal(plan, merging))
@@ -103,9 +104,9 @@ def _meet() -> None:
 
 
 def _offline(plan: Plan) -> None:
-    """Copies of local data belong to this run's folder; those of the hub's to everybody."""
+    """Copies of local data lie beside it or in this run's folder; those of the hub's belong to everybody."""
     if plan.tasks in ((EMBEDDED_TASK,), (FOLDER_TASK,)):
-        os.environ["HF_DATASETS_CACHE"] = str(plan.output / "cache" / "datasets")
+        os.environ["HF_DATASETS_CACHE"] = str(plan.local / "datasets")
 
 
 def _quiet() -> None:

@@ -1,6 +1,6 @@
 """Draws the README's picture: python eval/picture.py [seed=N] [ratio=R] [output=FILE].
 
-A picture of the embedded benchmark, and which of its patches become one token with each method.
+A picture of the embedded benchmark, and which of its patches become one token with the method and its controls.
 """
 
 import sys
@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from llava_pitome import METHODS, MergeConfig, load, merge_tokens
+from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.draw import overlay, strip
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
 from llava_pitome.merging import trace
 from llava_pitome.options import Option, parse, share, whole
 
+SHOWN = ("pitome", "tome", "random")
 SCALE = 3  # screen pixels a picture pixel
 OPTIONS = {
     "seed": Option(11, whole(0), "a whole number from 0", "of the scene"),
@@ -25,13 +26,13 @@ OPTIONS = {
 
 
 def main(words: list[str]) -> int:
-    """Draws the scene, and its tokens under every method."""
+    """Draws the scene, and its tokens."""
     options = parse(words, OPTIONS)
     picture = Image.fromarray(render(scene(options["seed"])))
     model, processor = load("embedded", dtype=torch.float32)
     pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
     drawn = [picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)]
-    for method in METHODS:
+    for method in SHOWN:
         with merge_tokens(model, MergeConfig(options["ratio"], method=method)) as merging, torch.no_grad():
             model.model.get_image_features(pixel_values=pixels)
             drawn.append(overlay(picture, trace(merging.plans())[0], SCALE))

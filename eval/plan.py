@@ -1,23 +1,22 @@
 """What one command will evaluate: which model, on which questions, with and without merging."""
 
-import difflib
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
+import questions
 import torch
+from labels import where
+from sizes import Cost, Sizes, sizes
 
 from llava_pitome import embedded, llava
 from llava_pitome.config import MergeConfig
 from llava_pitome.embedded import dataset
 
 HUB_MODEL = "llava-hf/llava-1.5-7b-hf"
-TASKS = Path(__file__).parent / "tasks"
-EMBEDDED_TASK, FOLDER_TASK = "embedded_vqa", "vqav2_val_folder"
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class Plan:
         model: a hub id or folder.
         tasks: names of lmms-eval tasks.
         output: folder for results.
-        patches: image tokens of the unmerged model.
-        tokens: image tokens of the merged model.
+        sizes: the model without weights.
         announcement: one line that says which model and questions were taken, and how to choose.
         fingerprint: changes with the code, the libraries, the device, the model and the data.
     """
@@ -41,8 +39,7 @@ class Plan:
     model: str
     tasks: tuple[str, ...]
     output: Path
-    patches: int
-    tokens: int
+    sizes: Sizes
     announcement: str
     fingerprint: str
 
@@ -58,38 +55,49 @@ class Plan:
             raise ValueError(
                 f"processes={options['processes']} is not allowed: 1 to {torch.cuda.device_count()} GPUs"
             )
-        if options["dtype"] == "float16" and not cuda:
+        if options["dtype"] == "float16" and not cuda and not options["dry_run"]:
             raise ValueError(
                 "dtype='float16' is not allowed without CUDA: CPUs take hundreds of times longer; bfloat16"
             )
         small = options["model"] == "embedded" or (options["model"] == "auto" and not cuda)
         model = str(embedded.PATH) if small else HUB_MODEL if options["model"] == "auto" else options["model"]
         data = options["data"] if options["data"] != "auto" else "embedded" if small else "hub"
-        tasks = _tasks(options["tasks"], data)
+        tasks = questions.tasks(options["tasks"], data)
         choice = "choose with model=embedded or model=<hub id or path>"
         try:
-            patches, layers = llava.counts(model)
+            found = sizes(model, options["attention"], built_in=options["dry_run"])
         except ValueError as error:
             raise ValueError(f"{error}\n{choice}") from error
-        tokens = merging.lengths(patches, layers)[-1]
+        found.cost(merging, options["text"])  # raises for what the model cannot do
         why = (
             "" if options["model"] != "auto" else f"model=auto, CUDA {'is' if cuda else 'is not'} available: "
         )
         name = "the embedded model" if small else model
         announcement = f"{why}{name} on {', '.join(tasks)} ({data}); {choice}"
+        if found.built_in:
+            announcement += f"\nthe hub cannot be reached: {model} has the sizes written down in eval/sizes.py"
         output = Path(options["output"]).resolve()
         mark = fingerprint(Path(model), Path(data), "cuda" if cuda else "cpu")
-        return cls(options, merging, model, tasks, output, patches, tokens, announcement, mark)
+        return cls(options, merging, model, tasks, output, found, announcement, mark)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the merged model would be the unmerged one."""
+        plain, merged = self.cost(None), self.cost(self.merging)
+        return plain[:2] == merged[:2] and self.merging.resize is None
+
+    def cost(self, merging: MergeConfig | None) -> Cost:
+        """Tokens and FLOPs of a prompt."""
+        return self.sizes.cost(merging, self.options["text"])
 
     def runs(self) -> dict[str, MergeConfig | None]:
         """Label to config of every model to evaluate, the unmerged one first."""
         o = self.options
-        amount = f"tokens {o['tokens']}" if o["tokens"] is not None else f"ratio {o['ratio']}"
         plain = {"dtype": "auto", "quantization": None, "blank": False}
         extra = "".join(f", {k} {o[k]}" for k, v in plain.items() if o[k] != v)
-        merged = f"{o['method'] or self.merging.method} ({o['recipe']}), {amount}{extra}"
-        runs = {f"unmerged{extra}": None} if o["baseline"] or self.tokens == self.patches else {}
-        return runs if self.tokens == self.patches else runs | {merged: self.merging}
+        merged = f"{self.merging.method} ({o['recipe']}), {where(self.merging, o['merging'] or {})}{extra}"
+        runs = {f"unmerged{extra}": None} if o["baseline"] or self.idle else {}
+        return runs if self.idle else runs | {merged: self.merging}
 
     def model_args(self, merging: MergeConfig | None) -> dict:
         """What LlavaPitome is made with, by value: lmms-eval caches answers under it."""
@@ -103,15 +111,18 @@ class Plan:
 
     def describe(self) -> str:
         """What would run, for people."""
-        lines = [
-            f"{label}: {self.patches if c is None else self.tokens} image tokens"
-            for label, c in self.runs().items()
-        ]
-        return "\n".join([*lines, json.dumps(self.merging.to_dict())])
+        lines = [f"{label}: {told(self.cost(c))}" for label, c in self.runs().items()]
+        text = f"FLOPs by formula, for one picture and {self.options['text']} further tokens (text=)"
+        return "\n".join([*lines, text, json.dumps(self.merging.to_dict())])
+
+    @property
+    def local(self) -> Path:
+        """Where questions that do not come from the hub are kept."""
+        return Path(self.options["questions"] or self.output / "cache").resolve()
 
     def embedded_folder(self) -> Path:
         """Where the embedded questions are written, by their version."""
-        return self.output / "cache" / f"embedded-{dataset.version()}"
+        return self.local / f"embedded-{dataset.version()}"
 
     def task_folder(self) -> Path:
         """Writes the task wrappers of eval/tasks with their paths filled in, and returns their folder."""
@@ -124,9 +135,20 @@ class Plan:
             "DATA": str(Path(self.options["data"]).resolve()),
             "EMBEDDED": str(self.embedded_folder()),
         }
-        for template in TASKS.glob("*.yaml"):
+        for template in questions.TASKS.glob("*.yaml"):
             (folder / template.name).write_text(Template(template.read_text()).substitute(values))
         return folder
+
+
+def told(cost: Cost) -> str:
+    """Tokens and FLOPs for people."""
+    f = cost.flops
+    parts = {"tower": f.tower, "projector": f.projector, "LLM": f.llm, "total": f.total}
+    flops = ", ".join(f"{name} {n / 1e9:.4g}" for name, n in parts.items())
+    return (
+        f"{cost.tokens} image tokens, {cost.llm_tokens:.4g} in front of an LLM layer on average; "
+        f"GFLOPs: {flops}"
+    )
 
 
 def fingerprint(model: Path, data: Path, device: str) -> str:
@@ -139,47 +161,3 @@ def fingerprint(model: Path, data: Path, device: str) -> str:
         with file.open("rb") as opened:
             digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def _tasks(names: tuple[str, ...], data: str) -> tuple[str, ...]:
-    """The tasks by the name under which they read the data that was asked for."""
-    if data == "hub":
-        if unknown := [n for n in names if n != "vqav2_val" and n not in known_tasks()]:
-            near = [m for n in unknown for m in difflib.get_close_matches(n, known_tasks(), n=1, cutoff=0.0)]
-            raise ValueError(
-                f"tasks={','.join(unknown)}: lmms-eval has no such task; the nearest is {', '.join(near)}"
-            )
-        return names
-    if names != ("vqav2_val",):
-        raise ValueError(
-            f"data={data} holds questions in VQAv2's form; tasks={','.join(names)} needs data=hub"
-        )
-    if data == "embedded":
-        return (EMBEDDED_TASK,)
-    check_folder(Path(data))
-    return (FOLDER_TASK,)
-
-
-@cache
-def known_tasks() -> tuple[str, ...]:
-    """The names of lmms-eval's single tasks and of the wrappers in eval/tasks."""
-    from lmms_eval.tasks import TaskManager
-
-    return (*TaskManager("ERROR").all_subtasks, *(t.stem for t in TASKS.glob("*.yaml")))
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ValueError unless the folder holds a whole validation split in parquet files."""
-    import pyarrow
-    from pyarrow import parquet
-
-    files = sorted(folder.glob("**/validation*.parquet"))
-    if not files:
-        raise ValueError(
-            f"data={folder} holds no validation*.parquet; allowed: auto | hub | embedded | such a folder"
-        )
-    for file in files:
-        try:
-            parquet.ParquetFile(file).close()
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{file} is damaged or only half written: {error}") from error

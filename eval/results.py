@@ -26,14 +26,19 @@ PACKAGES = (
     "bitsandbytes",
 )
 ANSWER_TYPES = ("yes/no", "number", "other")  # VQAv2's
+KEPT = (  # of a question, where its task has it
+    "question_id", "image_id", "imageId", "question", "answer_type", "multiple_choice_answer"
+)  # fmt: skip
 
 
 def rows(plan: Plan, label: str, merging, found: dict, journal: Path) -> list[dict]:
     """One row a task: accuracy overall and by answer type, tokens, FLOPs, seconds."""
+    cost = plan.cost(merging)
     shared = {
         "model": label,
         "merging": None if merging is None else merging.to_dict(),
-        "image_tokens": plan.patches if merging is None else plan.tokens,
+        "image_tokens": cost.tokens,
+        "llm_tokens": cost.llm_tokens,
     }
     return [{"task": task} | shared | _journal(journal, task) | _scores(task, found) for task in plan.tasks]
 
@@ -83,7 +88,7 @@ def write_answers(output: Path, label: str, found: dict) -> None:
         lines = [
             {
                 "doc_id": s["doc_id"],
-                **{k: s["doc"][k] for k in ("question_id", "question", "answer_type") if k in s["doc"]},
+                **{k: s["doc"][k] for k in KEPT if k in s["doc"]},
                 "target": s["target"],
                 "answer": s["filtered_resps"],
                 **{k: s[k] for k in ("exact_match",) if k in s},
@@ -125,6 +130,7 @@ def show(rows: list[dict]) -> None:
         "accuracy",
         *kinds,
         "tokens",
+        "in the LLM",
         "tower GFLOPs",
         "LLM GFLOPs",
         "s/sample",
@@ -136,7 +142,7 @@ def show(rows: list[dict]) -> None:
         table.add_row(
             r["task"], r["model"], str(r["samples"]), accuracy,
             *(_percent(r["by_answer_type"].get(k)) for k in kinds),
-            str(r["image_tokens"]), _number(r.get("tower_gflops")), _number(r.get("llm_gflops")),
+            str(r["image_tokens"]), f"{r['llm_tokens']:.4g}", _number(r.get("tower_gflops")), _number(r.get("llm_gflops")),
             _number(r["seconds_per_sample"]),
         )  # fmt: skip
     width = None if Console().is_terminal else 160

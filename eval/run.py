@@ -8,26 +8,52 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import readers
+from sizes import stay_offline
+
+from llava_pitome.bench.run import Load
 from llava_pitome.config import RECIPES, MergeConfig
 from llava_pitome.llava import DTYPES, QUANTIZATIONS
 from llava_pitome.methods import METHODS
 from llava_pitome.options import Option, boolean, listed, one_of, parse, shares, usage, whole
+from llava_pitome.validation import AMOUNTS
+
+if TYPE_CHECKING:
+    from plan import Plan
+
+RATIO = 0.9  # where nothing says how far
 
 OPTIONS = {
     "ratio": Option(
         None,
         shares,
         "a number in (0, 1], or one per layer with commas",
-        "share each layer keeps; 0.9 without tokens",
+        f"share each tower layer keeps; {RATIO} where nothing else says how far",
     ),
     "tokens": Option(
         None, whole(1), "a whole number from 1", "image tokens at the language model, instead of ratio"
     ),
+    "prefix": Option(
+        None, readers.amount, "a share (0.5) or a number of tokens (64)", "what stays behind the projector"
+    ),
+    "decoder": Option(
+        None,
+        readers.layers,
+        "layer:share or layer:number with commas (8:0.5,16:64)",
+        "what stays at layers of the LLM",
+    ),
+    "resize": Option(
+        None, readers.sides, "rows x columns (9x10)", "patches to which pictures are shrunk beforehand"
+    ),
     "recipe": Option("paper", one_of(*RECIPES), " | ".join(RECIPES), "how to merge"),
     "method": Option(None, one_of(*METHODS), " | ".join(METHODS), "who joins whom, instead of the recipe's"),
+    "merging": Option(
+        None, readers.fields, "a JSON object of MergeConfig's fields", "further fields, instead of the recipe's"
+    ),
     "model": Option("auto", str, "auto | embedded | a hub id | a folder", "what to evaluate"),
     "tasks": Option(("vqav2_val",), listed, "names of lmms-eval tasks, with commas", "what to ask"),
     "data": Option(
@@ -40,11 +66,20 @@ OPTIONS = {
     "quantization": Option(None, one_of(*QUANTIZATIONS), " | ".join(QUANTIZATIONS), "of the language model"),
     "attention": Option("sdpa", one_of("sdpa", "eager"), "sdpa | eager", "attention kernel"),
     "output": Option("output", str, "a folder", "where results go"),
+    "questions": Option(
+        None, str, "a folder", "where the embedded questions are kept; output's cache where not given"
+    ),
     "baseline": Option(True, boolean, "true | false", "evaluate the unmerged model too"),
     "blank": Option(
         False, boolean, "true | false", "show grey pictures, to see what the questions alone give away"
     ),
-    "dry_run": Option(False, boolean, "true | false", "say what would run, and stop"),
+    "text": Option(
+        Load._field_defaults["text"],
+        whole(0),
+        "a whole number from 0",
+        "tokens beside the image's, for a dry run's FLOPs",
+    ),
+    "dry_run": Option(False, boolean, "true | false", "say what would run, with its FLOPs, and stop"),
 }
 
 
@@ -54,28 +89,36 @@ def main(words: list[str]) -> int:
         print(f"{__doc__}\nKeys:\n{usage(OPTIONS)}")
         return 0
     try:
-        options = parse(words, OPTIONS)
-        if options["ratio"] is None and options["tokens"] is None:
-            options["ratio"] = 0.9
-        merging = config(options)
-        if options["model"] == "embedded":  # read by the hub's library when it is imported
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        from plan import Plan  # the heavy libraries, once the words are known to be good
-
-        plan = Plan.make(options, merging)
+        plan = planned(parse(words, OPTIONS))
     except ValueError as error:
         print(f"eval: {error}", file=sys.stderr)
         return 2
-    if options["processes"] > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and not options["dry_run"]:
-        return _spread(words, options["processes"])
+    if plan.options["processes"] > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and not plan.options["dry_run"]:
+        return _spread(words, plan.options["processes"])
     if os.environ.get("RANK", "0") == "0":
         print(plan.announcement, flush=True)
-    if options["dry_run"]:
+    if plan.options["dry_run"]:
         print(plan.describe())
         return 0
     from evaluate import run
 
     return run(plan)
+
+
+def planned(options: dict) -> "Plan":
+    """The plan that the options ask for.
+
+    Raises:
+        ValueError: values that do not go together, or do not fit the model.
+    """
+    merging = config(options)
+    if options["model"] == "embedded":  # read by the hub's library when it is imported
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    elif options["dry_run"]:
+        stay_offline()
+    from plan import Plan  # the heavy libraries, once the words are known to be good
+
+    return Plan.make(options, merging)
 
 
 def config(options: dict) -> MergeConfig:
@@ -84,8 +127,13 @@ def config(options: dict) -> MergeConfig:
     Raises:
         ValueError: values that do not go together.
     """
-    fields = {k: options[k] for k in ("ratio", "tokens", "method") if options[k] is not None}
-    return MergeConfig.recipe(options["recipe"], **fields)
+    merging = options["merging"] or {}
+    named = {k: options[k] for k in (*AMOUNTS, "method") if options[k] is not None}
+    if twice := named.keys() & merging.keys():
+        raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
+    if options["merging"] is None and not named.keys() & set(AMOUNTS):
+        named["ratio"] = RATIO
+    return MergeConfig.from_dict(RECIPES[options["recipe"]] | merging | named)
 
 
 def _spread(words: list[str], processes: int) -> int:

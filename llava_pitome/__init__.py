@@ -2,7 +2,8 @@
 
 from llava_pitome.api import apply, load, merge_tokens, remove
 from llava_pitome.config import MergeConfig
-from llava_pitome.methods import METHODS, parents
+from llava_pitome.matching import parents
+from llava_pitome.methods import METHODS
 from llava_pitome.spectral import spectral_distance
 
 __version__ = "0.1.0"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from llava_pitome.matching import check as check_method
 from llava_pitome.methods import METHODS
-from llava_pitome.methods import check as check_method
 
 CHOICES = {
     "metric": ("keys", "hidden"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_methods import HERE, golden, smallest, tokens, unit
 
-from llava_pitome import merging, methods
+from llava_pitome import matching, merging, methods
 from llava_pitome.kernels import average_triton, matching_triton, triton_is_there
 from llava_pitome.methods import pitome
 
@@ -287,7 +287,7 @@ def test_matching_and_merging_take_the_kernels_where_they_are_asked_to(monkeypat
     x = tokens(2, 36, 20, dtype=torch.float32).to(DEVICE)
     size, found = torch.ones(2, 36, device=DEVICE), {}
     for triton in (False, True):
-        parent = methods.match(x, 9, "pitome", triton, depth=0.3)
+        parent = matching.choose(x, 9, "pitome", triton=triton, depth=0.3).parent
         found[triton] = merging.merge(x, size, merging.plan(parent, 27), triton)
     assert called == ["parents", "average"]
     torch.testing.assert_close(found[True], found[False])
@@ -297,7 +297,7 @@ def test_what_has_no_kernel_or_needs_gradients_is_left_to_pytorch(monkeypatch):
     for module, name in ((matching_triton, "parents"), (average_triton, "average")):
         monkeypatch.setattr(module, name, lambda *_a, **_k: pytest.fail("Triton was called"))
     x = tokens(2, 36, 20, dtype=torch.float32).to(DEVICE)
-    parent = methods.match(x, 9, "tome", True)
+    parent = matching.choose(x, 9, "tome", triton=True).parent
     leaf = x.clone().requires_grad_()
     merged_, _ = merging.merge(leaf, torch.ones(2, 36, device=DEVICE), merging.plan(parent, 27), True)
     merged_.sum().backward()
@@ -307,4 +307,6 @@ def test_what_has_no_kernel_or_needs_gradients_is_left_to_pytorch(monkeypatch):
 @pytest.mark.parametrize("remove", [30, 47])
 def test_more_than_half_go_in_rounds(remove):
     x = tokens(2, 49, 20, dtype=torch.float32).to(DEVICE)
-    assert torch.equal(methods.match(x, remove, "pitome", True), methods.match(x, remove, "pitome"))
+    assert torch.equal(
+        matching.choose(x, remove, "pitome", triton=True).parent, matching.choose(x, remove, "pitome").parent
+    )

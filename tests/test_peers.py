@@ -6,8 +6,9 @@ import torch
 from given import WORDS, given, survivors, tokens
 
 from llava_pitome import METHODS, parents
-from llava_pitome.merging import fold, plan
-from llava_pitome.methods import choose
+from llava_pitome.folding import fold
+from llava_pitome.matching import choose
+from llava_pitome.merging import plan
 from llava_pitome.methods import survivors as picking
 from llava_pitome.methods.sparsevlm import density_peaks, recycling
 

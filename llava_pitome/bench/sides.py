@@ -47,7 +47,8 @@ def side(target: Target, config: MergeConfig | None, label: str, kernels: bool |
     weights = {id(t): t for t in (*target.model.parameters(), *target.model.buffers())}
     own = target._replace(model=copy.deepcopy(target.model, weights))
     merging = None if config is None else apply(own.model, config, kernels=kernels)
-    tokens = target.patches if merging is None else config.tokens_at(target.patches, llava.find(own.model).feature)
+    feature = llava.find(own.model).feature
+    tokens = target.patches if merging is None else config.tokens_at(target.patches, feature)
     made = Side(label, own, merging, tokens, compiled != "off")
     if made.compiled:
         with torch.no_grad():  # transformers installs hooks of its own at the first use, which break a graph
@@ -87,7 +88,7 @@ def graphed(work: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
 
 
 def merges_alone(side: Side) -> bool:
-    """Whether `overhead` can be told from the rest: the tower merges, by nothing but keys or hidden states."""
+    """Whether `overhead` can be told from the rest: the tower merges, by keys or hidden states alone."""
     config = side.merging.config
     methods = (config.method, config.early_method or config.method)
     return config.merges_in_tower and not any(METHODS[m].needs for m in methods)

@@ -28,9 +28,9 @@ def parents(
 ) -> Tensor:
     """The token each token folds into: (B, N), itself for the N - remove that survive.
 
-    In the paper the 2 `remove` tokens of highest energy alternate between A and B down the list; every a joins
-    its most similar b. Where more tokens are candidates, those a join that are most similar to their b. Ties go
-    to the lower index.
+    In the paper the 2 `remove` tokens of highest energy alternate between A and B down the list; every a
+    joins its most similar b. Where more tokens are candidates, those a join that are most similar to their b.
+    Ties go to the lower index.
 
     Args:
         metric: (B, N, D) what similarity is measured on; the attention keys, in the paper.

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.merging import Choice, Plan, fold, full_precision, plan, widen
-from llava_pitome.methods import METHODS, choose
+from llava_pitome.folding import Choice, fold
+from llava_pitome.matching import choose
+from llava_pitome.merging import Plan, full_precision, plan, widen
+from llava_pitome.methods import METHODS
 from llava_pitome.places.blocks import Slot
 
 Offers = Mapping[str, Callable[[], Any]]  # what a place can tell of methods' GIVEN, worked out when asked

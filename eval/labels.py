@@ -1,0 +1,39 @@
+"""What is written beside a number: which method merged what, where, and how far."""
+
+from typing import Any
+
+from llava_pitome.config import MergeConfig
+from llava_pitome.validation import AMOUNTS
+
+SAID = ("method", "prefix_share", *AMOUNTS)  # fields that the rest of a label tells
+
+
+def where(config: MergeConfig, further: dict[str, Any]) -> str:
+    """Where a config merges and how far, and the `further` fields that were asked for by name."""
+    parts = []
+    if config.tokens is not None:
+        parts.append(f"tokens {config.tokens} {_shared(config)}")
+    if config.ratio is not None:
+        parts.append(f"ratio {config.ratio} in the tower")
+    if config.prefix is not None:
+        parts.append(f"{config.prefix} at the prefix")
+    parts += [f"{keep} at LLM layer {layer}" for layer, keep in config.decoder.items()]
+    if config.resize is not None:
+        parts.append(f"resized to {config.resize[0]} x {config.resize[1]}")
+    return ", ".join(parts + [f"{name} {value}" for name, value in further.items() if name not in SAID])
+
+
+def _shared(config: MergeConfig) -> str:
+    """Where `tokens` is reached."""
+    if config.prefix_share == 1:
+        return "at the prefix"
+    return "in the tower" + (" and at the prefix" if config.prefix_share else "")
+
+
+def place(config: MergeConfig) -> str:
+    """One name for where a config merges: tower, prefix, tower+prefix, decoder:8, input, ..."""
+    named = ["input"] if config.resize is not None else []
+    named += ["tower"] if config.merges_in_tower else []
+    named += ["prefix"] if config.merges_in_prefix else []
+    named += [f"decoder:{layer}" for layer in config.decoder]
+    return "+".join(named)
