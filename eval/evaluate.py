@@ -71,7 +71,12 @@ def _evaluate(plan: Plan, label: str, merging) -> dict | None:
         batch_size=plan.options["batch_size"],
         limit=plan.options["limit"],
         use_cache=str(cache),
-        task_manager=TaskManager("ERROR", include_path=str(plan.task_folder()), model_name="llava_pitome"),
+        task_manager=TaskManager(
+            "ERROR",
+            include_path=str(plan.task_folder()),
+            include_defaults=not _local(plan),  # hundreds of files, which take seconds to read
+            model_name="llava_pitome",
+        ),
         bootstrap_iters=0,
         distributed_executor_backend="torchrun",
         cli_args=extra,
@@ -105,8 +110,13 @@ def _meet() -> None:
 
 def _offline(plan: Plan) -> None:
     """Copies of local data lie beside it or in this run's folder; those of the hub's belong to everybody."""
-    if plan.tasks in ((EMBEDDED_TASK,), (FOLDER_TASK,)):
+    if _local(plan):
         os.environ["HF_DATASETS_CACHE"] = str(plan.local / "datasets")
+
+
+def _local(plan: Plan) -> bool:
+    """Whether all questions are on this machine, in tasks of eval/tasks."""
+    return plan.tasks in ((EMBEDDED_TASK,), (FOLDER_TASK,))
 
 
 def _quiet() -> None:

@@ -1,5 +1,6 @@
 """What is written beside a number: which method merged what, where, and how far."""
 
+import re
 from typing import Any
 
 from llava_pitome.config import MergeConfig
@@ -30,6 +31,11 @@ def _shared(config: MergeConfig) -> str:
     return "in the tower" + (" and at the prefix" if config.prefix_share else "")
 
 
+def merges(config: MergeConfig) -> bool:
+    """Whether any tokens merge, and not only pictures shrink."""
+    return bool(config.merges_in_tower or config.merges_in_prefix or config.decoder)
+
+
 def place(config: MergeConfig) -> str:
     """One name for where a config merges: tower, prefix, tower+prefix, decoder:8, input, ..."""
     named = ["input"] if config.resize is not None else []
@@ -37,3 +43,15 @@ def place(config: MergeConfig) -> str:
     named += ["prefix"] if config.merges_in_prefix else []
     named += [f"decoder:{layer}" for layer in config.decoder]
     return "+".join(named)
+
+
+def spot(place: str) -> str:
+    """A place in the middle of a sentence."""
+    known = {"tower": "in the tower", "prefix": "at the prefix", "input": "on smaller pictures"}
+    said = [known.get(part) or f"at LLM layer {part.partition(':')[2]}" for part in place.split("+")]
+    return " and ".join(said)
+
+
+def slug(label: str) -> str:
+    """A label as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")

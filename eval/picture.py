@@ -1,6 +1,6 @@
 """Draws the README's picture: python eval/picture.py [seed=N] [ratio=R] [output=FILE].
 
-A picture of the embedded benchmark, and which of its patches become one token with the method and its controls.
+A picture of the embedded benchmark, and which of its patches become one token.
 """
 
 import sys

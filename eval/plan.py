@@ -3,13 +3,14 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
 import questions
 import torch
-from labels import where
+from labels import merges, where
 from sizes import Cost, Sizes, sizes
 
 from llava_pitome import embedded, llava
@@ -75,7 +76,9 @@ class Plan:
         name = "the embedded model" if small else model
         announcement = f"{why}{name} on {', '.join(tasks)} ({data}); {choice}"
         if found.built_in:
-            announcement += f"\nthe hub cannot be reached: {model} has the sizes written down in eval/sizes.py"
+            announcement += (
+                f"\nthe hub cannot be reached: {model} has the sizes written down in eval/sizes.py"
+            )
         output = Path(options["output"]).resolve()
         mark = fingerprint(Path(model), Path(data), "cuda" if cuda else "cpu")
         return cls(options, merging, model, tasks, output, found, announcement, mark)
@@ -95,7 +98,8 @@ class Plan:
         o = self.options
         plain = {"dtype": "auto", "quantization": None, "blank": False}
         extra = "".join(f", {k} {o[k]}" for k, v in plain.items() if o[k] != v)
-        merged = f"{self.merging.method} ({o['recipe']}), {where(self.merging, o['merging'] or {})}{extra}"
+        how = f"{self.merging.method} ({o['recipe']})" if merges(self.merging) else "unmerged"
+        merged = f"{how}, {where(self.merging, o['merging'] or {})}{extra}"
         runs = {f"unmerged{extra}": None} if o["baseline"] or self.idle else {}
         return runs if self.idle else runs | {merged: self.merging}
 
@@ -151,6 +155,7 @@ def told(cost: Cost) -> str:
     )
 
 
+@cache
 def fingerprint(model: Path, data: Path, device: str) -> str:
     """Eight bytes of everything outside the options that answers depend on, as hex."""
     digest = hashlib.sha256(device.encode())

@@ -1,6 +1,7 @@
 """Which of lmms-eval's tasks a command asks, and where their questions are."""
 
 import difflib
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def tasks(names: tuple[str, ...], data: str) -> tuple[str, ...]:
 def known_tasks() -> tuple[str, ...]:
     """The names of lmms-eval's single tasks and of the wrappers in eval/tasks."""
     from lmms_eval.tasks import TaskManager
+    from loguru import logger
 
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
     return (*TaskManager("ERROR").all_subtasks, *(t.stem for t in TASKS.glob("*.yaml")))
 
 

@@ -3,11 +3,11 @@
 import json
 import math
 import platform
-import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from labels import slug
 from plan import Plan
 from rich.console import Console
 from rich.table import Table
@@ -142,16 +142,11 @@ def show(rows: list[dict]) -> None:
         table.add_row(
             r["task"], r["model"], str(r["samples"]), accuracy,
             *(_percent(r["by_answer_type"].get(k)) for k in kinds),
-            str(r["image_tokens"]), f"{r['llm_tokens']:.4g}", _number(r.get("tower_gflops")), _number(r.get("llm_gflops")),
-            _number(r["seconds_per_sample"]),
+            str(r["image_tokens"]), f"{r['llm_tokens']:.4g}", _number(r.get("tower_gflops")),
+            _number(r.get("llm_gflops")), _number(r["seconds_per_sample"]),
         )  # fmt: skip
     width = None if Console().is_terminal else 160
     Console(width=width).print(table)
-
-
-def slug(label: str) -> str:
-    """A label as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
 
 
 def commit() -> str | None:

@@ -52,7 +52,10 @@ OPTIONS = {
     "recipe": Option("paper", one_of(*RECIPES), " | ".join(RECIPES), "how to merge"),
     "method": Option(None, one_of(*METHODS), " | ".join(METHODS), "who joins whom, instead of the recipe's"),
     "merging": Option(
-        None, readers.fields, "a JSON object of MergeConfig's fields", "further fields, instead of the recipe's"
+        None,
+        readers.fields,
+        "a JSON object of MergeConfig's fields",
+        "further fields, instead of the recipe's",
     ),
     "model": Option("auto", str, "auto | embedded | a hub id | a folder", "what to evaluate"),
     "tasks": Option(("vqav2_val",), listed, "names of lmms-eval tasks, with commas", "what to ask"),
@@ -93,7 +96,11 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         print(f"eval: {error}", file=sys.stderr)
         return 2
-    if plan.options["processes"] > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and not plan.options["dry_run"]:
+    if (
+        plan.options["processes"] > 1
+        and "TORCHELASTIC_RUN_ID" not in os.environ
+        and not plan.options["dry_run"]
+    ):
         return _spread(words, plan.options["processes"])
     if os.environ.get("RANK", "0") == "0":
         print(plan.announcement, flush=True)

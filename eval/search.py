@@ -31,11 +31,12 @@ SHARES = {"tower": 0.0, "prefix": 1.0, "both": 0.5}
 FIELDS = {  # of MergeConfig, and what to try for each
     "prefix_share": (0.0, 0.25, 0.5, 0.75, 1.0),
     "metric": ("keys", "hidden"),
-    "prefix_metric": ("features", "keys"),
+    "prefix_metric": (None, "keys"),
     "site": ("attention", "block"),
     "size_weighted": (True, False),
     "proportional": (True, False),
     "llm_proportional": (False, True),
+    "positions": ("packed", "original"),
     "order": ("raster", "method"),
     "depths": ((0.0, 1.0), (0.0, 0.5), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0)),
 }

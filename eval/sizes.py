@@ -58,7 +58,11 @@ class Sizes(NamedTuple):
         """
         patches, blocks = self.parts.patches, self.parts.feature
         if config is None:
-            tower, llm, site = (patches,) * (blocks + 1), (patches,) * (self.shapes.llm_layers + 1), "attention"
+            tower, llm, site = (
+                (patches,) * (blocks + 1),
+                (patches,) * (self.shapes.llm_layers + 1),
+                "attention",
+            )
         else:
             llava.check(self.parts, config)
             tower, site = config.lengths(config.patches_at(patches), blocks), config.site

@@ -46,6 +46,8 @@ class MergeConfig:
         decoder: language model layers that merge the image's tokens during prefill, each with the share or
             the number that stays; the KV cache of the layers behind is shorter. {8: 0.5, 16: 0.5}.
         llm_proportional: add log size to the scores of image tokens in the language model's attention.
+        positions: in the language model, "packed" counts image tokens through, as they arrive; "original"
+            gives each the position that its patch would have without merging, and the text its own too.
         resize: rows and columns of patches to which a picture is shrunk in front of the tower.
 
     Raises:
@@ -70,6 +72,7 @@ class MergeConfig:
     prefix_metric: str | None = None
     decoder: dict[int, float | int] = field(default_factory=dict)
     llm_proportional: bool = False
+    positions: str = "packed"
     resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -133,7 +136,17 @@ class MergeConfig:
     @property
     def merges_in_prefix(self) -> bool:
         """Whether tokens merge behind the projector."""
-        return (self.prefix is not None and self.prefix != 1.0) or self.prefix_share > 0
+        return (self.prefix is not None and schedule.shortens(self.prefix)) or self.prefix_share > 0
+
+    @property
+    def reaches_llm(self) -> bool:
+        """Whether anything changes inside the language model."""
+        return bool(self.merging_layers) or self.llm_proportional or self.positions != "packed"
+
+    @property
+    def merging_layers(self) -> tuple[int, ...]:
+        """The language model's layers that merge, in order."""
+        return tuple(i for i, keep in self.decoder.items() if schedule.shortens(keep))
 
     def patches_at(self, patches: int) -> int:
         """Patches that the tower sees, of an image's `patches`.

@@ -9,14 +9,14 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.places.blocks import Block, Parts
 from llava_pitome.places.decoder import Llm
 
+KINDS = ("llama", "mistral", "qwen2")  # model types whose layers are known to be what the hooks take them for
 KERNELS = ("sdpa", "eager")  # attention kernels that take a mask of their own for every layer
-PARTS = ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp")
 SUPPORTED = "language models built like Llama (Llama, Vicuna, Mistral without a sliding window, Qwen2)"
 
 
 def find(parts: Parts, config: MergeConfig) -> Llm | None:
-    """The language model of a LLaVA, where a config merges or weighs something inside it; None elsewhere."""
-    if parts.llm is None or not (config.decoder or config.llm_proportional):
+    """The language model of a LLaVA, where a config changes something inside it; None elsewhere."""
+    if parts.llm is None or not config.reaches_llm:
         return None
     inner, llm = parts.model.model, parts.llm
     tokens = partial(config.tokens_at, layers=parts.feature)
@@ -25,6 +25,7 @@ def find(parts: Parts, config: MergeConfig) -> Llm | None:
         model=llm,
         blocks=tuple(_block(layer) for layer in llm.layers),
         norm=llm.norm,
+        rotary=llm.rotary_emb,
         image_token=parts.model.config.image_token_id,
         front=parts.front,
         image_tokens=partial(_image_tokens, parts.patch_size, parts.front, tokens),
@@ -37,9 +38,7 @@ def find(parts: Parts, config: MergeConfig) -> Llm | None:
 def check_model(model: nn.Module) -> None:
     """Raises ValueError unless merging knows its way inside the model's language model."""
     llm = model.model.language_model
-    layers = getattr(llm, "layers", None)
-    missing = [p for p in PARTS if not layers or not hasattr(layers[0], p)]
-    if missing or not hasattr(llm, "norm") or hasattr(layers[0].self_attn, "q_norm"):
+    if llm.config.model_type not in KINDS:
         raise ValueError(
             f"tokens cannot merge inside a {type(llm).__name__}; supported are {SUPPORTED}. Merge in the "
             "tower or at the prefix instead"
@@ -70,9 +69,10 @@ def check_kernel(llm: nn.Module) -> None:
         )
 
 
-def _check(llm: nn.Module, cache: Any, mask: Any) -> None:
+def _check(llm: nn.Module, given: dict) -> None:
     """Raises ValueError for a cache, mask or kernel that cannot work, before anything runs."""
     check_kernel(llm)
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
     kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
     if cache is not None and (type(cache).__name__ != "DynamicCache" or kinds - {"DynamicLayer"}):
         what = type(cache).__name__ + (f" with {', '.join(sorted(kinds))}" if kinds else "")
@@ -84,6 +84,12 @@ def _check(llm: nn.Module, cache: Any, mask: Any) -> None:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"attention_mask is {shape}; merging inside the language model needs it as (prompts, tokens)"
+        )
+    positions = given.get("position_ids") if given.get("pixel_values") is not None else None
+    if mask is None and cache is None and positions is not None and bool((positions.diff() != 1).any()):
+        raise ValueError(
+            "position_ids without attention_mask start again within a row, as where sequences are packed; "
+            "merging inside the language model needs one prompt a row"
         )
 
 
@@ -99,11 +105,15 @@ def _block(layer: nn.Module) -> Block:
     return Block(layer, a, a.q_proj, a.k_proj, a.v_proj, a.o_proj, heads, key_heads, norm, layer.mlp)
 
 
-def _image_tokens(patch: int, front: int, tokens: Any, kwargs: dict) -> int | None:
-    """Tokens of each image in a call of LlavaModel; None where it gets no picture."""
+def _image_tokens(patch: int, front: int, tokens: Any, kwargs: dict, last: int) -> int | None:
+    """Tokens of each image in a call of LlavaModel; None where it gets no picture.
+
+    Pictures that are encoded already may have been cut where a prompt is prefilled in chunks, so that the
+    patches of the `last` ones that were encoded say how long they should be.
+    """
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
-        return len(encoded.pooler_output[0])
+        return tokens(last) + front if last else len(encoded.pooler_output[0])
     pixels = kwargs.get("pixel_values")
     if pixels is None:
         return None

@@ -90,11 +90,17 @@ def check(parts: Parts, config: MergeConfig) -> None:
             f"proportional attention adds a bias to the scores, which attn_implementation={kernel!r} cannot "
             f"take; load the model with {' or '.join(map(repr, MASKED))}, or set proportional=False"
         )
-    inside = config.decoder or config.llm_proportional
+    inside = config.decoder or config.reaches_llm
     if parts.llm is None:
         if inside or config.merges_in_prefix:
             raise ValueError("a vision tower alone has no projector and no language model to merge in")
         return
+    strategy = parts.model.config.vision_feature_select_strategy
+    if (inside or config.merges_in_prefix) and strategy == "default" and not parts.class_tokens:
+        raise ValueError(
+            "vision_feature_select_strategy='default' drops the first patch of a tower without class token; "
+            "set it to 'full', in the processor too, to merge behind the tower"
+        )
     if not inside:
         return
     text = parts.model.config.text_config

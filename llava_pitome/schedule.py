@@ -33,6 +33,11 @@ def left(tokens: int, keep: float | int, what: str) -> int:
     return keep
 
 
+def shortens(keep: float | int) -> bool:
+    """Whether this asks for a merge: the share 1.0 does not, the whole number 1 does."""
+    return isinstance(keep, int) or keep != 1
+
+
 def lengths(patches: int, keep: Sequence[float]) -> tuple[int, ...]:
     """Patches before the first layer and after each one: len(keep) + 1 numbers, `patches` first."""
     counts = [patches]

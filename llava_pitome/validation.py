@@ -10,6 +10,7 @@ CHOICES = {
     "site": ("attention", "block"),
     "order": ("raster", "method"),
     "prefix_metric": (None, "features", "keys"),
+    "positions": ("packed", "original"),
 }
 AMOUNTS = ("ratio", "tokens", "prefix", "decoder", "resize")  # fields that say how far to merge
 FLAGS = ("size_weighted", "proportional", "llm_proportional")
@@ -45,6 +46,8 @@ def layers(decoder: dict[Any, Any]) -> dict[int, float | int]:
         text = isinstance(key, str) and key.isdecimal()
         if isinstance(key, bool) or not (text or (isinstance(key, int) and key >= 0)):
             raise ValueError(f"decoder names layer {key!r}; it must be a whole number from 0")
+        if int(key) in found:  # 8 and "8"
+            raise ValueError(f"decoder names layer {key} twice")
         _keep(f"decoder[{key}]", keep)
         found[int(key)] = keep
     return dict(sorted(found.items()))
@@ -68,7 +71,7 @@ def _amounts(config: Any) -> None:
     ratio, tokens = config.ratio, config.tokens
     if ratio is not None and tokens is not None:
         raise ValueError(f"give ratio or tokens, and not both: ratio={ratio!r}, tokens={tokens!r}")
-    if all(getattr(config, name) in (None, {}) for name in AMOUNTS) and not config.llm_proportional:
+    if all(getattr(config, name) in (None, {}) for name in AMOUNTS):
         raise ValueError(f"nothing says how far to merge: give one of {', '.join(AMOUNTS)}")
     for share in ratio if isinstance(ratio, tuple) else () if ratio is None else (ratio,):
         if not _number(share) or not 0 < share <= 1:
@@ -130,12 +133,12 @@ def _places(config: Any) -> None:
     used = {
         "tower": config.merges_in_tower,
         "prefix": config.merges_in_prefix,
-        "decoder": any(keep != 1.0 or isinstance(keep, int) for keep in config.decoder.values()),
+        "decoder": bool(config.merging_layers),
     }
     merging = [place for place, does in used.items() if does]
     for place in merging:
         _belongs(config.method, place)
-    if METHODS[config.method].needs_grid and (len(merging) > 1 or len(config.decoder) > 1):
+    if METHODS[config.method].needs_grid and len(merging) + len(config.merging_layers[1:]) > 1:
         raise ValueError(
             f"method {config.method!r} works on the grid of patches, which is there for the first merge "
             f"only; this config merges in {' and '.join(merging)}"

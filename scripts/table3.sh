@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Every run of the PiToMe paper's LLaVA table (eval/recipes/table3.txt), one after the other; arguments go to each run.
+# Every run of the PiToMe paper's LLaVA table (eval/recipes/table3.txt); arguments go to each run, dry_run=true says
+# what would run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-grep -v '^#' eval/recipes/table3.txt | while read -r line; do
-  # shellcheck disable=SC2086  # a line is several words
-  bash scripts/eval_all.sh $line "$@" </dev/null
-done
+bash scripts/setup.sh
+exec "${VENV:-.venv}/bin/python" eval/recipe.py eval/recipes/table3.txt "$@"

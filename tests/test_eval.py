@@ -215,6 +215,20 @@ def main(*words: str) -> int:
         (["tasks=gqa"], "tasks=gqa needs data=hub"),
         (["data=nowhere"], "holds no validation*.parquet"),
         (["dtype=float16"], "dtype='float16' is not allowed without CUDA"),
+        (["prefix=0"], "prefix='0' is not allowed"),
+        (["prefix=2.0"], "prefix='2.0' is not allowed; allowed: a share (0.5) or a number of tokens (64)"),
+        (["prefix=197"], "prefix=197 does not fit: 196 tokens arrive there"),
+        (["prefix=64", "tokens=64"], "give ratio with prefix, or tokens with prefix_share"),
+        (["decoder=1"], "decoder='1' is not allowed"),
+        (["decoder=1:0.5,1:9"], "decoder='1:0.5,1:9' is not allowed"),
+        (["decoder=3:0.5"], "allowed are 0 to 2"),
+        (["resize=9"], "resize='9' is not allowed; allowed: rows x columns (9x10)"),
+        (["resize=15x15"], "resize=(15, 15) does not fit: this image has 196 patches"),
+        (["merging=39"], "merging='39' is not allowed; allowed: a JSON object"),
+        (['merging={"prefixx": 3}'], "MergeConfig has no field 'prefixx'; the nearest is 'prefix'"),
+        (['merging={"site": "block"}'], "nothing says how far to merge"),
+        (['merging={"tokens": 9}', "tokens=39"], "tokens stands in merging and beside it; give it once"),
+        (["prefix=64", "method=fastv"], "method 'fastv' cannot merge in the prefix"),
         (["data=hub", "tasks=vqav2_vall"], "lmms-eval has no such task; the nearest is vqav2_val"),
     ],
 )
@@ -271,30 +285,89 @@ def test_a_full_disk_is_an_error_that_keeps_the_answers(done, tmp_path):
 def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
     assert main("model=embedded", "tokens=64", "dry_run=true", f"output={tmp_path / 'out'}") == 0
     said = capsys.readouterr().out
-    assert "unmerged: 196 image tokens" in said and "64 image tokens" in said
+    assert "unmerged: 196 image tokens" in said and "tokens 64 in the tower: 64 image tokens" in said
+    assert "GFLOPs: tower " in said and "for one picture and 60 further tokens" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "label", "tokens", "llm_tokens"),
+    [
+        (["tokens=39"], "pitome (paper), tokens 39 in the tower", 39, 39),
+        (["ratio=0.9", "recipe=released"], "pitome (released), ratio 0.9 in the tower", 65, 65),
+        (["prefix=64", "method=grid"], "grid (paper), 64 at the prefix", 64, 64),
+        (["prefix=0.5"], "pitome (paper), 0.5 at the prefix", 98, 98),
+        (["ratio=0.9", "prefix=20"], "pitome (paper), ratio 0.9 in the tower, 20 at the prefix", 20, 20),
+        (["decoder=0:0.5,1:20"], "pitome (paper), 0.5 at LLM layer 0, 20 at LLM layer 1", 196, 83.5),
+        (
+            ['merging={"tokens": 39, "prefix_share": 0.5, "site": "block"}'],
+            "pitome (paper), tokens 39 in the tower and at the prefix, site block",
+            39,
+            39,
+        ),
+        (["resize=7x8"], "unmerged, resized to 7 x 8", 56, 56),
+    ],
+)
+def test_a_label_says_what_merges_where_and_counts_are_told(words, label, tokens, llm_tokens, tmp_path):
+    import run
+
+    from llava_pitome.options import parse
+
+    plan = run.planned(parse(["model=embedded", "baseline=false", f"output={tmp_path}", *words], run.OPTIONS))
+    ((said, config),) = plan.runs().items()
+    assert said == label
+    assert plan.cost(config)[:2] == (tokens, llm_tokens)
+    assert f"{label}: {tokens} image tokens, {llm_tokens:.4g} in front of an LLM layer" in plan.describe()
+
+
+def test_what_would_merge_nothing_is_the_unmerged_model():
+    import run
+
+    from llava_pitome.options import parse
+
+    for words in (["ratio=1"], ["tokens=196"], ["prefix=1.0"], ["decoder=1:196"]):
+        plan = run.planned(parse(["model=embedded", "baseline=false", *words], run.OPTIONS))
+        assert plan.runs() == {"unmerged": None}
+
+
+@pytest.mark.parametrize("text", [0, 60])
+def test_flops_without_weights_are_those_of_the_model(text):
+    import sizes
+
+    from llava_pitome import MergeConfig, llava, load
+    from llava_pitome.measure import closed_form
+
+    model, _ = load("embedded")
+    found = sizes.sizes(str(embedded.PATH), "sdpa", built_in=False)
+    assert found.shapes == llava.shapes(model)
+    config = MergeConfig(ratio=0.9, decoder={1: 0.5})
+    tower, llm = config.lengths(196, 11), config.llm_lengths(65, 4)
+    assert found.cost(config, text).flops == closed_form(model, tower, text, llm)
+    assert found.cost(None, text).flops == closed_form(model, (196,) * 12, text)
+
+
+def test_the_sizes_written_down_are_those_of_llava_1_5(monkeypatch):
+    import sizes
+
+    monkeypatch.setattr(sizes.llava, "counts", lambda path: (_ for _ in ()).throw(ValueError("no hub")))
+    sizes.sizes.cache_clear()
+    parameters = {"7b": 7.06e9, "13b": 13.35e9}  # CLIP-L, projector and Vicuna together
+    for name, count in parameters.items():
+        found = sizes.sizes(f"llava-hf/llava-1.5-{name}-hf", "sdpa", built_in=True)
+        assert found.built_in and (found.parts.patches, found.parts.feature) == (576, 23)
+        assert sum(p.numel() for p in found.parts.model.parameters()) == pytest.approx(count, rel=0.002)
+        with pytest.raises(ValueError, match="no hub"):
+            sizes.sizes(f"llava-hf/llava-1.5-{name}-hf", "sdpa", built_in=False)
+    sizes.sizes.cache_clear()
 
 
 def test_textvqa_with_ocr_has_the_tokens_in_its_prompt(tmp_path):
     import plan
     from lmms_eval.utils import load_yaml_config
 
-    options = {"data": "hub", "output": str(tmp_path)}
+    options = {"data": "hub", "output": str(tmp_path), "questions": None}
     fields = dict.fromkeys(plan.Plan.__dataclass_fields__) | {"options": options, "output": tmp_path}
     task = load_yaml_config(str(plan.Plan(**fields).task_folder() / "textvqa_val_ocr.yaml"))
     doc = {"question": "what does it say?", "ocr_tokens": ["STOP", "5th"]}
     prompt = task["doc_to_text"](doc, task["lmms_eval_specific_kwargs"]["default"])
     assert "Reference OCR token: STOP, 5th" in prompt and task["dataset_path"] == "lmms-lab-encoder/textvqa"
-
-
-def test_every_line_of_the_table_3_recipe_is_a_command_that_parses(capsys):
-    import run
-
-    from llava_pitome.options import parse
-
-    lines = [s for s in (ROOT / "eval/recipes/table3.txt").read_text().splitlines() if not s.startswith("#")]
-    assert len(lines) == 7
-    for line in lines:
-        options = parse(line.split(), run.OPTIONS)
-        counts = run.config(options).lengths(576, 23)
-        assert counts[-1] == {0.9: 54, 0.925: 101}[options["ratio"]]

@@ -5,6 +5,7 @@ import torch
 from conftest import LAYERS, PATCHES, make_model, make_processor
 
 from llava_pitome import MergeConfig, load, merge_tokens
+from llava_pitome.llava import shapes
 from llava_pitome.measure import closed_form, counted, literature
 
 FEATURE = LAYERS - 1
@@ -34,6 +35,64 @@ def test_merging_costs_little_more_than_the_formula_and_far_less_than_the_plain_
     joining = sum(2 * r * r * (8 + 32) for r in gone)  # who joins whom, and the sums of those who join
     assert overhead == similarities + joining
     assert merged.total < 0.6 * plain.total
+
+
+def test_sizes_alone_do_as_well_as_a_model():
+    model = make_model()
+    lengths = (36, 30, 20, 20, 9, 9, 9, 9)
+    assert closed_form(shapes(model), lengths, 7) == closed_form(model, lengths, 7)
+    assert literature(shapes(model), 10) == literature(model, 10)
+
+
+@pytest.mark.parametrize("site", ["attention", "block"])
+@pytest.mark.parametrize(
+    "method, decoder", [("grid", {0: 12}), ("grid", {1: 0.5}), ("random", {0: 20, 1: 15})]
+)
+def test_layers_of_the_language_model_that_merge_are_in_the_formula(site, method, decoder, pictures):
+    model, processor = make_model(), make_processor()
+    inputs = processor(text="<image> what is this", images=pictures[:1], return_tensors="pt")
+    text = inputs.input_ids.shape[1] - PATCHES
+    config = MergeConfig(decoder=decoder, method=method, site=site)
+    lengths = config.llm_lengths(PATCHES, 3)
+    with merge_tokens(model, config, processor):
+        merged = counted(model, inputs)
+    formula = closed_form(model, (PATCHES,) * (FEATURE + 1), text, lengths, site)
+    assert (merged.tower, merged.projector) == (formula.tower, formula.projector)
+    steps = [(before, before - after) for before, after in pairwise(lengths)]
+    joining = sum(2 * r * r * 32 for _, r in steps)  # the sums of those who join
+    similarities = sum(2 * r * (n - r) * 8 for n, r in steps) if method == "random" else 0
+    assert merged.llm - formula.llm == joining + similarities
+    assert formula.llm < closed_form(model, (PATCHES,) * (FEATURE + 1), text).llm
+
+
+def test_a_layer_that_merges_has_its_attention_before_and_its_mlp_after_or_both_before():
+    s = shapes(make_model())
+
+    def llm(lengths, site):
+        return closed_form(s, (36,) * (FEATURE + 1), 5, lengths, site).llm
+
+    mlp = 2 * 3 * s.llm_width * s.llm_mlp  # FLOPs a token
+    plain, early, late = (
+        llm((36,) * 4, "attention"),
+        llm((36, 36, 36, 10), "attention"),
+        llm((36, 36, 36, 10), "block"),
+    )
+    assert plain - early == 26 * mlp
+    assert late == plain
+
+
+def test_a_tower_that_merges_behind_its_blocks_has_its_mlps_before():
+    s = shapes(make_model())
+    lengths = (36, 20, 20, 20, 20, 20, 20, 20)
+    behind, between = (closed_form(s, lengths, 5, site=site).tower for site in ("block", "attention"))
+    assert behind - between == 16 * 2 * 2 * s.tower_width * s.tower_mlp
+
+
+def test_lengths_that_do_not_fit_and_unknown_sites_are_errors():
+    with pytest.raises(ValueError, match="llm_lengths holds 2 numbers; 3 layers need 4"):
+        closed_form(make_model(), (36,) * 8, 5, (36, 9))
+    with pytest.raises(ValueError, match="site='inside' is unknown; allowed are 'attention', 'block'"):
+        closed_form(make_model(), (36,) * 8, 5, site="inside")
 
 
 def test_counting_runs_without_gradients_and_changes_nothing(pictures):

@@ -6,6 +6,7 @@ Stretch s are the layers behind s merges; everything about it is in slot s of it
 Shapes: B prompts, T tokens, I images over all prompts, n tokens an image, D channels.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,12 +20,14 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.merging import rows
 from llava_pitome.places import past as pasts
 from llava_pitome.places import prompt as prompts
+from llava_pitome.places.arrivals import Arrivals
 from llava_pitome.places.asked import Asked
 from llava_pitome.places.blocks import Block, Slot, hidden_of
 from llava_pitome.places.inside import Inside
 from llava_pitome.places.looks import Looking, wanted
 from llava_pitome.places.merger import Merger
-from llava_pitome.places.past import Past
+from llava_pitome.places.past import Memory, Past
+from llava_pitome.places.prefix import grid
 from llava_pitome.places.prompt import Prompt
 
 
@@ -36,24 +39,27 @@ class Llm(NamedTuple):
         model: it itself, called with inputs_embeds, attention_mask and past_key_values.
         blocks: its layers.
         norm: the norm behind the last one.
+        rotary: from hidden states and position_ids (B or 1, T) to the angles that turn queries and keys.
         image_token: the id of the image placeholder.
         front: tokens in front of each image's patches that never merge.
-        image_tokens: from what `outer` is called with to the tokens of each image; None: no picture.
+        image_tokens: from what `outer` is called with, and the patches of the pictures encoded last, to the
+            tokens of each image; None: no picture.
         cached_keys: from a cache, a layer and a number of tokens to their keys (B, H, P, C).
         plain: whether its attention kernel is causal by itself where it is given no mask.
-        check: raises ValueError for a cache, mask or kernel that cannot work.
+        check: raises ValueError for a cache, mask or kernel that cannot work in a call of either module.
     """
 
     outer: nn.Module
     model: nn.Module
     blocks: tuple[Block, ...]
     norm: nn.Module
+    rotary: nn.Module
     image_token: int
     front: int
-    image_tokens: Callable[[dict], int | None]
+    image_tokens: Callable[[dict, int], int | None]
     cached_keys: Callable[[Any, int, int], Tensor]
     plain: Callable[[], bool]
-    check: Callable[[Any, Any], None]
+    check: Callable[[dict], None]
 
 
 class DecoderMerging:
@@ -67,8 +73,8 @@ class DecoderMerging:
         self,
         llm: Llm,
         config: MergeConfig,
-        sizes: Callable[[], Tensor | None],
-        grid: Callable[[], tuple[int, int]],
+        arrivals: Arrivals,
+        patches: Callable[[], int],
         triton: bool,
     ):
         """Prepares hooks.
@@ -76,12 +82,12 @@ class DecoderMerging:
         Args:
             llm: where.
             config: how to merge.
-            sizes: the patches that each picture's tokens (P, n) stand for when they arrive; None: one each.
-            grid: rows and columns of the patches.
+            arrivals: what is known of the tokens that the projector handed on.
+            patches: of the pictures that were encoded last; 0: none were.
             triton: let kernels written in Triton compute, where they can.
         """
-        self.llm, self.config, self.sizes, self.grid = llm, config, sizes, grid
-        self.layers = tuple(i for i, keep in config.decoder.items() if keep != 1.0 or isinstance(keep, int))
+        self.llm, self.config, self.arrivals, self.patches = llm, config, arrivals, patches
+        self.layers = config.merging_layers
         self._merger = Merger(config, 0, triton)
         self._looks = [
             Looking(llm.blocks[i], wanted(config.method, config.metric == "keys"), 0, self._has_images)
@@ -97,7 +103,7 @@ class DecoderMerging:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do, so that no hook is needed."""
-        return not self.layers and not self.config.llm_proportional
+        return not self.config.reaches_llm
 
     def install(self) -> None:
         """Registers the hooks."""
@@ -109,6 +115,8 @@ class DecoderMerging:
         on(llm.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         on(llm.model.register_forward_hook(self._end))
         on(llm.norm.register_forward_hook(self._restore, prepend=True))
+        if self.config.positions == "original":
+            on(llm.rotary.register_forward_pre_hook(self._turn, with_kwargs=True))
         for i, block in enumerate(llm.blocks):
             on(block.layer.register_forward_pre_hook(partial(self._enter, i), with_kwargs=True))
         for look, inside in zip(self._looks, self._inside):
@@ -124,6 +132,10 @@ class DecoderMerging:
     def _forget(self) -> None:
         self._images: tuple[Tensor, int] | None = None
         self._past: tuple[Past, ...] | None = None
+        self._open = 0
+        self._before: Tensor | None = None
+        self._shift: Tensor | None = None
+        self._places: Tensor | None = None
         self._now: list[Past | None] = []
         self._masks: list[Tensor | None] = []
         self._prompts: list[Prompt | None] = []
@@ -140,27 +152,37 @@ class DecoderMerging:
         """The number of merges in front of layer i."""
         return sum(layer < i for layer in self.layers)
 
+    @property
+    def _firsts(self) -> tuple[int, ...]:
+        """The first layer of each stretch."""
+        return (0, *(i + 1 for i in self.layers))
+
+    def _grid(self) -> tuple[int, int]:
+        return grid(self.patches(), self.config)
+
     def _has_images(self) -> bool:
         return bool(self._prompts) and self._prompts[0] is not None
 
-    def _look_for_images(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _look_for_images(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """In front of the whole: which tokens of the prompts are an image's."""
         self._images = None
-        each = self.llm.image_tokens(kwargs)
+        given = _named(module, args, kwargs)
+        self.llm.check(given)
+        each = self.llm.image_tokens(given, self.patches())
         if each is None:
             return
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
+        if (ids := given.get("input_ids")) is None:
             raise ValueError("merging in the language model needs input_ids, which say where the images are")
         self._images = (ids == self.llm.image_token, each)
 
     def _done(self, *_args: Any) -> None:
         self._images = None
 
-    def _begin(self, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """In front of the language model: what is known of this pass, and of those before it."""
+        kwargs = _named(module, args, kwargs)
+        self.llm.check(kwargs)
         hidden, cache, given = (kwargs.get(k) for k in ("inputs_embeds", "past_key_values", "attention_mask"))
-        self.llm.check(cache, given)
         if hidden is None:  # called by itself, with ids: no images
             hidden = kwargs["input_ids"]
         batch, length = hidden.shape[:2]
@@ -168,11 +190,15 @@ class DecoderMerging:
         real = None if given is None or length == 1 else given[:, -length:].bool()
         self._prompts = [None] * self._stretches
         self.slots = [None] * self._stretches
-        firsts = (0, *(i + 1 for i in self.layers))
-        self._past = None if cache is None else pasts.recall(cache, firsts, batch)
+        memory = None if cache is None else pasts.recall(cache, self._firsts, batch)
+        self._past, self._open, self._shift, self._places = None, 0, None, None
+        if memory is not None:
+            self._past, self._open, self._shift = memory.past, memory.open + length, memory.shift
+        self._before = self._shift
         if self._images is not None and bool(self._images[0].any()):
             self._prompts[0] = prompts.find(*self._images, self.llm.front, real)
-            self.slots[0] = self._arriving(self._prompts[0])
+            self._open = prompts.behind(self._prompts[0])
+            self._arrive(self._prompts[0], hidden)
             if self._past is None:
                 before = given[:, :seen].bool() if given is not None and seen else None
                 before = None if before is None or bool(before.all()) else before
@@ -186,18 +212,32 @@ class DecoderMerging:
                 known = self._prompts[0].real if self._has_images() else real
                 self._set(s, length, known, bias, hidden)
 
-    def _arriving(self, prompt: Prompt) -> Slot:
-        """The sizes (I, n) of the images' tokens as the projector made them."""
-        sizes = self.sizes()
-        if sizes is None:
-            sizes = torch.ones(prompt.images.shape, device=prompt.images.device)
-        else:
-            sizes = prompts.per_image(sizes, prompt.counts)
-        return Slot(sizes.to(prompt.images.device))
+    def _arrive(self, prompt: Prompt, hidden: Tensor) -> None:
+        """The sizes and places (I, n) of the images' tokens as the projector made them."""
+        features = hidden.flatten(0, 1)[prompt.images]
+        sizes = self.arrivals.sizes(features)
+        sizes = torch.ones(prompt.images.shape) if sizes is None else sizes
+        self.slots[0] = Slot(sizes.to(prompt.images.device))
+        if self.config.positions == "original" and self.arrivals.merged:
+            self._places = self.arrivals.places(features)
+            missing = self.patches() - prompt.images.shape[1]
+            more = missing * torch.tensor(prompt.counts, device=hidden.device).unsqueeze(1)
+            self._shift = more if self._before is None else self._before + more
+
+    def _turn(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """In front of the angles: image tokens get the positions of their patches."""
+        positions = args[1] if len(args) > 1 else kwargs["position_ids"]
+        if self._before is not None:
+            positions = positions + self._before.to(positions.device)
+        if self._places is not None:
+            positions = prompts.unpacked(self._prompts[0], positions, self._places, self.patches())
+        if len(args) > 1:
+            return (args[0], positions, *args[2:]), kwargs
+        return args, kwargs | {"position_ids": positions}
 
     def _bias(self, s: int, hidden: Tensor) -> Tensor | None:
         """Log sizes (B, T) of the tokens in stretch s, 0 for text; None where attention is not weighed."""
-        if not self.config.llm_proportional or (s == 0 and self.sizes() is None):
+        if not self.config.llm_proportional or (s == 0 and not self.arrivals.merged):
             return None
         prompt = self._prompts[s]
         bias = torch.zeros(prompt.shape, device=hidden.device)
@@ -209,7 +249,7 @@ class DecoderMerging:
         self._now[s] = self._past[s].grown(length, real, bias)
         self._masks[s] = None
         if s:
-            dtype = next(self.llm.norm.parameters()).dtype
+            dtype = like.dtype if like.is_floating_point() else next(self.llm.norm.parameters()).dtype
             self._masks[s] = pasts.mask(self._now[s], length, self.llm.plain(), dtype, like.device)
 
     def _enter(self, i: int, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -227,7 +267,7 @@ class DecoderMerging:
                 )
         else:
             mask = self._masks[s]
-            changed["attention_mask"] = None if mask is None else mask.to(hidden.device, hidden.dtype)
+            changed["attention_mask"] = None if mask is None else pasts.cast(mask, hidden)
             prompt = self._prompts[s]
             if prompt is not None and prompt.origin is not None:
                 changed |= self._positions(prompt.origin, kwargs)
@@ -236,7 +276,7 @@ class DecoderMerging:
             cached = partial(self.llm.cached_keys, kwargs.get("past_key_values"), i)
             mask, turns = kwargs.get("attention_mask"), kwargs["position_embeddings"]
             self._asked[s] = Asked(
-                self._looks[s], self._prompts[s], mask, turns, cached, self._past[s].length, self.grid
+                self._looks[s], self._prompts[s], mask, turns, cached, self._past[s].length, self._grid
             )
         return args, kwargs
 
@@ -284,7 +324,13 @@ class DecoderMerging:
         """Behind the language model: the cache is told what it holds."""
         cache = getattr(output, "past_key_values", None)
         if cache is not None and self._past is not None:
-            pasts.remember(cache, tuple(self._now))
-        self._asked = [None] * len(self.layers)
+            pasts.remember(cache, Memory(self._firsts, tuple(self._now), self._open, self._shift))
+        if not torch.is_grad_enabled():  # gradient checkpointing may run what is inside a layer again
+            self._asked, self._masks = [None] * len(self.layers), [None] * self._stretches
         for part in (*self._looks, *self._inside):
             part.forget()
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All that a module is called with, by name."""
+    return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs

@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.merging import Plan
+from llava_pitome.places.arrivals import Arrivals
 from llava_pitome.places.blocks import Parts
 from llava_pitome.places.decoder import DecoderMerging, Llm
-from llava_pitome.places.prefix import PrefixMerging, grid
+from llava_pitome.places.prefix import PrefixMerging
 from llava_pitome.places.shrink import Shrinking
 from llava_pitome.places.tower import TowerMerging
 
-Place = Shrinking | PrefixMerging | TowerMerging | DecoderMerging
+Place = Shrinking | PrefixMerging | TowerMerging | Arrivals | DecoderMerging
 
 
 class Merging:
@@ -42,17 +43,20 @@ class Merging:
         )
         self.shrinking: Shrinking | None = None
         self.prefix: PrefixMerging | None = None
+        self.arrivals: Arrivals | None = None
         self.decoder: DecoderMerging | None = None
         if config.resize is not None:
             self.shrinking = Shrinking(parts.tower, parts.patch_size, config.resize)
         if config.merges_in_prefix:
             self.prefix = PrefixMerging(parts.projector, self.tower, parts.front, config, triton)
         if llm is not None:
-            self.decoder = DecoderMerging(llm, config, self.sizes, self._grid, triton)
+            self.arrivals = Arrivals(parts.projector, parts.front, self.sizes, self.plans)
+            self.decoder = DecoderMerging(llm, config, self.arrivals, self.patches, triton)
 
     @property
     def _parts(self) -> list[Place]:
-        return [p for p in (self.shrinking, self.prefix, self.tower, self.decoder) if p is not None]
+        places = (self.shrinking, self.prefix, self.tower, self.arrivals, self.decoder)
+        return [place for place in places if place is not None]
 
     def install(self) -> None:
         """Registers all hooks."""
@@ -76,9 +80,9 @@ class Merging:
         slot = self.prefix.slot if self.prefix is not None else self.tower.slots[-1]
         return slot.size if slot is not None and self.plans() else None
 
-    def _grid(self) -> tuple[int, int]:
-        """Rows and columns of the patches."""
-        return grid(self.tower.patches, self.config)
+    def patches(self) -> int:
+        """Patches of each picture that the tower was last given; 0 before there was one."""
+        return self.tower.patches
 
 
 def installed(model: nn.Module) -> list[Place]:

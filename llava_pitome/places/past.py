@@ -40,8 +40,24 @@ class Past(NamedTuple):
         return Past(length, real, bias)
 
 
-def recall(cache: Any, first_layers: tuple[int, ...], batch: int) -> tuple[Past, ...] | None:
-    """What a cache remembers for each stretch of layers; None where nothing has merged in it.
+class Memory(NamedTuple):
+    """What a cache remembers.
+
+    Attributes:
+        first_layers: the first layer of each stretch.
+        past: what is known of each stretch.
+        open: tokens behind the last image, which may be cropped.
+        shift: (B, 1) by how much positions are ahead of what the cache's length says; None: they are not.
+    """
+
+    first_layers: tuple[int, ...]
+    past: tuple[Past, ...]
+    open: int
+    shift: Tensor | None = None
+
+
+def recall(cache: Any, first_layers: tuple[int, ...], batch: int) -> Memory | None:
+    """What a cache remembers, less what was cropped since; None where nothing has merged in it.
 
     Args:
         cache: with `get_seq_length(layer)`.
@@ -49,34 +65,44 @@ def recall(cache: Any, first_layers: tuple[int, ...], batch: int) -> tuple[Past,
         batch: B.
 
     Raises:
-        RuntimeError: the cache was filled under another config, or its prompts were picked or repeated.
+        RuntimeError: the cache was filled under another config, its prompts were picked or repeated, or an
+            image in it was cropped.
     """
-    past = getattr(cache, NAME, None)
-    if past is None or cache.get_seq_length() == 0:
+    memory = getattr(cache, NAME, None)
+    if memory is None:
         return None
-    if len(past) != len(first_layers):
+    if cache.get_seq_length() == 0:  # it was reset
+        delattr(cache, NAME)
+        return None
+    if memory.first_layers != first_layers:
         raise RuntimeError("this cache was filled under another merge config; start with a fresh one")
+    gone = memory.past[0].length - cache.get_seq_length()
     found = []
-    for stretch, layer in zip(past, first_layers):
+    for stretch, layer in zip(memory.past, first_layers):
         there = cache.get_seq_length(layer)
         if there > stretch.length:
             raise RuntimeError(
                 f"layer {layer} of this cache holds {there} tokens, but {stretch.length} are known to it: it "
                 "was filled while nothing merged, or under another merge config"
             )
-        rows = next((len(x) for x in (stretch.real, stretch.bias) if x is not None), batch)
+        rows = next((len(x) for x in (stretch.real, stretch.bias, memory.shift) if x is not None), batch)
         if rows != batch:
             raise RuntimeError(
                 f"this cache was filled for {rows} prompts and is used for {batch}: pick or repeat prompts "
                 "before prefill"
             )
+        if stretch.length - there != gone or gone > memory.open:
+            raise RuntimeError(
+                f"layer {layer} of this cache lost {stretch.length - there} tokens, but only {memory.open} "
+                "stand behind its last image: tokens that merged cannot be cropped"
+            )
         found.append(stretch if there == stretch.length else stretch.cut(there))
-    return tuple(found)
+    return Memory(first_layers, tuple(found), memory.open - gone, memory.shift)
 
 
-def remember(cache: Any, past: tuple[Past, ...]) -> None:
+def remember(cache: Any, memory: Memory) -> None:
     """Keeps on a cache what `recall` will ask for."""
-    setattr(cache, NAME, past)
+    setattr(cache, NAME, memory)
 
 
 def mask(now: Past, queries: int, plain: bool, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -97,6 +123,13 @@ def mask(now: Past, queries: int, plain: bool, dtype: torch.dtype, device: torch
     if now.bias is not None:
         scores = now.bias.to(device, dtype)[:, None, None]
     return torch.where(sees, scores, torch.finfo(dtype).min)
+
+
+def cast(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask in the dtype and on the device of `like`; the lowest of a wider dtype would become infinite."""
+    if mask.dtype != like.dtype:
+        mask = mask.to(like.dtype).clamp(min=torch.finfo(like.dtype).min)
+    return mask.to(like.device)
 
 
 def biased(given: Tensor | None, now: Past, queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:

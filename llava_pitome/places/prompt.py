@@ -25,6 +25,7 @@ class Prompt(NamedTuple):
         into: (B, T at the first layer) where each token of the prompt, or what it merged into, stands now;
             None: where it stood.
         shape: B and T.
+        front: tokens in front of each image's patches that never merge.
     """
 
     images: Tensor
@@ -34,6 +35,7 @@ class Prompt(NamedTuple):
     origin: Tensor | None
     into: Tensor | None
     shape: tuple[int, int]
+    front: int
 
     @property
     def row(self) -> Tensor:
@@ -51,7 +53,7 @@ def find(is_image: Tensor, each: int, front: int, real: Tensor | None) -> Prompt
         real: (B, T) False for padding, or None.
 
     Raises:
-        ValueError: an image is there in part only.
+        ValueError: an image is there in part only, or masked.
     """
     batch, length = is_image.shape
     tokens = is_image.sum(1).tolist()
@@ -64,8 +66,15 @@ def find(is_image: Tensor, each: int, front: int, real: Tensor | None) -> Prompt
     lengths = [length] * batch if real is None else real.sum(1).tolist()
     if min(lengths) == length:
         real = None
+    if real is not None and bool((is_image & ~real).any()):
+        raise ValueError("attention_mask hides image tokens; tokens that merge must be seen")
     counts = tuple(n // each for n in tokens)
-    return Prompt(images, counts, real, tuple(lengths), None, None, (batch, length))
+    return Prompt(images, counts, real, tuple(lengths), None, None, (batch, length), front)
+
+
+def behind(prompt: Prompt) -> int:
+    """Tokens behind the last image of any prompt, padding included."""
+    return prompt.shape[1] - 1 - int((prompt.images % prompt.shape[1]).max())
 
 
 class Shortening(NamedTuple):
@@ -104,8 +113,8 @@ def shorten(prompt: Prompt, plan: Plan) -> Shortening:
     place.view(-1)[prompt.images.flatten()] = (heirs.gather(1, plan.slot) - start).flatten()
     origin = index if prompt.origin is None else prompt.origin.gather(1, index)
     into = place if prompt.into is None else place.gather(1, prompt.into)
-    whole = min(lengths) == after
-    left = Prompt(heirs, prompt.counts, None if whole else real, lengths, origin, into, (batch, after))
+    real = None if min(lengths) == after else real
+    left = Prompt(heirs, prompt.counts, real, lengths, origin, into, (batch, after), prompt.front)
     return Shortening(index, heirs, left)
 
 
@@ -124,26 +133,25 @@ def replace(x: Tensor, short: Shortening, merged: Tensor) -> Tensor:
     return out.view(-1, width).index_copy(0, short.heirs.flatten(), merged.reshape(-1, width)).view_as(out)
 
 
-def per_image(by_picture: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """What is known of each picture (P, ...) for each image of the prompts (I, ...).
+def unpacked(prompt: Prompt, positions: Tensor, places: Tensor, patches: int) -> Tensor:
+    """Positions (B, T) as they would be if every image still had all of its patches.
 
-    They differ where generation has repeated prompts (beams, several sequences): each one's pictures are then
-    repeated after one another.
-
-    Raises:
-        RuntimeError: the prompts' images are no multiple of the pictures that were encoded.
+    Args:
+        prompt: in front of the first layer.
+        positions: (B or 1, T) counted through the tokens that there are.
+        places: (I, n) where in an image's raster each of its tokens belongs.
+        patches: of an image.
     """
-    total, pictures = sum(counts), len(by_picture)
-    if total == pictures:
-        return by_picture
-    times = total // pictures if pictures else 0
-    if times * pictures != total or len(counts) % max(times, 1):
-        raise RuntimeError(f"{pictures} pictures were encoded, but the prompts hold {total} images")
-    index, first = [], 0
-    for count in counts[::times]:
-        index += [*range(first, first + count)] * times
-        first += count
-    return by_picture[index]
+    batch, length = prompt.shape
+    positions = positions.expand(batch, -1)
+    images = prompt.images.to(positions.device)
+    ends = torch.zeros(batch * length, dtype=positions.dtype, device=positions.device)
+    ends[images[:, -1]] = 1
+    ends = ends.view(batch, length)
+    missing = (ends.cumsum(1) - ends) * (patches - images.shape[1])  # of the images in front of each token
+    out = (positions + missing).flatten()
+    out[images.flatten()] = (out[images[:, :1]] + places.to(out.device)).flatten()
+    return out.view(batch, length)
 
 
 def text(prompt: Prompt) -> tuple[Tensor, Tensor]:
@@ -152,6 +160,8 @@ def text(prompt: Prompt) -> tuple[Tensor, Tensor]:
     device = prompt.images.device
     is_text = torch.ones(batch * length, dtype=torch.bool, device=device)
     is_text[prompt.images.flatten()] = False
+    for ahead in range(1, prompt.front + 1):
+        is_text[prompt.images.amin(1) - ahead] = False
     is_text = is_text.view(batch, length)
     if prompt.real is not None:
         is_text &= prompt.real

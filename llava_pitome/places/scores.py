@@ -28,7 +28,9 @@ def attention(
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
-        scores = scores + mask.float()
+        scores = scores + mask.float().clamp(
+            min=torch.finfo(scores.dtype).min
+        )  # a row of -inf has no softmax
     return scores.softmax(-1).mean(1)
 
 
@@ -52,7 +54,7 @@ def received(
         part = slice(first, first + step)
         rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
         found = attention(queries[:, part], keys, heads, key_heads, rows)
-        total += found.sum(1) if asks is None else (found * asks[:, part, None]).sum(1)
+        total += (found if asks is None else found.masked_fill(~asks[:, part, None], 0)).sum(1)
     return total / (count if asks is None else asks.sum(1, keepdim=True).clamp(min=1))
 
 

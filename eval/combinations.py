@@ -1,0 +1,139 @@
+"""Every method in every place at every number of tokens, and why some are not there."""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from labels import slug
+
+from llava_pitome.config import MergeConfig
+from llava_pitome.matching import parameters_of
+from llava_pitome.methods import METHODS
+from llava_pitome.recipes import RECIPES
+
+REFERENCE, RESIZE, UNMERGED = "pitome", "resize", "unmerged"  # "paper" is another name of the first
+INPUT, DECODER = "input", "decoder"
+PLACES = ("tower", "prefix", "tower+prefix", f"{DECODER}:1")  # by default
+SHARES = (0.5, 0.3, 0.2, 0.1)  # of the patches that stay, by default
+BOTH = 0.5  # part of the reduction left to the prefix where tower and prefix share it
+
+
+class Combination(NamedTuple):
+    """One run of a sweep.
+
+    Attributes:
+        name: its own, also of its folder.
+        method: a name in METHODS or RECIPES, "resize" or "unmerged".
+        place: where it merges; empty for the unmerged model.
+        tokens: image tokens at which it is compared; None for the unmerged model.
+        seed: of the draw, for methods that draw.
+        recipe: a name in RECIPES.
+        fields: of MergeConfig, instead of the recipe's; None for the unmerged model.
+        skipped: why it does not run.
+    """
+
+    name: str
+    method: str
+    place: str = ""
+    tokens: int | None = None
+    seed: int | None = None
+    recipe: str = "paper"
+    fields: dict[str, Any] | None = None
+    skipped: str | None = None
+
+    @property
+    def config(self) -> MergeConfig | None:
+        """How it merges."""
+        return None if self.fields is None else MergeConfig.from_dict(RECIPES[self.recipe] | self.fields)
+
+
+def every(
+    methods: Sequence[str], places: Sequence[str], tokens: Sequence[int], seeds: Sequence[int], patches: int
+) -> list[Combination]:
+    """The unmerged model, and every combination of what is given, each once.
+
+    Args:
+        methods: names in METHODS or RECIPES, or "resize".
+        places: "tower", "prefix", "tower+prefix", "decoder:K" with K a layer.
+        tokens: that are to be left of the patches.
+        seeds: for methods that draw.
+        patches: of an image.
+
+    Raises:
+        ValueError: an unknown method or place, with the nearest name, or tokens that do not fit.
+    """
+    for count in tokens:
+        if not 1 <= count < patches:
+            raise ValueError(
+                f"tokens={count} does not fit: there are {patches} patches, allowed is 1 to {patches - 1}"
+            )
+    known = (*METHODS, *RECIPES, RESIZE)
+    for name in methods:
+        if name not in known:
+            raise ValueError(
+                f"method {name!r} is unknown; the nearest is {_nearest(name, known)!r}, of {', '.join(known)}"
+            )
+    for place in places:
+        _check(place)
+    found = {UNMERGED: Combination(UNMERGED, UNMERGED)}
+    for method in methods:
+        for place in (INPUT,) if method == RESIZE else places:
+            for count in tokens:
+                found |= {
+                    c.name: c for c in _draws(REFERENCE if method == "paper" else method, place, count, seeds)
+                }
+    return list(found.values())
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def _check(place: str) -> None:
+    """Raises ValueError for a place that is none."""
+    kind, colon, layer = place.partition(":")
+    if (kind == DECODER and colon and layer.isdecimal()) or place in ("tower", "prefix", "tower+prefix"):
+        return
+    known = ("tower", "prefix", "tower+prefix", f"{DECODER}:K")
+    near = _nearest(place, known)
+    raise ValueError(
+        f"place {place!r} is unknown; the nearest is {near!r}, of {', '.join(known)} (K a layer)"
+    )
+
+
+def _draws(method: str, place: str, tokens: int, seeds: Sequence[int]) -> Iterator[Combination]:
+    """A method in a place: once, or once a seed where it draws."""
+    one = Combination(slug(f"{method}-{place}-{tokens}"), method, place, tokens)
+    if method == RESIZE:
+        yield one._replace(fields={"resize": list(rectangle(tokens))})
+        return
+    recipe = method if method in RECIPES else "paper"
+    own = {} if method in RECIPES else {"method": method}
+    used = MergeConfig.from_dict({"ratio": 1.0} | RECIPES[recipe] | own)
+    places = METHODS[used.method].places
+    if any(part.partition(":")[0] not in places for part in place.split("+")):
+        yield one._replace(skipped=f"not defined there: {used.method} fits {' and '.join(places)}")
+        return
+    drawn = seeds if "seed" in parameters_of(used.method) else (None,)
+    for seed in drawn:
+        draw = {} if seed is None else {"parameters": used.parameters | {"seed": seed}}
+        name = one.name if seed is None else f"{one.name}-seed{seed}"
+        yield one._replace(name=name, seed=seed, recipe=recipe, fields=own | draw | amounts(place, tokens))
+
+
+def amounts(place: str, tokens: int) -> dict[str, Any]:
+    """The fields of a config that leave `tokens` in a place."""
+    if place.startswith(DECODER):
+        return {"decoder": {int(place.partition(":")[2]): tokens}}
+    return {
+        "tower": {"tokens": tokens},
+        "prefix": {"prefix": tokens},
+        "tower+prefix": {"tokens": tokens, "prefix_share": BOTH},
+    }[place]
+
+
+def rectangle(tokens: int) -> tuple[int, int]:
+    """The largest rows and columns, at most one apart, that hold no more than `tokens` patches."""
+    rows = math.isqrt(tokens)
+    return rows, min(tokens // rows, rows + 1)

@@ -1,0 +1,113 @@
+"""What reached the language model: the pictures' features, and what is known of each of their tokens.
+
+Between the projector and the language model features are handed about by others: generate repeats them for
+beams, people keep them for a second question. So they are found again by what they hold, and a prompt whose
+features are not those that were encoded last is an error instead of an answer with another picture's sizes.
+Shapes: P pictures that were encoded, I images in the prompts, n tokens an image, D channels.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llava_pitome.merging import Plan
+
+PROBES = 4  # tokens of an image that are compared
+
+
+class Arrivals:
+    """A hook on the projector, behind any that merges there."""
+
+    def __init__(
+        self,
+        projector: nn.Module,
+        front: int,
+        sizes: Callable[[], Tensor | None],
+        plans: Callable[[], Sequence[Plan]],
+    ):
+        """Prepares the hook.
+
+        Args:
+            projector: (P, front + n, channels) to (P, front + n, D).
+            front: class tokens among the features, which are not looked at.
+            sizes: the patches that each token (P, n) stands for; None: one each.
+            plans: the merges that led there.
+        """
+        self.projector, self.front, self._sizes_now, self._plans_now = projector, front, sizes, plans
+        self._handle: RemovableHandle | None = None
+        self._forget()
+
+    def install(self) -> None:
+        """Registers the hook."""
+        self._handle = self.projector.register_forward_hook(self._note)
+
+    def remove(self) -> None:
+        """Takes it off and forgets."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._features: Tensor | None = None
+        self._sizes: Tensor | None = None
+        self._places: Tensor | None = None
+
+    def _note(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
+        plans = self._plans_now()
+        self._features = _probed(output.detach()[:, self.front :])
+        self._sizes = self._sizes_now()
+        self._places = None
+        if plans:
+            self._places = plans[0].kept
+            for plan in plans[1:]:
+                self._places = self._places.gather(1, plan.kept)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the tokens that arrived last are fewer than the patches were."""
+        return self._places is not None
+
+    def sizes(self, features: Tensor) -> Tensor | None:
+        """The patches (I, n) that each token of some images stands for; None: one each.
+
+        Args:
+            features: (I, n, D) as they stand in the prompts.
+
+        Raises:
+            RuntimeError: an image's features are not those of a picture that was encoded last.
+        """
+        return None if self._sizes is None else self._sizes[self._which(features)]
+
+    def places(self, features: Tensor) -> Tensor | None:
+        """The place in the raster of patches (I, n) of each token of some images; None: all are there.
+
+        Args:
+            features: as for `sizes`.
+
+        Raises:
+            RuntimeError: as for `sizes`.
+        """
+        return None if self._places is None else self._places[self._which(features)]
+
+    def _which(self, features: Tensor) -> Tensor:
+        """The picture (I,) that each image's features are of."""
+        probed = _probed(features.detach())
+        known = self._features.to(probed.device, probed.dtype)
+        same = torch.zeros(len(probed), len(known), dtype=torch.bool, device=probed.device)
+        if known.shape[1:] == probed.shape[1:]:
+            same = (probed.unsqueeze(1) == known.unsqueeze(0)).flatten(2).all(2)  # (I, P)
+        if not bool(same.any(1).all()):
+            raise RuntimeError(
+                "an image's features in this prompt are not of the pictures that were encoded last, so it "
+                "is unknown what their tokens stand for; encode the pictures of a prompt right before it"
+            )
+        return same.to(torch.uint8).argmax(1)
+
+
+def _probed(features: Tensor) -> Tensor:
+    """Evenly spread tokens of each image."""
+    last = features.shape[1] - 1
+    return features[:, sorted({i * last // (PROBES - 1) for i in range(PROBES)})]

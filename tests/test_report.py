@@ -1,0 +1,334 @@
+"""Statistics against brute force, and a report whose numbers are those of the answers."""
+
+import csv
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "eval"))
+
+import report  # noqa: E402
+import rows as rows_  # noqa: E402
+import tables  # noqa: E402
+import verdicts  # noqa: E402
+from comparison import by_picture, holm, intervals, p_values  # noqa: E402
+from gather import read  # noqa: E402
+
+from llava_pitome import MergeConfig  # noqa: E402
+
+QUESTIONS, EACH = 60, 3
+TYPES = ("yes/no", "number", "other")
+SCORES = {  # how often each is right, by name in the sweep
+    "unmerged": 0.95,
+    "pitome-tower-39": 0.8,
+    "tome-tower-39": 0.75,
+    "random-tower-39-seed0": 0.4,
+    "random-tower-39-seed1": 0.3,
+    "pitome-prefix-39": 0.5,
+    "grid-prefix-39": 0.9,
+    "fastv-decoder-1-39": 0.9,
+    "resize-input-39": 0.5,
+}
+
+
+def config_of(name: str) -> dict | None:
+    if name == "unmerged":
+        return None
+    method, place, *_ = name.split("-")
+    amount = {"tower": {"tokens": 39}, "prefix": {"prefix": 39}, "decoder": {"decoder": {1: 39}}}
+    if method == "resize":
+        return MergeConfig(resize=(6, 6)).to_dict()
+    draw = {"parameters": {"seed": int(name[-1])}} if "seed" in name else {}
+    return MergeConfig(method=method, **draw, **amount[place]).to_dict()
+
+
+def place_of(name: str) -> str:
+    return "" if name == "unmerged" else name.split("-")[1].replace("decoder", "decoder:1")
+
+
+def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, pictured: bool = True) -> dict:
+    """A sweep as eval/sweep.py leaves it, with made-up answers; returns the scores by name."""
+    rng = np.random.default_rng(0)
+    made, listed = {}, []
+    for name, rate in SCORES.items():
+        config, method = config_of(name), name.split("-")[0]
+        scores = made[name] = rng.choice([0.0, 0.3, 1.0], QUESTIONS, p=[1 - rate, 0.1, rate - 0.1])
+        answers = [
+            {"doc_id": i, "question_id": (i // EACH) * 1000 + i % EACH, "question": f"what {i}?",
+             "answer": ["a"], "answer_type": TYPES[i % 3], "multiple_choice_answer": "b"}
+            | ({"image_id": i // EACH} if pictured else {})
+            | ({"exact_match": float(scores[i])} if scored else {})
+            for i in range(QUESTIONS)
+        ]  # fmt: skip
+        (folder / name / "answers").mkdir(parents=True)
+        (folder / name / "answers" / f"{task}-{name}.jsonl").write_text(
+            "".join(json.dumps(a) + "\n" for a in answers)
+        )
+        kinds = {kind: {"mean": 100 * scores[j::3].mean()} for j, kind in enumerate(TYPES)}
+        row = {
+            "task": task, "model": name, "merging": config, "image_tokens": 39 if config else 196,
+            "llm_tokens": 39.0, "tower_gflops": 1.0, "projector_gflops": 0.5, "llm_gflops": 2.0,
+            "accuracy": {"mean": 100 * scores.mean()} if scored else None,
+            "by_answer_type": kinds if scored else {},
+            "metrics": {"score,none": rate, "score_stderr,none": 0.1},
+        }  # fmt: skip
+        (folder / name / "results.json").write_text(json.dumps({"rows": [row], "fingerprint": "f"}))
+        listed.append(
+            {"name": name, "method": method, "place": place_of(name), "tokens": 39 if config else None,
+             "seed": int(name[-1]) if "seed" in name else None, "skipped": None, "config": config,
+             "folder": name}
+        )  # fmt: skip
+    why = {
+        "name": "dct-input-39",
+        "method": "dct",
+        "place": "x",
+        "tokens": 39,
+        "skipped": "not defined there",
+    }
+    facts = {"model": "made up", "patches": 196, "fingerprint": "f", "limit": None, "dtype": "auto"}
+    (folder / "sweep.json").write_text(json.dumps(facts | {"combinations": [*listed, why]}))
+    return made
+
+
+@pytest.mark.parametrize("pictures", [1, 3, 9])
+def test_p_values_of_few_pictures_are_those_of_every_choice_of_signs(pictures):
+    apart = np.random.default_rng(pictures).integers(-3, 4, (pictures, 5)) / 3
+    for column, found in zip(apart.T, p_values(apart)):
+        sums = [abs(sum(s * d for s, d in zip(signs, column))) for signs in product((1, -1), repeat=pictures)]
+        assert found == pytest.approx(np.mean([s >= abs(column.sum()) - 1e-9 for s in sums]))
+
+
+def test_p_values_of_many_pictures_come_close_to_every_choice_of_signs():
+    apart = np.random.default_rng(1).normal(0.3, 1, (18, 4))
+    signs = np.array(list(product((1.0, -1.0), repeat=18)))
+    exact = (np.abs(signs @ apart) >= np.abs(apart.sum(0)) - 1e-9).mean(0)
+    assert p_values(apart, draws=20_000) == pytest.approx(exact, abs=0.015)
+    assert np.array_equal(p_values(apart), p_values(apart))  # seeded
+
+
+def test_p_values_are_even_where_nothing_differs():
+    rng = np.random.default_rng(2)
+    p = p_values(rng.choice([-1.0, 0.0, 1.0], (60, 400)), draws=2000)
+    assert 0.02 < (p < 0.05).mean() < 0.09
+    assert 0.4 < np.median(p) < 0.65
+
+
+def test_pictures_without_a_difference_say_nothing():
+    apart = np.array([[1.0], [1.0], [-1.0], [1.0]])
+    assert p_values(apart) == p_values(np.concatenate([apart, np.zeros((500, 1))]))
+    assert p_values(np.zeros((30, 2))).tolist() == [1, 1]
+
+
+def test_intervals_cover_the_true_mean_about_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    held = 0
+    for trial in range(200):
+        easy = rng.beta(2, 1, (80, 1))  # questions about one picture go together
+        sums, counts = by_picture((rng.random((80, 3)) < easy).reshape(-1, 1) * 1.0, np.repeat(range(80), 3))
+        (low,), (high,) = intervals(sums, counts, draws=400, seed=trial)
+        held += low <= 2 / 3 <= high
+    assert 0.9 <= held / 200 <= 0.99
+
+
+def test_intervals_are_wider_where_questions_share_pictures():
+    scores = np.repeat(np.random.default_rng(4).integers(0, 2, 100), 3)[:, None] * 1.0
+    shared = intervals(*by_picture(scores, np.repeat(range(100), 3)))
+    alone = intervals(*by_picture(scores, range(300)))
+    assert (shared[1] - shared[0])[0] == pytest.approx(np.sqrt(3) * (alone[1] - alone[0])[0], rel=0.1)
+
+
+def test_pictures_with_more_questions_weigh_more():
+    sums, counts = by_picture(np.array([[1.0], [0.0], [1.0], [1.0]]), ["a", "b", "a", "a"])
+    assert (sums.tolist(), counts.tolist()) == ([[3], [0]], [3, 1])
+
+
+def test_holms_method_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return tmp_path, write(tmp_path)
+
+
+def by_name(found: list) -> dict:
+    return {row.name: row for row in found}
+
+
+def test_the_numbers_of_a_row_are_those_of_its_answers(sweep):
+    folder, made = sweep
+    found = by_name(rows_.make(read(folder), "embedded_vqa", draws=500))
+    assert len(found) == len(SCORES) - 1  # two draws are one row
+    drawn = found["random-tower-39-seed0"]
+    assert drawn.seeds == 2
+    both = (made["random-tower-39-seed0"] + made["random-tower-39-seed1"]) / 2
+    assert drawn.score == pytest.approx(100 * both.mean())
+    tome, mine = made["tome-tower-39"], made["pitome-tower-39"]
+    assert found["tome-tower-39"].same.mean == pytest.approx(100 * (tome - mine).mean())
+    assert found["tome-tower-39"].of_base == pytest.approx(100 * tome.mean() / made["unmerged"].mean())
+    assert found["grid-prefix-39"].same.mean == pytest.approx(
+        100 * (made["grid-prefix-39"] - made["pitome-prefix-39"]).mean()
+    )
+    apart = (tome - mine).reshape(-1, EACH).sum(1)[:, None]
+    assert found["tome-tower-39"].same.p == pytest.approx(p_values(apart, draws=500, seed=1)[0], abs=0.05)
+    for row in found.values():
+        assert row.interval[0] <= row.score <= row.interval[1]
+        assert sum(row.by_type.values()) / 3 == pytest.approx(row.score)
+        assert row.gflops["total"] == 3.5
+    assert found["pitome-tower-39"].same is None and found["unmerged"].same is None
+
+
+def test_methods_are_compared_across_places_where_they_are_at_home(sweep):
+    folder, made = sweep
+    found = by_name(rows_.make(read(folder), "embedded_vqa", draws=500))
+    crossed = {name for name, row in found.items() if row.cross}
+    assert crossed == {
+        "tome-tower-39", "random-tower-39-seed0", "grid-prefix-39", "fastv-decoder-1-39", "resize-input-39"
+    }  # fmt: skip
+    fastv = made["fastv-decoder-1-39"] - made["pitome-tower-39"]
+    assert found["fastv-decoder-1-39"].cross.mean == pytest.approx(100 * fastv.mean())
+
+
+def test_words_say_what_the_numbers_say(sweep):
+    folder, _ = sweep
+    found = rows_.make(read(folder), "embedded_vqa", draws=2000)
+    (tower, prefix) = verdicts.same_place(found)
+    assert re.search(r"all in the tower, PiToMe .* is ahead of random \(\+\d+\.\d, p = ", tower)
+    assert re.search(r"cannot be told apart from .*tome", tower)
+    assert re.search(r"all at the prefix, PiToMe .* is behind grid \(-\d+", prefix)
+    (cross,) = verdicts.cross_place(found)
+    assert "fastv at LLM layer 1 (" in cross and "grid at the prefix (" in cross
+    rows = by_name(found)
+    rows["fastv-decoder-1-39"].image_tokens = 196
+    assert "fastv at LLM layer 1* (" in next(verdicts.cross_place(found))
+
+
+def test_a_report_has_the_same_numbers_as_text_table_and_page(sweep, capsys):
+    folder, made = sweep
+    assert report.main([f"input={folder}", "draws=500", "examples=2"]) == 0
+    output = folder / "report"
+    page, text = (output / "report.html").read_text(), (output / "report.md").read_text()
+    raw = {row["name"]: row for row in csv.DictReader(io.StringIO((output / "report.csv").read_text()))}
+    assert float(raw["tome-tower-39"]["score"]) == pytest.approx(100 * made["tome-tower-39"].mean())
+    for name in ("tome-tower-39", "fastv-decoder-1-39"):
+        row = raw[name]
+        cell = f"{float(row['score']):.1f} [{float(row['low']):.1f}, {float(row['high']):.1f}]"
+        assert cell in page and cell in text
+    assert "Skipped: dct in x, not defined there" in text
+    assert {p.name for p in (output / "plots").iterdir()} == {
+        "embedded_vqa-tokens.png", "embedded_vqa-flops.png", "embedded_vqa-types.png"
+    }  # fmt: skip
+    assert all(f"plots/{p.name}" in text for p in (output / "plots").iterdir())
+    assert "is ahead of" in capsys.readouterr().out
+
+
+class Loads(HTMLParser):
+    """What a page loads, and whether every tag is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.loads += [value for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else(sweep):
+    folder, _ = sweep
+    assert report.main([f"input={folder}", "draws=100", "examples=2"]) == 0
+    page = (folder / "report" / "report.html").read_text()
+    found = Loads()
+    found.feed(page)
+    assert found.open == []
+    assert len(found.loads) >= 3 + 2 * 6  # plots, and pictures with the answer of every method
+    assert all(load.startswith("data:image/png;base64,") for load in found.loads)
+    assert not re.search(r"https?://|@import|url\(|<script|<link", page)
+    assert "&#10003; right" in page and "&#10007; wrong" in page
+    assert "true answer: <b>b</b>" in page
+
+
+def test_a_task_whose_answers_have_no_scores_is_told_without_pairing(tmp_path, capsys):
+    write(tmp_path, task="mme", scored=False)
+    assert report.main([f"input={tmp_path}", "draws=100"]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "have no scores of their own, so that pictures cannot be paired: score,none" in text
+    assert "| score |" in text and "difference to PiToMe" not in text
+    assert "embedded benchmark only" in (tmp_path / "report" / "report.html").read_text()
+    found = by_name(rows_.make(read(tmp_path), "mme"))
+    assert found["pitome-tower-39"].of_base == pytest.approx(100 * 0.8 / 0.95)
+
+
+def test_questions_whose_pictures_are_not_known_count_alone_and_the_report_says_so(tmp_path):
+    write(tmp_path, task="gqa", pictured=False)
+    assert report.main([f"input={tmp_path}", "draws=100"]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "gqa does not say which questions share a picture" in text
+
+
+def test_what_is_missing_or_of_other_code_is_named(sweep):
+    folder, _ = sweep
+    (folder / "tome-tower-39" / "results.json").unlink()
+    path = folder / "grid-prefix-39" / "results.json"
+    path.write_text(path.read_text().replace('"fingerprint": "f"', '"fingerprint": "g"'))
+    assert report.main([f"input={folder}", "draws=100", "examples=0"]) == 0
+    text = (folder / "report" / "report.md").read_text()
+    assert "WITHOUT RESULTS, and so not in this report: tome-tower-39" in text
+    assert "RESULTS OF OTHER CODE OR DATA than the last command's: grid-prefix-39" in text
+
+
+def test_milliseconds_and_memory_are_taken_from_the_timing(sweep):
+    folder, _ = sweep
+    parts = {"prefill": [0.01, 0.02, 0.03], "answer of 4": [0.1, 0.2, 0.3]}
+    side = {"median": parts, "peak_bytes": 2**21, "kv_cache_bytes": 2**20}
+    rows = [side | {"side": name} for name in SCORES if not name.endswith("seed1")]
+    options = {"rounds": 3, "text": 24, "new_tokens": 4}
+    machine = {"processor": "a processor", "threads": 2, "device": "cpu"}
+    (folder / "timing.json").write_text(json.dumps({"rows": rows, "options": options, "machine": machine}))
+    found = rows_.make(read(folder), "embedded_vqa", draws=100)
+    heads, lines = tables.heads(found), tables.cells(found)
+    line = dict(zip(heads, next(line for line in lines if line[0] == "random (2 draws)")))
+    assert line["prefill, ms"] == "20.0 (10.0-30.0)" and line["answer of 4, ms"] == "200.0 (100.0-300.0)"
+    assert (line["peak, MiB"], line["KV, MiB"]) == ("2", "1")
+    assert report.main([f"input={folder}", "draws=100", "examples=0"]) == 0
+    assert (folder / "report" / "plots" / "embedded_vqa-milliseconds.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "sweep.json").unlink(), "holds no sweep.json"),
+        (lambda folder: [f.unlink() for f in folder.glob("*/results.json")], "so there is nothing to report"),
+        (
+            lambda folder: next((folder / "unmerged" / "answers").iterdir()).write_text('{"doc_id": 0}\n'),
+            "was asked 60 questions and unmerged 1, not the same ones",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_reported_is_an_error_that_writes_nothing(sweep, spoil, said, capsys):
+    folder, _ = sweep
+    spoil(folder)
+    assert report.main([f"input={folder}"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / "report").exists()
+
+
+def test_bad_words_are_errors(tmp_path, capsys):
+    assert report.main([f"inptu={tmp_path}"]) == 2
+    assert "did you mean 'input'?" in capsys.readouterr().err
+    assert report.main([f"input={tmp_path}", "draws=3"]) == 2
+    assert "draws='3' is not allowed" in capsys.readouterr().err
