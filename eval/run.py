@@ -16,8 +16,8 @@ import readers
 from sizes import stay_offline
 
 from llava_pitome.bench.run import Load
+from llava_pitome.checkpoints import DTYPES, QUANTIZATIONS
 from llava_pitome.config import RECIPES, MergeConfig
-from llava_pitome.llava import DTYPES, QUANTIZATIONS
 from llava_pitome.methods import METHODS
 from llava_pitome.options import Option, boolean, listed, one_of, parse, shares, usage, whole
 from llava_pitome.validation import AMOUNTS

@@ -16,18 +16,19 @@ import numpy as np
 from quiz import TRAINING, everyone
 
 from llava_pitome import MergeConfig
-from llava_pitome.options import Option, one_of, parse, usage, whole
+from llava_pitome.options import Option, parse, usage, whole
 
 BUDGETS = (98, 59, 39, 20)  # of 196: 50, 70, 80 and 90 % of the tokens go
 OPTIONS = {
-    "start": Option("tower", one_of("tower", "prefix", "both"), "tower | prefix | both", "where to begin"),
+    "start": Option(
+        {}, json.loads, "fields of MergeConfig as JSON", "where to begin; {}: the paper's recipe"
+    ),
     "pictures": Option(1024, whole(1), "a whole number from 1", "training pictures, three questions each"),
     "gain": Option(0.1, float, "a number", "points on average by which a change must help"),
     "rounds": Option(6, whole(1), "a whole number from 1", "changes to make at most"),
     "jobs": Option(os.cpu_count() or 1, whole(1), "a whole number from 1", "processes"),
     "output": Option("output/search.json", str, "a file", "where the trials are written"),
 }
-SHARES = {"tower": 0.0, "prefix": 1.0, "both": 0.5}
 FIELDS = {  # of MergeConfig, and what to try for each
     "prefix_share": (0.0, 0.25, 0.5, 0.75, 1.0),
     "metric": ("keys", "hidden"),
@@ -58,11 +59,11 @@ def main(words: list[str]) -> int:
         return 0
     try:
         options = parse(words, OPTIONS)
+        best = MergeConfig.from_dict(options["start"] | {"tokens": BUDGETS[0]})
     except ValueError as error:
         print(f"search: {error}", file=sys.stderr)
         return 2
     trials = Trials(Path(options["output"]), options["pictures"], options["jobs"])
-    best = MergeConfig(tokens=BUDGETS[0], prefix_share=SHARES[options["start"]])
     (score,) = trials.scores([best])
     print(f"{score:.2f}  to begin with: {described(best)}", flush=True)
     for _ in range(options["rounds"]):

@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from llava_pitome import llava
+from llava_pitome import checkpoints, llava
 from llava_pitome.bench.targets import CLIP_L, LLAMA_7B, PATCH
 from llava_pitome.config import MergeConfig
 from llava_pitome.measure import Flops, closed_form
@@ -86,7 +86,7 @@ def sizes(path: str, attention: str, built_in: bool) -> Sizes:
     from transformers import AutoConfig
 
     try:
-        llava.counts(path)
+        checkpoints.counts(path)
         config = AutoConfig.from_pretrained(path)
     except ValueError:
         if not built_in or path not in BUILT_IN:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import batch
 import torch
 
-from llava_pitome import MergeConfig, embedded, llava
+from llava_pitome import MergeConfig, checkpoints, embedded, llava
 from llava_pitome.bench.machine import machine, packages
 from llava_pitome.bench.run import Load, measure
 from llava_pitome.bench.sides import side
@@ -102,7 +102,7 @@ def _asked(folder: Path, timed: Timed) -> tuple[dict[str, Any], str]:
 def _sides(asked: dict[str, Any]) -> list:
     """A side for every config, which share their weights; the unmerged model first."""
     path = str(embedded.PATH) if asked["model"] == "embedded" else asked["model"]
-    model, _ = llava.load(path, None, dtype=asked["dtype"], attn_implementation=asked["attention"])
+    model, _ = checkpoints.load(path, None, dtype=asked["dtype"], attn_implementation=asked["attention"])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     target = Target(asked["model"], model, True, llava.find(model).patches)
     plain_first = sorted(asked["configs"].items(), key=lambda named: named[1] is not None)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from llava_pitome import embedded, language, llava
+from llava_pitome import checkpoints, embedded, language, llava
 from llava_pitome import processor as placeholders
 from llava_pitome.config import MergeConfig
 from llava_pitome.kernels import triton_is_there, triton_takes
@@ -147,7 +147,9 @@ def load(
         ValueError: an unknown quantization, a checkpoint that is no LLaVA, or one saved with a config this
             package cannot read.
     """
-    model, processor = llava.load(str(embedded.PATH) if path == "embedded" else path, quantization, **options)
+    model, processor = checkpoints.load(
+        str(embedded.PATH) if path == "embedded" else path, quantization, **options
+    )
     saved = getattr(model.config, FIELD, None)
     if saved is not None:
         delattr(model.config, FIELD)  # `remove` is to leave a plain model

@@ -14,18 +14,7 @@ SUPPORTED = (
     "also wrapped by peft, torch.compile or DistributedDataParallel, or such a tower alone"
 )
 CLASS_TOKENS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}  # by the tower's class
-TOWERS = ("clip_vision_model", "siglip_vision_model")  # the same two, as configs name them
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 MASKED = ("sdpa", "eager")  # attention kernels that take an additive mask
-QUANTIZATIONS = ("4bit", "8bit")
-HUB = (
-    "revision",
-    "token",
-    "cache_dir",
-    "subfolder",
-    "local_files_only",
-    "force_download",
-)  # where files come from
 
 
 def find(model: nn.Module) -> Parts:
@@ -45,7 +34,9 @@ def find(model: nn.Module) -> Parts:
         raise ValueError(f"{found} is not supported. Supported: {SUPPORTED}.")
     layers = getattr(tower, "vision_model", tower).encoder.layers
     blocks = tuple(_block(layer) for layer in layers)
-    feature = len(blocks) if tower is model else _feature(model.config.vision_feature_layer, len(blocks))
+    feature = len(blocks)
+    if tower is not model:
+        feature = feature_layers(model.config.vision_feature_layer, len(blocks))
     sdpa = partial(_is_sdpa, tower.config)
     size, patch = tower.config.image_size, tower.config.patch_size
     patches, class_tokens = (size // patch) ** 2, CLASS_TOKENS[kind]
@@ -109,41 +100,6 @@ def check(parts: Parts, config: MergeConfig) -> None:
     language.check_model(parts.model)
 
 
-def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module, Any]:
-    """The model and processor of a checkpoint or hub id, ready for batched generation, not merging.
-
-    Raises:
-        ValueError: an unknown quantization, or a checkpoint that is no LLaVA.
-    """
-    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
-
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(
-            f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or none"
-        )
-    hub = {k: v for k, v in options.items() if k in HUB}
-    config = AutoConfig.from_pretrained(path, **hub)
-    if config.model_type != "llava":
-        raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {SUPPORTED}.")
-    options["dtype"] = _dtype(options.get("dtype"), config)
-    if quantization is not None:
-        options |= _quantized(quantization, options)
-    model = LlavaForConditionalGeneration.from_pretrained(path, **options)
-    processor = AutoProcessor.from_pretrained(path, **hub)
-    processor.tokenizer.padding_side = "left"  # generate continues at the right end of every row
-    return model.eval(), processor
-
-
-def _dtype(wanted: Any, config: Any) -> Any:
-    """As saved where nothing is asked for; but float16 becomes bfloat16 on CPUs, which are too slow at it."""
-    import torch
-
-    if wanted not in (None, "auto"):
-        return getattr(torch, wanted) if isinstance(wanted, str) else wanted
-    half = str(config.dtype).endswith("float16") and not str(config.dtype).endswith("bfloat16")
-    return torch.bfloat16 if half and not torch.cuda.is_available() else "auto"
-
-
 def _block(layer: nn.Module) -> Block:
     a = layer.self_attn
     heads = a.num_heads
@@ -152,7 +108,7 @@ def _block(layer: nn.Module) -> Block:
     )
 
 
-def _feature(index: int | list[int], count: int) -> int:
+def feature_layers(index: int | list[int], count: int) -> int:
     """Blocks in front of hidden_states[index], of which the first is the embeddings."""
     if not isinstance(index, int):
         raise ValueError(
@@ -166,26 +122,6 @@ def _feature(index: int | list[int], count: int) -> int:
             f"so it must be in 1 to {count} or in {-count} to -1"
         )
     return feature
-
-
-def _quantized(quantization: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Options that load the language model in 4 or 8 bits; tower, projector and head stay as they are."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    keep = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    if quantization == "8bit":
-        scheme = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    else:
-        compute = options["dtype"] if options["dtype"] != "auto" else torch.bfloat16
-        scheme = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=compute,
-            llm_int8_skip_modules=keep,
-        )
-    place = options.get("device_map") or ("auto" if torch.cuda.is_available() else "cpu")
-    return {"quantization_config": scheme, "device_map": place}
 
 
 def stages(model: nn.Module) -> dict[str, nn.Module]:
@@ -238,27 +174,3 @@ def shapes(model: nn.Module) -> Shapes:
         vision.intermediate_size, text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
         text.intermediate_size, text.vocab_size,
     )  # fmt: skip
-
-
-def counts(path: str) -> tuple[int, int]:
-    """Patches of an image, and layers that may merge, from a checkpoint's config alone.
-
-    Raises:
-        ValueError: the path is no LLaVA.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(
-            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
-        ) from error
-    vision = config.vision_config if config.model_type == "llava" else config
-    if config.model_type != "llava" or vision.model_type not in TOWERS:
-        what = f"a model of type {config.model_type!r}" + (
-            f" with a {vision.model_type!r}" if vision is not config else ""
-        )
-        raise ValueError(f"{path} holds {what}. Supported: {SUPPORTED}.")
-    layers = _feature(config.vision_feature_layer, vision.num_hidden_layers)
-    return (vision.image_size // vision.patch_size) ** 2, layers

@@ -19,8 +19,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from llava_pitome.api import load, remove
+from llava_pitome.checkpoints import DTYPES
 from llava_pitome.config import MergeConfig
-from llava_pitome.llava import DTYPES
 from llava_pitome.measure import counted, literature
 from llava_pitome.validation import AMOUNTS
 

@@ -112,7 +112,7 @@ def test_the_cache_of_the_layers_behind_is_shorter_and_grows_with_every_token(mo
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What a method in the language model is given, pass by pass; the first time is the config's own check."""
+    """What a method in the language model is given; the first time is the config's own check."""
     passes = []
 
     def kept(metric, remove, *, depth=0.0, received_attention, last_attention, text_attention, text, asks):

@@ -18,7 +18,7 @@ CONFIGS = {
 TURNS = {  # what is said in each turn, row by row
     "picture first": (["<image> what is this", "a red <image> cat or <image> dog"],
                       ["a red dog", "two or three and what is that"]),
-    "picture last": (["two red cat", "what is this or that"], ["<image> what is this", "a <image> and <image>"]),
+    "picture last": (["two red cat", "what is this or that"], ["<image> what is this", "a <image> <image>"]),
     "some rows": (["two red cat", "what is <image> or that"], ["<image> what is this", "a red dog"]),
     "both": (["<image> what", "a red <image> or <image>"], ["and what is this <image>", "<image>"]),
 }  # fmt: skip

@@ -70,7 +70,7 @@ def test_a_static_cache_in_the_generation_config_raises_in_apply(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.generation_config.cache_implementation = "static"
-    with pytest.raises(ValueError, match="generation_config.cache_implementation='static'"):
+    with pytest.raises(ValueError, match=r"generation_config\.cache_implementation='static'"):
         apply(model, CONFIG)
     apply(model, MergeConfig(prefix=0.5))
     remove(model)
@@ -130,7 +130,7 @@ def test_packed_prompts_raise(model, processor, pictures, ran):
         count = inputs["input_ids"].shape[1]
         whole = torch.arange(count)[None]
         again = torch.cat([whole[:, : count - 2], whole[:, :2]], 1)
-        with pytest.raises(ValueError, match="position_ids .* start again .* one prompt a row"):
+        with pytest.raises(ValueError, match=r"position_ids .* start again .* one prompt a row"):
             model(**inputs, position_ids=again, use_cache=False)
         assert not ran
         model(**inputs, position_ids=whole, use_cache=False)
@@ -200,8 +200,15 @@ def test_more_tokens_than_there_are_raise_in_apply(config, message, model, proce
     assert model.config.to_dict() == before
 
 
-@pytest.mark.parametrize("config", [{"decoder": {0: 0.5}}, {"prefix": 0.5}, {"ratio": 0.9, "llm_proportional": True},
-                                    {"tokens": 9, "prefix_share": 0.5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"decoder": {0: 0.5}},
+        {"prefix": 0.5},
+        {"tokens": 9, "prefix_share": 0.5},
+        {"ratio": 0.9, "llm_proportional": True},
+    ],
+)
 def test_a_tower_alone_has_nothing_behind_it(config, model):
     with pytest.raises(ValueError, match="has no projector and no language model"):
         apply(model.model.vision_tower, MergeConfig(**config))

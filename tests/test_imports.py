@@ -32,6 +32,7 @@ ORDER = (
     ("places.everywhere",),
     ("language", "processor"),
     ("llava",),
+    ("checkpoints",),
     ("embedded.scenes",),
     ("embedded.questions", "embedded.render"),
     ("embedded",),
@@ -43,7 +44,7 @@ HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "
          "tqdm", "rich", "vllm", "gradio", "matplotlib", "safetensors", "triton"}  # fmt: skip
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
-    "transformers": ("llava", "lmms", "vllm", "bench.targets"),
+    "transformers": ("checkpoints", "lmms", "vllm", "bench.targets"),
     "lmms_eval": ("lmms",),
     "vllm": ("vllm",),
     "triton": KERNELS,
@@ -114,7 +115,7 @@ def test_no_imports_go_in_a_circle():
 def test_a_host_is_imported_in_its_adapter_only(host, files):
     users = {name for name, file in FILES.items() if any(m.split(".")[0] == host for m in imported(file))}
     assert users <= set(files)
-    assert host != "transformers" or "llava" in users
+    assert host != "transformers" or "checkpoints" in users
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from precise import alone, padded, precise, run
 from prompts import IMAGE, PROMPTS, batch, generate, single
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens, parents
+from llava_pitome.kernels.attention import attention as kernel
 from llava_pitome.merging import trace
 from llava_pitome.methods import Method, tome
-from llava_pitome.kernels.attention import attention as kernel
 from llava_pitome.places import attention, tower
 
 FEATURE, HEADS = LAYERS - 1, 4
@@ -25,10 +25,8 @@ def made(model, pixels):
 
 @torch.no_grad()
 def plain(model, pixels, lengths=None, bias=True):
-    """A tower written out that merges as the paper does: features, keys and attention of its last block, sizes.
-
-    Features are those behind the feature layer with the class token; the others are of the tokens that left.
-    """
+    """A tower written out that merges as the paper does: its features, and of its last block's survivors
+    keys, attention and sizes."""
     tower, lengths = model.model.vision_tower, lengths or (PATCHES,) * (FEATURE + 1)
     head = int(hasattr(tower, "pre_layrnorm"))
     found = []

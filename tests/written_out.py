@@ -1,4 +1,4 @@
-"""A LLaVA's language model written out in plain torch, one prompt at a time: it merges, and its cache grows."""
+"""A LLaVA's language model in plain torch, one prompt at a time: it merges, and its cache grows."""
 
 import math
 from typing import NamedTuple
@@ -29,16 +29,13 @@ class Story:
 
     def __init__(self, model, config):
         self.model, self.config, self.llm = model, config, model.model.language_model
-        self.blank()
-
-    def blank(self):
         none = torch.zeros(2, 0, 8, dtype=torch.float64)
         self.keys, self.values = ([none] * len(self.llm.layers) for _ in range(2))
         self.bias = [none[0, :, 0]] * len(self.llm.layers)
 
     @torch.no_grad()
     def say(self, ids, pictures=None, sizes=None):
-        """Runs token ids (T,), with the features (I, n, D) of their pictures and the sizes (I, n) of these."""
+        """Runs token ids (T,), with the features (I, n, D) of their pictures, and sizes (I, n)."""
         ids, states, attentions = torch.as_tensor(ids), [], []
         x = self.llm.embed_tokens(ids)
         groups = []

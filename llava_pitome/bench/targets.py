@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llava_pitome import embedded, llava
+from llava_pitome import checkpoints, embedded, llava
 
 NAMED = ("tower", "llava-7b", "llava-7b-2layer")
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -56,8 +56,8 @@ def build(name: str, dtype: torch.dtype, device: str, patches: int | None = None
         if patches is not None:
             raise ValueError(f"patches={patches} is for {', '.join(NAMED)}; {name!r} has its own image size")
         path = str(embedded.PATH) if name == "embedded" else name
-        llava.counts(path)  # a clear error for a path that leads nowhere
-        model, _ = llava.load(path, None, dtype=dtype)
+        checkpoints.counts(path)  # a clear error for a path that leads nowhere
+        model, _ = checkpoints.load(path, None, dtype=dtype)
         return Target(name, model.to(device), True, llava.find(model).patches)
     side = math.isqrt(patches or 576)
     if side * side != (patches or 576):

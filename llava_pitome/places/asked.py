@@ -97,12 +97,13 @@ class Asked(NamedTuple):
     def _attention(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H * C) and keys (B, P + T, H' * C) with their positions, and the additive mask."""
         queries, keys = self.look.queries_and_keys()
-        queries = scores.turned(queries, self._heads[0], *self.turns)
-        keys = scores.turned(keys, self._heads[1], *self.turns)
+        turns = [x.to(keys.device) for x in self.turns]
+        queries = scores.turned(queries, self._heads[0], *turns)
+        keys = scores.turned(keys, self._heads[1], *turns)
         if self.past:
             before = self.cached(self.past).to(keys.device).transpose(1, 2).flatten(2)
             keys = torch.cat([before.to(keys.dtype), keys], 1)
-        mask = self.mask
+        mask = self.mask if self.mask is None else self.mask.to(keys.device)
         if mask is None:
             length = queries.shape[1]
             mask = pasts.mask(Past(self.past + length), length, False, torch.float32, keys.device)
@@ -112,7 +113,7 @@ class Asked(NamedTuple):
 
     def _of_images(self, found: Tensor) -> Tensor:
         """What is known of each token (B, T), for the images' tokens (I, n)."""
-        return found.flatten()[self.prompt.images.to(found.device)]
+        return found.flatten()[self.prompt.images]
 
 
 def _picked(mask: Tensor, at: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from llava_pitome.places.asked import Asked
 from llava_pitome.places.blocks import Block, Slot, hidden_of
 from llava_pitome.places.inside import Inside
 from llava_pitome.places.looks import Looking, wanted
-from llava_pitome.places.merger import Merger
+from llava_pitome.places.merger import ANOTHER_PASS, Merger
 from llava_pitome.places.past import Memory, Past
 from llava_pitome.places.prefix import grid
 from llava_pitome.places.prompt import Prompt
@@ -207,7 +207,7 @@ class DecoderMerging:
             real = None
         self._now, self._masks = [None] * self._stretches, [None] * self._stretches
         if self._past is not None:
-            bias = self._bias(0, hidden) if self._has_images() else None
+            bias = self._bias(0) if self._has_images() else None
             for s in range(self._stretches if not self._has_images() else 1):
                 known = self._prompts[0].real if self._has_images() else real
                 self._set(s, length, known, bias, hidden)
@@ -235,12 +235,12 @@ class DecoderMerging:
             return (args[0], positions, *args[2:]), kwargs
         return args, kwargs | {"position_ids": positions}
 
-    def _bias(self, s: int, hidden: Tensor) -> Tensor | None:
+    def _bias(self, s: int) -> Tensor | None:
         """Log sizes (B, T) of the tokens in stretch s, 0 for text; None where attention is not weighed."""
         if not self.config.llm_proportional or (s == 0 and not self.arrivals.merged):
             return None
         prompt = self._prompts[s]
-        bias = torch.zeros(prompt.shape, device=hidden.device)
+        bias = torch.zeros(prompt.shape, device=prompt.images.device)
         bias.view(-1)[prompt.images.flatten()] = self.slots[s].sizes.log().flatten()
         return bias
 
@@ -299,17 +299,19 @@ class DecoderMerging:
 
     def _merge(self, s: int, hidden: Tensor) -> Tensor:
         """The merge behind stretch s: hidden (B, T, D) to (B, T', D)."""
-        i, prompt, config = self.layers[s], self._prompts[s], self.config
+        i, prompt, config = self.layers[s], self._prompts[s].to(hidden.device), self.config
+        if hidden.shape[:2] != prompt.shape:
+            raise RuntimeError(ANOTHER_PASS)
         source = hidden.detach() if config.metric == "hidden" else self._looks[s].key()
-        x, metric = (y.flatten(0, 1)[prompt.images.to(y.device)] for y in (hidden, source))
+        x, metric = (y.flatten(0, 1)[prompt.images] for y in (hidden, source))
         length = schedule.left(x.shape[1], config.decoder[i], f"decoder[{i}]")
         way = (config.method, config.parameters, i / len(self.llm.blocks))
         last = self.slots[s + 1]
-        offers = self._asked[s].offers(source)
+        offers = self._asked[s]._replace(prompt=prompt).offers(source)
         merged, slot = self._merger.merge(x, metric, length, self.slots[s], last, way, offers)
         short = prompts.shorten(prompt, slot.merge)
         self.slots[s + 1], self._prompts[s + 1] = slot, short.after
-        bias = self._bias(s + 1, hidden)
+        bias = self._bias(s + 1)
         self._set(s + 1, short.after.shape[1], short.after.real, bias, hidden)
         return prompts.replace(hidden, short, merged)
 

@@ -16,6 +16,10 @@ from llava_pitome.merging import Plan, full_precision, plan, widen
 from llava_pitome.methods import METHODS
 from llava_pitome.places.blocks import Slot
 
+ANOTHER_PASS = (
+    "gradient checkpointing ran a block again after another forward pass changed what merges; with "
+    "checkpointing on, go backward before the next forward"
+)
 Offers = Mapping[str, Callable[[], Any]]  # what a place can tell of methods' GIVEN, worked out when asked
 
 
@@ -62,10 +66,7 @@ class Merger:
         sizes = here.sizes.to(x.device)
         choice, laid = self._choose(metric.detach(), length, sizes, way, offers)
         if _recomputing() and not (last and last.merge and torch.equal(last.merge.slot, laid.slot)):
-            raise RuntimeError(
-                "gradient checkpointing ran a block again after another forward pass changed what merges; "
-                "with checkpointing on, go backward before the next forward"
-            )
+            raise RuntimeError(ANOTHER_PASS)
         merged, sizes = fold(x, sizes, laid, choice, self.config.size_weighted, self._triton_now)
         return merged, Slot(sizes, laid, self.front)
 

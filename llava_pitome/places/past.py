@@ -136,7 +136,7 @@ def biased(given: Tensor | None, now: Past, queries: int, dtype: torch.dtype, de
     """A model's own attention mask with the bias of `now` added; None becomes a causal one."""
     if given is None:
         return mask(now, queries, False, dtype, device)
-    bias = now.bias.to(device, dtype)[:, None, None]
+    bias = now.bias.to(given.device, dtype)[:, None, None]
     if given.dtype == torch.bool:
         return torch.where(given, bias, torch.finfo(dtype).min)
     return (given + bias).clamp(min=torch.finfo(dtype).min)

@@ -42,6 +42,11 @@ class Prompt(NamedTuple):
         """(I,) the prompt of each image."""
         return self.images[:, 0] // self.shape[1]
 
+    def to(self, device: torch.device) -> "Prompt":
+        """The same on a device: layers may lie on several."""
+        moved = {k: v.to(device) for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**moved)
+
 
 def find(is_image: Tensor, each: int, front: int, real: Tensor | None) -> Prompt:
     """The images of a batch of prompts in front of the first layer.

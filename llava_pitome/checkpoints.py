@@ -1,0 +1,98 @@
+"""LLaVA checkpoints: loading them, and what their configs say without their weights."""
+
+from typing import Any
+
+from torch import nn
+
+from llava_pitome import llava
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")  # model types of the towers that are supported
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
+HUB = (
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+)  # where files come from
+
+
+def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module, Any]:
+    """The model and processor of a checkpoint or hub id, ready for batched generation, not merging.
+
+    Raises:
+        ValueError: an unknown quantization, or a checkpoint that is no LLaVA.
+    """
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(
+            f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or none"
+        )
+    hub = {k: v for k, v in options.items() if k in HUB}
+    config = AutoConfig.from_pretrained(path, **hub)
+    if config.model_type != "llava":
+        raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {llava.SUPPORTED}.")
+    options["dtype"] = _dtype(options.get("dtype"), config)
+    if quantization is not None:
+        options |= _quantized(quantization, options)
+    model = LlavaForConditionalGeneration.from_pretrained(path, **options)
+    processor = AutoProcessor.from_pretrained(path, **hub)
+    processor.tokenizer.padding_side = "left"  # generate continues at the right end of every row
+    return model.eval(), processor
+
+
+def counts(path: str) -> tuple[int, int]:
+    """Patches of an image, and layers that may merge, from a checkpoint's config alone.
+
+    Raises:
+        ValueError: the path is no LLaVA.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(
+            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
+        ) from error
+    vision = config.vision_config if config.model_type == "llava" else config
+    if config.model_type != "llava" or vision.model_type not in TOWERS:
+        what = f"a model of type {config.model_type!r}" + (
+            f" with a {vision.model_type!r}" if vision is not config else ""
+        )
+        raise ValueError(f"{path} holds {what}. Supported: {llava.SUPPORTED}.")
+    layers = llava.feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    return (vision.image_size // vision.patch_size) ** 2, layers
+
+
+def _dtype(wanted: Any, config: Any) -> Any:
+    """As saved where nothing is asked for; but float16 becomes bfloat16 on CPUs, which are too slow at it."""
+    import torch
+
+    if wanted not in (None, "auto"):
+        return getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    half = str(config.dtype).endswith("float16") and not str(config.dtype).endswith("bfloat16")
+    return torch.bfloat16 if half and not torch.cuda.is_available() else "auto"
+
+
+def _quantized(quantization: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options that load the language model in 4 or 8 bits; tower, projector and head stay as they are."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    keep = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    if quantization == "8bit":
+        scheme = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    else:
+        compute = options["dtype"] if options["dtype"] != "auto" else torch.bfloat16
+        scheme = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=keep,
+        )
+    place = options.get("device_map") or ("auto" if torch.cuda.is_available() else "cpu")
+    return {"quantization_config": scheme, "device_map": place}
