@@ -37,6 +37,7 @@ class MergeConfig:
         size_weighted: average tokens by the patches that they stand for (the paper) instead of plainly.
         proportional: add log size to the attention scores of later tower layers (the paper).
         order: "raster" keeps survivors where they were; "method" lays them out as the method's authors do.
+            Inside the language model they always stay where they were.
         depths: the part of the tower whose layers share `tokens`, or a single `ratio`: (0, 1) is all of it.
         prefix: merges once more behind the projector: the share in (0, 1] that stays, or, as a whole number,
             how many tokens.
