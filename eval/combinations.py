@@ -24,7 +24,7 @@ class Combination(NamedTuple):
 
     Attributes:
         name: its own, also of its folder.
-        method: a name in METHODS or RECIPES, "resize" or "unmerged".
+        method: a name in METHODS or RECIPES, RECIPE:METHOD, "resize" or "unmerged".
         place: where it merges; empty for the unmerged model.
         tokens: image tokens at which it is compared; None for the unmerged model.
         seed: of the draw, for methods that draw.
@@ -45,7 +45,7 @@ class Combination(NamedTuple):
     @property
     def config(self) -> MergeConfig | None:
         """How it merges."""
-        return None if self.fields is None else MergeConfig.from_dict(RECIPES[self.recipe] | self.fields)
+        return None if self.fields is None else MergeConfig.recipe(self.recipe, **self.fields)
 
 
 def every(
@@ -54,7 +54,7 @@ def every(
     """The unmerged model, and every combination of what is given, each once.
 
     Args:
-        methods: names in METHODS or RECIPES, or "resize".
+        methods: names in METHODS or RECIPES, "resize", or RECIPE:METHOD, a recipe with another method.
         places: "tower", "prefix", "tower+prefix", "decoder:K" with K a layer.
         tokens: that are to be left of the patches.
         seeds: for methods that draw.
@@ -70,7 +70,7 @@ def every(
             )
     known = (*METHODS, *RECIPES, RESIZE)
     for name in methods:
-        if name not in known:
+        if name not in known and not _borrowed(name):
             raise ValueError(
                 f"method {name!r} is unknown; the nearest is {_nearest(name, known)!r}, of {', '.join(known)}"
             )
@@ -84,6 +84,12 @@ def every(
                     c.name: c for c in _draws(REFERENCE if method == "paper" else method, place, count, seeds)
                 }
     return list(found.values())
+
+
+def _borrowed(name: str) -> bool:
+    """Whether a name is RECIPE:METHOD."""
+    recipe, _, method = name.partition(":")
+    return recipe in RECIPES and method in METHODS
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -108,13 +114,17 @@ def _draws(method: str, place: str, tokens: int, seeds: Sequence[int]) -> Iterat
     if method == RESIZE:
         yield one._replace(fields={"resize": list(rectangle(tokens))})
         return
-    recipe = method if method in RECIPES else "paper"
-    own = {} if method in RECIPES else {"method": method}
-    used = MergeConfig.from_dict({"ratio": 1.0} | RECIPES[recipe] | own)
+    recipe, own = method, {}
+    if method not in RECIPES:
+        lent, _, name = method.rpartition(":")
+        recipe, own = lent or "paper", {"method": name} | ({"parameters": {}} if lent else {})
+    used = MergeConfig.recipe(recipe, ratio=1.0, **own)
     places = METHODS[used.method].places
     if any(part.partition(":")[0] not in places for part in place.split("+")):
         yield one._replace(skipped=f"not defined there: {used.method} fits {' and '.join(places)}")
         return
+    if place == "tower" and used.prefix_share:
+        own = own | {"prefix_share": 0.0}
     drawn = seeds if "seed" in parameters_of(used.method) else (None,)
     for seed in drawn:
         draw = {} if seed is None else {"parameters": used.parameters | {"seed": seed}}

@@ -140,7 +140,7 @@ def config(options: dict) -> MergeConfig:
         raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
     if options["merging"] is None and not named.keys() & set(AMOUNTS):
         named["ratio"] = RATIO
-    return MergeConfig.from_dict(RECIPES[options["recipe"]] | merging | named)
+    return MergeConfig.recipe(options["recipe"], **(merging | named))
 
 
 def _spread(words: list[str], processes: int) -> int:

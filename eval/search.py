@@ -65,6 +65,8 @@ def main(words: list[str]) -> int:
         return 2
     trials = Trials(Path(options["output"]), options["pictures"], options["jobs"])
     (score,) = trials.scores([best])
+    trials.path = []
+    trials.keep(best)
     print(f"{score:.2f}  to begin with: {described(best)}", flush=True)
     for _ in range(options["rounds"]):
         changed = neighbours(best)
@@ -73,6 +75,7 @@ def main(words: list[str]) -> int:
         if found[top] < score + options["gain"]:
             break
         best, score = changed[top], found[top]
+        trials.keep(best)
         print(f"{score:.2f}  {described(best)}", flush=True)
     print(f"nothing changes it by {options['gain']} or more; trials in {options['output']}")
     return 0
@@ -85,6 +88,7 @@ class Trials:
         """Takes up what the file holds of the same pictures."""
         self.path, self.pictures, self.jobs = path, pictures, jobs
         self.known: dict[str, list[float]] = {}
+        self.path: list[str] = []  # what was kept, one after the other
         if path.exists():
             held = json.loads(path.read_text())
             if held["pictures"] == pictures:
@@ -101,10 +105,15 @@ class Trials:
                 self._write()
         return [float(np.mean(self.known[described(c)])) for c in configs]
 
+    def keep(self, config: MergeConfig) -> None:
+        """Notes a config as the best so far."""
+        self.path.append(described(config))
+        self._write()
+
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
-        held = {"pictures": self.pictures, "budgets": BUDGETS, "trials": self.known}
+        held = {"pictures": self.pictures, "budgets": BUDGETS, "trials": self.known, "path": self.path}
         partial.write_text(json.dumps(held, indent=1) + "\n")
         partial.replace(self.path)
 

@@ -6,14 +6,15 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_pitome import schedule, validation
+from llava_pitome import validation
+from llava_pitome.counts import Counts
 from llava_pitome.recipes import RECIPES
 
 VERSION = 1  # of the saved form
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(Counts):
     """How visual tokens merge, in the tower, behind the projector (prefix), and in the language model.
 
     Say how far with `ratio` or `tokens` (the tower), `prefix`, `decoder`, `resize`, or several of them; a
@@ -41,7 +42,8 @@ class MergeConfig:
         depths: the part of the tower whose layers share `tokens`, or a single `ratio`: (0, 1) is all of it.
         prefix: merges once more behind the projector: the share in (0, 1] that stays, or, as a whole number,
             how many tokens.
-        prefix_share: with `tokens`, the part of the reduction (of its logarithm) that is left to the prefix.
+        prefix_share: the part of the reduction (of its logarithm) that is left to the prefix; `tokens`, or
+            what a single `ratio` would leave, then reach the language model all the same.
         prefix_metric: what similarity is measured on there: "features", as they come from the projector, or
             "keys", those of the tower's last layer; None is what the method's paper says.
         decoder: language model layers that merge the image's tokens during prefill, each with the share or
@@ -92,6 +94,9 @@ class MergeConfig:
     def recipe(cls, name: str, **changes: Any) -> "MergeConfig":
         """The config of a named recipe, with `ratio=` or `tokens=` and any other field changed.
 
+        Where the changes say by `prefix`, `decoder` or `resize` alone how far to merge, nothing of a budget
+        is left to the prefix.
+
         "paper": the equations. "released": what the authors' LLaVA branch computes instead. "best": what was
         found best on the embedded benchmark's training pictures.
 
@@ -100,7 +105,10 @@ class MergeConfig:
         """
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r} is unknown; allowed are {', '.join(RECIPES)}")
-        return cls.from_dict(RECIPES[name] | changes)
+        fields = RECIPES[name] | changes
+        if changes.get("prefix") is not None or changes.keys().isdisjoint(("ratio", "tokens")):
+            fields |= {"prefix_share": changes.get("prefix_share", 0.0)}  # nothing is left to divide
+        return cls.from_dict(fields)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MergeConfig":
@@ -125,100 +133,6 @@ class MergeConfig:
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values that survives JSON, stamped with its version."""
         return json.loads(json.dumps({"version": VERSION} | dataclasses.asdict(self)))
-
-    @property
-    def merges_in_tower(self) -> bool:
-        """Whether the tower is asked to merge; how much depends on the image's size."""
-        if self.tokens is not None:
-            return self.prefix_share < 1
-        shares = self.ratio if isinstance(self.ratio, tuple) else (self.ratio or 1,)
-        return any(share < 1 for share in shares)
-
-    @property
-    def merges_in_prefix(self) -> bool:
-        """Whether tokens merge behind the projector."""
-        return (self.prefix is not None and schedule.shortens(self.prefix)) or self.prefix_share > 0
-
-    @property
-    def reaches_llm(self) -> bool:
-        """Whether anything changes inside the language model."""
-        return bool(self.merging_layers) or self.llm_proportional or self.positions != "packed"
-
-    @property
-    def merging_layers(self) -> tuple[int, ...]:
-        """The language model's layers that merge, in order."""
-        return tuple(i for i, keep in self.decoder.items() if schedule.shortens(keep))
-
-    def patches_at(self, patches: int) -> int:
-        """Patches that the tower sees, of an image's `patches`.
-
-        Raises:
-            ValueError: `resize` asks for more than there are.
-        """
-        seen = patches if self.resize is None else self.resize[0] * self.resize[1]
-        if seen > patches:
-            raise ValueError(f"resize={self.resize} does not fit: this image has {patches} patches")
-        return seen
-
-    def lengths(self, patches: int, layers: int) -> tuple[int, ...]:
-        """Patches before the first and after each of the `layers` tower layers that may merge.
-
-        Args:
-            patches: what the tower sees.
-            layers: up to the feature layer.
-
-        Raises:
-            ValueError: more tokens than patches, or not one ratio per layer.
-        """
-        may = [self.depths[0] <= i / layers < self.depths[1] for i in range(layers)]
-        if self.tokens is not None:
-            if self.tokens > patches:
-                raise ValueError(
-                    f"tokens={self.tokens} does not fit: this image has {patches} patches, allowed is 1 to "
-                    f"{patches}"
-                )
-            return schedule.lengths_for(
-                patches, may, schedule.divided(patches, self.tokens, self.prefix_share)
-            )
-        if not isinstance(self.ratio, tuple):
-            return schedule.lengths(patches, [self.ratio or 1.0 if m else 1.0 for m in may])
-        if len(self.ratio) != layers:
-            raise ValueError(
-                f"ratio holds {len(self.ratio)} shares; the tower has {layers} layers that can merge"
-            )
-        return schedule.lengths(patches, self.ratio)
-
-    def after_prefix(self, tokens: int) -> int:
-        """Tokens that the prefix leaves of those that the projector makes.
-
-        Raises:
-            ValueError: `prefix` asks for more than there are.
-        """
-        if self.tokens is not None and self.prefix_share > 0:
-            return min(self.tokens, tokens)
-        return tokens if self.prefix is None else schedule.left(tokens, self.prefix, "prefix")
-
-    def tokens_at(self, patches: int, layers: int) -> int:
-        """Image tokens that reach the language model, of an image's `patches`."""
-        return self.after_prefix(self.lengths(self.patches_at(patches), layers)[-1])
-
-    def llm_lengths(self, tokens: int, layers: int) -> tuple[int, ...]:
-        """Image tokens in front of the first and behind each of the language model's `layers` layers.
-
-        Raises:
-            ValueError: `decoder` names a layer that is not there, or that has none behind it, or asks for
-                more tokens than there are.
-        """
-        if wrong := [i for i in self.decoder if i > layers - 2]:
-            raise ValueError(
-                f"decoder names layer {wrong[0]}; the language model has {layers} layers, and a layer that "
-                f"merges needs one behind it: allowed are 0 to {layers - 2}"
-            )
-        counts = [tokens]
-        for i in range(layers):
-            keep = self.decoder.get(i, 1.0)
-            counts.append(schedule.left(counts[-1], keep, f"decoder[{i}]"))
-        return tuple(counts)
 
     def method_at(self, depth: float) -> tuple[str, dict[str, Any]]:
         """The method and its parameters in the tower at a depth l_i / l in [0, 1)."""

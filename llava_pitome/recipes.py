@@ -14,4 +14,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "proportional": False,
         "order": "method",
     },
+    "best": {  # found by eval/search.py on training pictures; eval/results/search.json
+        "parameters": {"candidates": 6.0},
+        "prefix_share": 0.5,
+        "llm_proportional": True,
+        "positions": "original",
+    },
 }

@@ -91,8 +91,12 @@ def _amounts(config: Any) -> None:
             f"tokens={tokens} says what reaches the language model, and so does prefix={config.prefix}: give "
             "ratio with prefix, or tokens with prefix_share"
         )
-    if config.prefix_share and tokens is None:
-        raise ValueError(f"prefix_share={config.prefix_share} divides tokens, which are not given")
+    single = tokens is not None or (ratio is not None and not isinstance(ratio, tuple))
+    if config.prefix_share and (not single or config.prefix is not None):
+        raise ValueError(
+            f"prefix_share={config.prefix_share} divides what tokens, or a single ratio, leaves; given are "
+            f"tokens={tokens}, ratio={ratio}, prefix={config.prefix}"
+        )
     _depths(config)
     side = config.resize
     if side is not None and not (

@@ -1,10 +1,14 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 from prompts import PROMPTS, batch, generate
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens
+from llava_pitome.recipes import RECIPES
+
+RESULTS = Path(__file__).parents[1] / "eval" / "results"
 
 
 @pytest.mark.parametrize(
@@ -20,7 +24,9 @@ from llava_pitome import METHODS, MergeConfig, merge_tokens
         *(({"decoder": v}, "decoder=.* must be a dict") for v in ([8], (8, 0.5), "8", 0.5, None)),
         *(({"tokens": 9, "prefix_share": v}, f"prefix_share={v!r} is not allowed")
           for v in (-0.1, 1.1, True, "half", None, math.nan)),
-        ({"ratio": 0.9, "prefix_share": 0.5}, "prefix_share=0.5 divides tokens"),
+        ({"ratio": (0.9, 0.8), "prefix_share": 0.5}, "prefix_share=0.5 divides what tokens"),
+        ({"ratio": 0.9, "prefix": 7, "prefix_share": 0.5}, "prefix_share=0.5 divides what tokens"),
+        ({"prefix": 7, "prefix_share": 0.5}, "prefix_share=0.5 divides what tokens"),
         ({"tokens": 9, "prefix": 0.5}, "tokens=9 .* prefix=0.5"),
         *(({"resize": v}, "resize=.* must be rows and columns")
           for v in ((4,), (4, 4, 4), (0, 4), (4, -1), (4.0, 4), (True, 4), 4, "44")),
@@ -85,3 +91,23 @@ def test_a_config_survives_json(config):
     assert found == config
     assert repr(found) == repr(config)  # 1 is not 1.0, tuples are tuples, layers are numbers in order
     assert list(found.decoder) == sorted(found.decoder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_ratio_that_is_divided_leaves_as_many_as_one_that_is_not(share):
+    assert MergeConfig(ratio=0.9, prefix_share=share).tokens_at(576, 23) == 54
+    assert MergeConfig(ratio=0.9).lengths(576, 23)[-1] == 54
+
+
+def test_best_is_what_the_search_found():
+    held = json.loads((RESULTS / "search.json").read_text())
+    assert json.loads(held["path"][-1]) == RECIPES["best"]
+
+
+@pytest.mark.parametrize(
+    "changes, tokens",
+    [({"ratio": 0.9}, 54), ({"tokens": 64}, 64), ({"prefix": 60}, 60), ({"decoder": {1: 5}}, 576),
+     ({"resize": (9, 9)}, 81), ({"ratio": 0.9, "prefix": 9}, 9)],
+)  # fmt: skip
+def test_a_recipe_that_divides_a_budget_takes_every_amount(changes, tokens):
+    assert MergeConfig.recipe("best", **changes).tokens_at(576, 23) == tokens

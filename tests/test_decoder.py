@@ -64,6 +64,8 @@ def check(out, found, story):
 def test_the_hooks_compute_what_a_language_model_written_out_does(change, prompt, pictures):
     model, processor = precise(make_model()), make_processor()
     config = MergeConfig(**{"decoder": {0: 0.5, 1: 12}} | change)
+    if prompt:  # warm: transformers installs hooks of its own at the first use
+        said(model, {"input_ids": torch.tensor([[5]])})
     with merge_tokens(model, config, processor) as merging:
         inputs = alone(processor, PROMPTS[prompt], pictures)
         story = Story(precise(make_model()), config)

@@ -19,7 +19,7 @@ ORDER = (
     ("methods.visionzip", "methods.prumerge", "methods.divprune", "methods.sparsevlm"),
     ("methods", "folding"),
     ("matching", "recipes"),
-    ("validation", "spectral"),
+    ("validation", "spectral", "counts"),
     ("config",),
     ("places",),
     ("places.attention", "places.blocks", "places.past", "places.prompt", "places.scores", "places.shrink"),

@@ -42,8 +42,9 @@ def test_nothing_to_merge_needs_no_hook_behind_the_tower(config, model):
         assert len(model.model._forward_pre_hooks) == inner
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kernel, dtype", [("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16)]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("config", NOTHING + AS_MANY, ids=str)
 def test_keeping_everything_changes_no_bit(config, side, dtype, kernel, pictures):

@@ -258,6 +258,7 @@ class DecoderMerging:
         if self._past is None:
             return None
         hidden, _ = hidden_of(args, kwargs)
+        self._check_pass(s, hidden)
         changed = {}
         if s == 0:
             if self._now[0].bias is not None:
@@ -280,6 +281,12 @@ class DecoderMerging:
             )
         return args, kwargs
 
+    def _check_pass(self, s: int, hidden: Tensor) -> None:
+        """Raises RuntimeError where gradient checkpointing runs a layer of an earlier pass again."""
+        prompt = self._prompts[s]
+        if prompt is not None and prompt.shape != hidden.shape[:2]:
+            raise RuntimeError(ANOTHER_PASS)
+
     def _positions(self, origin: Tensor, kwargs: dict) -> dict[str, Any]:
         """Every token keeps the position that it had in front of the first layer."""
         cos, sin = kwargs["position_embeddings"]
@@ -300,8 +307,7 @@ class DecoderMerging:
     def _merge(self, s: int, hidden: Tensor) -> Tensor:
         """The merge behind stretch s: hidden (B, T, D) to (B, T', D)."""
         i, prompt, config = self.layers[s], self._prompts[s].to(hidden.device), self.config
-        if hidden.shape[:2] != prompt.shape:
-            raise RuntimeError(ANOTHER_PASS)
+        self._check_pass(s, hidden)
         source = hidden.detach() if config.metric == "hidden" else self._looks[s].key()
         x, metric = (y.flatten(0, 1)[prompt.images] for y in (hidden, source))
         length = schedule.left(x.shape[1], config.decoder[i], f"decoder[{i}]")

@@ -68,7 +68,7 @@ class PrefixMerging:
         """Behind the projector."""
         here = self._arriving(output)
         count = output.shape[1] - self.front
-        length = self.config.after_prefix(count)
+        length = self.config.prefix_length(count, self.tower.patches or count, self.tower.feature)
         if length == count:
             self.slot = here
             return None

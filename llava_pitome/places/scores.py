@@ -28,9 +28,8 @@ def attention(
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
-        scores = scores + mask.float().clamp(
-            min=torch.finfo(scores.dtype).min
-        )  # a row of -inf has no softmax
+        lowest = torch.finfo(scores.dtype).min  # a row of -inf has no softmax
+        scores = scores + mask.float().clamp(min=lowest)
     return scores.softmax(-1).mean(1)
 
 
