@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.places.blocks import Block, Parts
-from llava_pitome.places.decoder import Llm
+from llava_pitome.places.llm import Llm
 
 KINDS = ("llama", "mistral", "qwen2")  # model types whose layers are known to be what the hooks take them for
 KERNELS = ("sdpa", "eager")  # attention kernels that take a mask of their own for every layer

@@ -24,7 +24,7 @@ ORDER = (
     ("places",),
     ("places.attention", "places.blocks", "places.past", "places.prompt", "places.scores", "places.shrink"),
     ("places.merger", "places.inside"),
-    ("places.looks",),
+    ("places.looks", "places.llm", "places.passing"),
     ("places.asked", "places.arrivals",),
     ("places.tower",),
     ("places.prefix",),

@@ -8,7 +8,8 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.merging import Plan
 from llava_pitome.places.arrivals import Arrivals
 from llava_pitome.places.blocks import Parts
-from llava_pitome.places.decoder import DecoderMerging, Llm
+from llava_pitome.places.decoder import DecoderMerging
+from llava_pitome.places.llm import Llm
 from llava_pitome.places.prefix import PrefixMerging
 from llava_pitome.places.shrink import Shrinking
 from llava_pitome.places.tower import TowerMerging
