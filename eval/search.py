@@ -65,7 +65,7 @@ def main(words: list[str]) -> int:
         return 2
     trials = Trials(Path(options["output"]), options["pictures"], options["jobs"])
     (score,) = trials.scores([best])
-    trials.path = []
+    trials.way = []
     trials.keep(best)
     print(f"{score:.2f}  to begin with: {described(best)}", flush=True)
     for _ in range(options["rounds"]):
@@ -88,7 +88,7 @@ class Trials:
         """Takes up what the file holds of the same pictures."""
         self.path, self.pictures, self.jobs = path, pictures, jobs
         self.known: dict[str, list[float]] = {}
-        self.path: list[str] = []  # what was kept, one after the other
+        self.way: list[str] = []  # what was kept, one after the other
         if path.exists():
             held = json.loads(path.read_text())
             if held["pictures"] == pictures:
@@ -107,13 +107,13 @@ class Trials:
 
     def keep(self, config: MergeConfig) -> None:
         """Notes a config as the best so far."""
-        self.path.append(described(config))
+        self.way.append(described(config))
         self._write()
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
-        held = {"pictures": self.pictures, "budgets": BUDGETS, "trials": self.known, "path": self.path}
+        held = {"pictures": self.pictures, "budgets": BUDGETS, "trials": self.known, "path": self.way}
         partial.write_text(json.dumps(held, indent=1) + "\n")
         partial.replace(self.path)
 

@@ -34,7 +34,7 @@ def test_tokens_that_are_no_positive_whole_number_raise_with_the_value(tokens):
 
 @pytest.mark.parametrize("both", [{}, {"ratio": 0.9, "tokens": 64}])
 def test_ratio_and_tokens_together_or_neither_raise(both):
-    with pytest.raises(ValueError, match="ratio.* tokens"):
+    with pytest.raises(ValueError, match=r"ratio.* tokens"):
         MergeConfig(**both)
 
 

@@ -25,7 +25,10 @@ ORDER = (
     ("places.attention", "places.blocks", "places.past", "places.prompt", "places.scores", "places.shrink"),
     ("places.merger", "places.inside"),
     ("places.looks", "places.llm", "places.passing"),
-    ("places.asked", "places.arrivals",),
+    (
+        "places.asked",
+        "places.arrivals",
+    ),
     ("places.tower",),
     ("places.prefix",),
     ("places.decoder",),

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from given import given
 
 from llava_pitome import METHODS, parents, spectral_distance
 
@@ -76,7 +77,7 @@ def test_the_lifted_spectrum_is_the_one_of_the_graph_written_out():
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_nothing_has_no_distance(method):
     x, _ = clusters(0.1)
-    assert spectral_distance(x, parents(x, 0, method)).item() == 0
+    assert spectral_distance(x, parents(x, 0, method, **given(method, *x.shape))).item() == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,7 +85,7 @@ def test_merging_equal_tokens_has_no_distance(method):
     x = torch.randn(1, 8, 6, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 1)
     pairs = torch.arange(16)[None] // 2 * 2
     assert spectral_distance(x, pairs).item() == pytest.approx(0, abs=1e-6)
-    assert spectral_distance(x, parents(x, 4, method)).item() >= 0
+    assert spectral_distance(x, parents(x, 4, method, **given(method, *x.shape))).item() >= 0
 
 
 def test_every_image_of_a_batch_has_its_own_distance():

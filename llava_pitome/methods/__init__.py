@@ -55,7 +55,7 @@ class Method(NamedTuple):
         halves: pairs tokens up, so that at most half of them can go at once.
         keeps_norm: stretches averages to the longest of their tokens.
         needs: names in GIVEN.
-        places: where the method's definition makes sense.
+        places: where the method's definition makes sense, its own paper's first.
         keys: at the prefix, similarity is measured on the tower's keys and not on the projected features.
     """
 
