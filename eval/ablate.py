@@ -19,6 +19,7 @@ from results import commit
 from llava_pitome import MergeConfig
 from llava_pitome.bench.machine import machine
 from llava_pitome.options import Option, parse, usage, whole
+from llava_pitome.recipes import RECIPES
 
 BUDGETS = (98, 59, 39, 20)  # of 196: 50, 70, 80 and 90 % of the tokens go
 PAPER = "the paper"
@@ -53,6 +54,7 @@ ROWS: dict[str, dict[str, dict]] = {  # dimension, then what is changed
         "on in the language model too": {"llm_proportional": True},
         "in the language model alone": {"proportional": False, "llm_proportional": True},
     },
+    "positions in the language model": {"of their patches": {"positions": "original"}},
     "order": {"by energy, as released": {"order": "method"}},
     "metric": {"hidden state": {"metric": "hidden"}},
     "site": {"behind the block": {"site": "block"}},
@@ -64,6 +66,15 @@ ROWS: dict[str, dict[str, dict]] = {  # dimension, then what is changed
     "prefix": {
         "half of the reduction": {"prefix_share": 0.5},
         "all of it": {"prefix_share": 1.0},
+    },
+    "the recipe best": {
+        "whole": RECIPES["best"],
+        "without more candidates": {**RECIPES["best"], "parameters": {}},
+        "without the prefix": {**RECIPES["best"], "prefix_share": 0.0},
+        "without log sizes in the language model": {**RECIPES["best"], "llm_proportional": False},
+        "without the patches' positions": {**RECIPES["best"], "positions": "packed"},
+        "with ToMe's matching": {**RECIPES["best"], "parameters": {}, "method": "tome"},
+        "with a draw by lot": {**RECIPES["best"], "parameters": {}, "method": "random"},
     },
 }
 OPTIONS = {
