@@ -99,15 +99,15 @@ class Counts:
             return self.tokens
         return schedule.lengths(patches, self._shares(layers))[-1]
 
-    def _may(self, layers: int) -> list[bool]:
+    def _may(self, layers: int) -> tuple[bool, ...]:
         """Which tower layers `tokens` or a single `ratio` is for."""
-        return [self.depths[0] <= i / layers < self.depths[1] for i in range(layers)]
+        return tuple(self.depths[0] <= i / layers < self.depths[1] for i in range(layers))
 
-    def _shares(self, layers: int) -> list[float]:
+    def _shares(self, layers: int) -> tuple[float, ...]:
         """The share that each tower layer keeps."""
         if isinstance(self.ratio, tuple):
-            return list(self.ratio)
-        return [self.ratio if may and self.ratio else 1.0 for may in self._may(layers)]
+            return self.ratio
+        return tuple(self.ratio if may and self.ratio else 1.0 for may in self._may(layers))
 
     def llm_lengths(self, tokens: int, layers: int) -> tuple[int, ...]:
         """Image tokens in front of the first and behind each of the language model's `layers` layers.

@@ -6,6 +6,7 @@ r), the class token not counted (the paper, section 3.2).
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from math import floor
 
 
@@ -38,15 +39,21 @@ def shortens(keep: float | int) -> bool:
     return isinstance(keep, int) or keep != 1
 
 
-def lengths(patches: int, keep: Sequence[float]) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def lengths(patches: int, keep: tuple[float, ...]) -> tuple[int, ...]:
     """Patches before the first layer and after each one: len(keep) + 1 numbers, `patches` first."""
+    return _lengths(patches, keep)
+
+
+def _lengths(patches: int, keep: Sequence[float]) -> tuple[int, ...]:
     counts = [patches]
     for share in keep:
         counts.append(after(counts[-1], share))
     return tuple(counts)
 
 
-def lengths_for(patches: int, merging: Sequence[bool], tokens: int) -> tuple[int, ...]:
+@lru_cache(maxsize=256)  # asked once an image by the processor
+def lengths_for(patches: int, merging: tuple[bool, ...], tokens: int) -> tuple[int, ...]:
     """Lengths that end at exactly `tokens`, as close to one common share per layer as whole tokens allow.
 
     The largest share that does not end above `tokens` is found first; where it ends below, the surplus is
@@ -71,7 +78,7 @@ def lengths_for(patches: int, merging: Sequence[bool], tokens: int) -> tuple[int
             f"tokens={tokens} needs a layer that can merge, and none lies before the feature layer"
         )
     share = solve(patches, sum(merging), tokens)
-    counts = list(lengths(patches, [share if may else 1.0 for may in merging]))
+    counts = _lengths(patches, [share if may else 1.0 for may in merging])
     return tuple(max(count, tokens) for count in counts)  # no layer may end below what is wanted at the end
 
 
@@ -80,7 +87,7 @@ def solve(patches: int, layers: int, tokens: int) -> float:
     low, high = 0, 10**6
     while high - low > 1:
         middle = (low + high) // 2
-        if lengths(patches, (middle / 10**6,) * layers)[-1] <= tokens:
+        if _lengths(patches, (middle / 10**6,) * layers)[-1] <= tokens:
             low = middle
         else:
             high = middle

@@ -41,7 +41,7 @@ def test_at_least_one_token_is_always_left(keep):
 @pytest.mark.parametrize("patches, layers", [(1, 1), (2, 3), (17, 1), (36, 7), (49, 2), (196, 11)])
 def test_every_token_count_is_hit_exactly_and_lengths_never_rise(patches, layers):
     for tokens in range(1, patches + 1):
-        counts = lengths_for(patches, [True] * layers, tokens)
+        counts = lengths_for(patches, (True,) * layers, tokens)
         assert len(counts) == layers + 1
         assert (counts[0], counts[-1]) == (patches, tokens)
         assert all(a >= b >= 1 for a, b in pairwise(counts))
@@ -49,7 +49,7 @@ def test_every_token_count_is_hit_exactly_and_lengths_never_rise(patches, layers
 
 @pytest.mark.parametrize("tokens", [1, 17, 55, 64, 128, 192, 575, 576])
 def test_llava_1_5_hits_the_budgets_of_the_field(tokens):
-    assert lengths_for(576, [True] * 23, tokens)[-1] == tokens
+    assert lengths_for(576, (True,) * 23, tokens)[-1] == tokens
 
 
 @pytest.mark.parametrize("tokens, keep", [(192, 0.952), (128, 0.935), (64, 0.905), (32, 0.877)])
@@ -58,21 +58,21 @@ def test_the_solved_share_is_the_published_one(tokens, keep):
 
 
 def test_early_layers_keep_the_common_share_of_a_budget():
-    counts, common = lengths_for(576, [True] * 23, 64), lengths(576, (solve(576, 23, 64),) * 23)
+    counts, common = lengths_for(576, (True,) * 23, 64), lengths(576, (solve(576, 23, 64),) * 23)
     assert common[-1] <= 64
     assert [max(c, 64) for c in common] == list(counts)
 
 
 def test_all_patches_need_no_layer():
-    assert lengths_for(36, [], 36) == (36,)
+    assert lengths_for(36, (), 36) == (36,)
 
 
 @pytest.mark.parametrize("tokens", [-1, 0, 37, 577])
 def test_tokens_that_do_not_fit_raise_with_the_value_and_the_range(tokens):
     with pytest.raises(ValueError, match=rf"tokens={tokens} .*1 to 36"):
-        lengths_for(36, [True] * 7, tokens)
+        lengths_for(36, (True,) * 7, tokens)
 
 
 def test_fewer_tokens_without_a_layer_to_merge_in_raise():
     with pytest.raises(ValueError, match="tokens=20"):
-        lengths_for(36, [], 20)
+        lengths_for(36, (), 20)
