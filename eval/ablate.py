@@ -21,6 +21,7 @@ from llava_pitome.bench.machine import machine
 from llava_pitome.options import Option, parse, usage, whole
 from llava_pitome.recipes import RECIPES
 
+UNSEEN = TRAINING + 1_000_000  # pictures on which nothing was chosen
 BUDGETS = (98, 59, 39, 20)  # of 196: 50, 70, 80 and 90 % of the tokens go
 PAPER = "the paper"
 ROWS: dict[str, dict[str, dict]] = {  # dimension, then what is changed
@@ -96,7 +97,7 @@ def main(words: list[str]) -> int:
         return 2
     named = [(dimension, name) for dimension, changes in ROWS.items() for name in changes]
     configs = [MergeConfig(tokens=t, **ROWS[d][n]) for d, n in named for t in BUDGETS]
-    found = everyone(configs, TRAINING, options["pictures"], options["jobs"])
+    found = everyone(configs, UNSEEN, options["pictures"], options["jobs"])
     plain: list[np.ndarray] = []
     rows = []
     for dimension, name in named:

@@ -105,8 +105,13 @@ class MergeConfig(Counts):
         """
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r} is unknown; allowed are {', '.join(RECIPES)}")
+        changes = {k: v for k, v in changes.items() if v is not None}
         fields = RECIPES[name] | changes
-        if changes.get("prefix") is not None or changes.keys().isdisjoint(("ratio", "tokens")):
+        other = changes.get("method", cls.method) != RECIPES[name].get("method", cls.method)
+        if other and "parameters" not in changes:
+            fields.pop("parameters", None)  # they are another method's
+        divides = "tokens" in changes or not isinstance(changes.get("ratio", ()), tuple | list)
+        if not divides or "prefix" in changes:
             fields |= {"prefix_share": changes.get("prefix_share", 0.0)}  # nothing is left to divide
         return cls.from_dict(fields)
 

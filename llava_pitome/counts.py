@@ -1,5 +1,7 @@
 """How many tokens a config leaves in every place, known before any image is seen."""
 
+import math
+
 from llava_pitome import schedule
 
 
@@ -45,7 +47,10 @@ class Counts:
             ValueError: `resize` asks for more than there are.
         """
         seen = patches if self.resize is None else self.resize[0] * self.resize[1]
-        if seen > patches:
+        side = math.isqrt(patches)
+        if self.resize is not None and (
+            max(self.resize) > side if side * side == patches else seen > patches
+        ):
             raise ValueError(f"resize={self.resize} does not fit: this image has {patches} patches")
         return seen
 
@@ -107,7 +112,10 @@ class Counts:
         """The share that each tower layer keeps."""
         if isinstance(self.ratio, tuple):
             return self.ratio
-        return tuple(self.ratio if may and self.ratio else 1.0 for may in self._may(layers))
+        may = self._may(layers)
+        if self.ratio not in (None, 1) and not any(may):
+            raise ValueError(f"depths={self.depths} holds none of the {layers} layers that can merge")
+        return tuple(self.ratio if m and self.ratio else 1.0 for m in may)
 
     def llm_lengths(self, tokens: int, layers: int) -> tuple[int, ...]:
         """Image tokens in front of the first and behind each of the language model's `layers` layers.

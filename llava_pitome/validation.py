@@ -120,7 +120,7 @@ def _depths(config: Any) -> None:
 
 def _early(config: Any) -> None:
     """The method of the first layers."""
-    if not isinstance(config.early_depth, int | float) or not 0 <= config.early_depth <= 1:
+    if not _number(config.early_depth) or not 0 <= config.early_depth <= 1:
         raise ValueError(f"early_depth={config.early_depth!r} is not allowed: it must be a number in [0, 1]")
     if config.early_method is not None:
         check_method(config.early_method, {})

@@ -70,35 +70,31 @@ class Arrivals:
         """Whether the tokens that arrived last are fewer than the patches were."""
         return self._places is not None
 
-    def sizes(self, features: Tensor) -> Tensor | None:
-        """The patches (I, n) that each token of some images stands for; None: one each.
+    def of(self, hidden: Tensor, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The patches (I, n) that each token of some images stands for, and its place in their raster.
 
         Args:
-            features: (I, n, D) as they stand in the prompts.
+            hidden: (B, T, D) the prompts.
+            images: (I, n) where the images' tokens are, counted over all prompts.
+
+        Returns:
+            Two times None where all patches arrived.
 
         Raises:
             RuntimeError: an image's features are not those of a picture that was encoded last.
         """
-        return None if self._sizes is None else self._sizes[self._which(features)]
+        if self._places is None:
+            return None, None
+        which = self._which(hidden.detach().flatten(0, 1)[_probed(images)], images.shape[1])
+        return self._sizes[which], self._places[which]
 
-    def places(self, features: Tensor) -> Tensor | None:
-        """The place in the raster of patches (I, n) of each token of some images; None: all are there.
-
-        Args:
-            features: as for `sizes`.
-
-        Raises:
-            RuntimeError: as for `sizes`.
-        """
-        return None if self._places is None else self._places[self._which(features)]
-
-    def _which(self, features: Tensor) -> Tensor:
-        """The picture (I,) that each image's features are of."""
-        probed = _probed(features.detach())
-        known = self._features.to(probed.device, probed.dtype)
-        same = torch.zeros(len(probed), len(known), dtype=torch.bool, device=probed.device)
-        if known.shape[1:] == probed.shape[1:]:
-            same = (probed.unsqueeze(1) == known.unsqueeze(0)).flatten(2).all(2)  # (I, P)
+    def _which(self, probed: Tensor, count: int) -> Tensor:
+        """The picture (I,) that each image's probed features (I, PROBES, D) are of."""
+        same = torch.zeros(len(probed), 1, dtype=torch.bool)
+        if self._places.shape[1] == count:
+            known = self._features.to(probed.device, probed.dtype)
+            both = probed.unsqueeze(1), known.unsqueeze(0)
+            same = ((both[0] == both[1]) | (both[0].isnan() & both[1].isnan())).flatten(2).all(2)  # (I, P)
         if not bool(same.any(1).all()):
             raise RuntimeError(
                 "an image's features in this prompt are not of the pictures that were encoded last, so it "
@@ -107,7 +103,7 @@ class Arrivals:
         return same.to(torch.uint8).argmax(1)
 
 
-def _probed(features: Tensor) -> Tensor:
-    """Evenly spread tokens of each image."""
-    last = features.shape[1] - 1
-    return features[:, sorted({i * last // (PROBES - 1) for i in range(PROBES)})]
+def _probed(x: Tensor) -> Tensor:
+    """Evenly spread tokens of each image: (I, n, ...) to (I, PROBES or less, ...)."""
+    last = x.shape[1] - 1
+    return x[:, sorted({i * last // (PROBES - 1) for i in range(PROBES)})]

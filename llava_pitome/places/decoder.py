@@ -116,6 +116,11 @@ class DecoderMerging:
         """The first layer of each stretch."""
         return (0, *(i + 1 for i in self.layers))
 
+    @property
+    def _way(self) -> tuple[str, bool]:
+        """What else passes over one cache must have in common."""
+        return self.config.positions, self.config.llm_proportional
+
     def _grid(self) -> tuple[int, int]:
         return grid(self.patches(), self.config)
 
@@ -128,10 +133,11 @@ class DecoderMerging:
         given = _named(module, args, kwargs)
         self.llm.check(given)
         each = self.llm.image_tokens(given, self.patches())
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        if ids is None and (each is not None or getattr(cache, pasts.NAME, None) is None):
+            raise ValueError("merging in the language model needs input_ids, which say where the images are")
         if each is None:
             return
-        if (ids := given.get("input_ids")) is None:
-            raise ValueError("merging in the language model needs input_ids, which say where the images are")
         self._images = (ids == self.llm.image_token, each)
 
     def _done(self, *_args: Any) -> None:
@@ -145,18 +151,20 @@ class DecoderMerging:
         if hidden is None:  # called by itself, with ids: no images
             hidden = kwargs["input_ids"]
         batch, length = hidden.shape[:2]
-        memory = None if cache is None else pasts.recall(cache, self._firsts, batch)
+        memory = None if cache is None else pasts.recall(cache, self._firsts, self._way, batch)
         real = None if given is None or length == 1 else given[:, -length:].bool()
         now = Pass(len(self._firsts), length, memory)
         if self._images is not None and bool(self._images[0].any()):
-            prompt = prompts.find(*self._images, self.llm.front, real)
-            features = hidden.flatten(0, 1)[prompt.images]
+            is_image, each = self._images
+            real = real if real is None else real.to(hidden.device)
+            prompt = prompts.find(is_image.to(hidden.device), each, self.llm.front, real)
             seen = 0 if cache is None else cache.get_seq_length()
             before = given[:, :seen].bool() if given is not None and seen else None
             before = None if before is None or bool(before.all()) else before
-            now.begin(prompt, self.arrivals.sizes(features), Past(seen, before), self.config.llm_proportional)
-            if self.config.positions == "original" and self.arrivals.merged:
-                now.place(self.arrivals.places(features), self.patches())
+            sizes, places = self.arrivals.of(hidden, prompt.images)
+            now.begin(prompt, sizes, Past(seen, before), self.config.llm_proportional)
+            if self.config.positions == "original" and places is not None:
+                now.place(places, self.patches())
         else:
             now.go_on(length, None if real is None or bool(real.all()) else real)
         self._pass = now
@@ -170,10 +178,10 @@ class DecoderMerging:
     def _enter(self, i: int, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """In front of layer i: the mask and the positions of the tokens that are left."""
         s, now = self._stretch(i), self._pass
+        hidden, _ = hidden_of(args, kwargs)
+        now.check(s, hidden, kwargs["position_embeddings"][0])
         if now.past is None:
             return None
-        hidden, _ = hidden_of(args, kwargs)
-        now.check(s, hidden)
         mask = now.mask(s, kwargs.get("attention_mask"), hidden, self.llm.plain())
         kwargs = kwargs | {"attention_mask": mask} | now.angles(s, kwargs)
         if i in self.layers and now.has_images:
@@ -211,7 +219,7 @@ class DecoderMerging:
         """Behind the language model: the cache is told what it holds."""
         cache = getattr(output, "past_key_values", None)
         if cache is not None and self._pass.past is not None:
-            pasts.remember(cache, self._pass.end(self._firsts))
+            pasts.remember(cache, self._pass.end(self._firsts, self._way))
         if not torch.is_grad_enabled():  # gradient checkpointing may run what is inside a layer again
             self._asked = [None] * len(self.layers)
             self._pass.forget_masks()

@@ -85,13 +85,23 @@ class Looking:
             return scores.attention(queries[:, :1], keys, *heads, mask)[:, 0, self.class_tokens :]
         return scores.received(queries, keys, *heads, mask, None)
 
-    def _keep_keys(self, _module: nn.Module, _args: tuple, keys: Tensor) -> None:
+    def _keep_keys(self, module: nn.Module, _args: tuple, keys: Tensor) -> None:
         if self.when():
+            self._check(module)
             self.see(keys)
 
-    def _keep_queries(self, _module: nn.Module, _args: tuple, queries: Tensor) -> None:
+    def _keep_queries(self, module: nn.Module, _args: tuple, queries: Tensor) -> None:
         if self.when():
+            self._check(module)
             self._queries = queries
+
+    def _check(self, module: nn.Module) -> None:
+        """Raises RuntimeError where peft has put another projection around this one since `apply`."""
+        if not any(child is module for child in self.block.attention.children()):
+            raise RuntimeError(
+                "a projection of a block that is to merge was wrapped after apply: what was added would not "
+                "count in what merges; wrap first, or apply again"
+            )
 
 
 def _there(found: Tensor | None, what: str) -> Tensor:

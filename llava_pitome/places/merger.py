@@ -65,7 +65,7 @@ class Merger:
         """
         sizes = here.sizes.to(x.device)
         choice, laid = self._choose(metric.detach(), length, sizes, way, offers)
-        if _recomputing() and not (last and last.merge and torch.equal(last.merge.slot, laid.slot)):
+        if recomputing() and not (last and last.merge and torch.equal(last.merge.slot, laid.slot)):
             raise RuntimeError(ANOTHER_PASS)
         merged, sizes = fold(x, sizes, laid, choice, self.config.size_weighted, self._triton_now)
         return merged, Slot(sizes, laid, self.front)
@@ -126,6 +126,6 @@ def key(keys: Tensor, heads: int) -> Tensor:
     return keys.detach().unflatten(-1, (heads, -1)).mean(-2, dtype=wide)
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this runs inside a backward pass, where gradient checkpointing runs a block again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -14,7 +14,7 @@ from llava_pitome.merging import rows
 from llava_pitome.places import past as pasts
 from llava_pitome.places import prompt as prompts
 from llava_pitome.places.blocks import Slot
-from llava_pitome.places.merger import ANOTHER_PASS
+from llava_pitome.places.merger import ANOTHER_PASS, recomputing
 from llava_pitome.places.past import Memory, Past
 from llava_pitome.places.prompt import Prompt
 
@@ -46,6 +46,7 @@ class Pass:
         self._now: list[Past | None] = [None] * stretches
         self._masks: list[Tensor | None] = [None] * stretches
         self._angles: list[dict[str, Any] | None] = [None] * stretches
+        self._turns: Tensor | None = None  # the model hands the same to every layer of a pass
 
     @property
     def has_images(self) -> bool:
@@ -133,15 +134,25 @@ class Pass:
             self._angles[s] = known
         return known
 
-    def check(self, s: int, hidden: Tensor) -> None:
-        """Raises RuntimeError where gradient checkpointing runs a layer of an earlier pass again."""
+    def check(self, s: int, hidden: Tensor, turns: Tensor | None = None) -> None:
+        """Raises RuntimeError where gradient checkpointing runs a layer of an earlier pass again.
+
+        Args:
+            s: which stretch.
+            hidden: (B, T, D) what the layer is given.
+            turns: the cosines that the model gave it.
+        """
+        if turns is not None and self._turns is None:
+            self._turns = turns
+        if turns is not None and turns is not self._turns and recomputing():
+            raise RuntimeError(ANOTHER_PASS)
         prompt = self.prompts[s]
         if prompt is not None and prompt.shape != hidden.shape[:2]:
             raise RuntimeError(ANOTHER_PASS)
 
-    def end(self, first_layers: tuple[int, ...]) -> Memory:
+    def end(self, first_layers: tuple[int, ...], way: tuple[str, bool]) -> Memory:
         """What the cache has to remember."""
-        return Memory(first_layers, tuple(self._now), self._open, self._shift)
+        return Memory(first_layers, way, tuple(self._now), self._open, self._shift)
 
     def forget_masks(self) -> None:
         """Drops what is only needed while layers run."""

@@ -45,23 +45,26 @@ class Memory(NamedTuple):
 
     Attributes:
         first_layers: the first layer of each stretch.
+        way: what of the config passes over one cache must have in common.
         past: what is known of each stretch.
         open: tokens behind the last image, which may be cropped.
         shift: (B, 1) by how much positions are ahead of what the cache's length says; None: they are not.
     """
 
     first_layers: tuple[int, ...]
+    way: tuple[str, bool]
     past: tuple[Past, ...]
     open: int
     shift: Tensor | None = None
 
 
-def recall(cache: Any, first_layers: tuple[int, ...], batch: int) -> Memory | None:
+def recall(cache: Any, first_layers: tuple[int, ...], way: tuple[str, bool], batch: int) -> Memory | None:
     """What a cache remembers, less what was cropped since; None where nothing has merged in it.
 
     Args:
         cache: with `get_seq_length(layer)`.
         first_layers: the first layer of each stretch.
+        way: as in `Memory`.
         batch: B.
 
     Raises:
@@ -74,7 +77,7 @@ def recall(cache: Any, first_layers: tuple[int, ...], batch: int) -> Memory | No
     if cache.get_seq_length() == 0:  # it was reset
         delattr(cache, NAME)
         return None
-    if memory.first_layers != first_layers:
+    if (memory.first_layers, memory.way) != (first_layers, way):
         raise RuntimeError("this cache was filled under another merge config; start with a fresh one")
     gone = memory.past[0].length - cache.get_seq_length()
     found = []
@@ -97,7 +100,7 @@ def recall(cache: Any, first_layers: tuple[int, ...], batch: int) -> Memory | No
                 "stand behind its last image: tokens that merged cannot be cropped"
             )
         found.append(stretch if there == stretch.length else stretch.cut(there))
-    return Memory(first_layers, tuple(found), memory.open - gone, memory.shift)
+    return Memory(first_layers, way, tuple(found), memory.open - gone, memory.shift)
 
 
 def remember(cache: Any, memory: Memory) -> None:

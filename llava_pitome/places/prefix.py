@@ -43,7 +43,7 @@ class PrefixMerging:
         self.projector, self.tower, self.front, self.config = projector, tower, front, config
         self.by_keys = (config.prefix_metric or ("features", "keys")[METHODS[config.method].keys]) == "keys"
         last = tower.blocks[tower.feature - 1]
-        self._look = Looking(last, wanted(config.method, self.by_keys), tower.class_tokens, lambda: True)
+        self._look = Looking(last, wanted(config.method, self.by_keys), tower.class_tokens, _always)
         self._merger = Merger(config, front, triton)
         self._handles: list[RemovableHandle] = []
         self.slot: Slot | None = None
@@ -103,6 +103,10 @@ class PrefixMerging:
         if behind.merge is None:
             return found
         return found.new_zeros(len(found), behind.plan.length).scatter_add(1, behind.plan.slot, found)
+
+
+def _always() -> bool:
+    return True
 
 
 def _averaged(x: Tensor, plan: Plan) -> Tensor:

@@ -21,9 +21,17 @@ def attention(
         key_heads: H', of which H is a multiple.
         mask: additive, or False where a query must not look: (B or 1, 1, Q or 1, T).
     """
-    q = queries.detach().unflatten(-1, (heads, -1)).transpose(1, 2).float()  # (B, H, Q, C)
+    return _attention(queries, _prepared(keys, heads, key_heads), heads, mask)
+
+
+def _prepared(keys: Tensor, heads: int, key_heads: int) -> Tensor:
+    """Keys (B, T, H' * C) for every head of the queries: (B, H, T, C) float32."""
     k = keys.detach().unflatten(-1, (key_heads, -1)).transpose(1, 2).float()
-    k = k.repeat_interleave(heads // key_heads, 1)
+    return k.repeat_interleave(heads // key_heads, 1)
+
+
+def _attention(queries: Tensor, k: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    q = queries.detach().unflatten(-1, (heads, -1)).transpose(1, 2).float()  # (B, H, Q, C)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -49,10 +57,11 @@ def received(
     batch, count, _ = queries.shape
     step = max(BLOCK // max(batch * heads * keys.shape[1], 1), 1)
     total = torch.zeros(batch, keys.shape[1], device=keys.device)
+    prepared = _prepared(keys, heads, key_heads)
     for first in range(0, count, step):
         part = slice(first, first + step)
         rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
-        found = attention(queries[:, part], keys, heads, key_heads, rows)
+        found = _attention(queries[:, part], prepared, heads, rows)
         total += (found if asks is None else found.masked_fill(~asks[:, part, None], 0)).sum(1)
     return total / (count if asks is None else asks.sum(1, keepdim=True).clamp(min=1))
 
