@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -64,6 +65,7 @@ def main(words: list[str]) -> int:
         print(f"search: {error}", file=sys.stderr)
         return 2
     trials = Trials(Path(options["output"]), options["pictures"], options["jobs"])
+    trials.asked = {"start": options["start"], "gain": options["gain"], "first_seed": TRAINING}
     (score,) = trials.scores([best])
     trials.way = []
     trials.keep(best)
@@ -88,6 +90,7 @@ class Trials:
         """Takes up what the file holds of the same pictures."""
         self.path, self.pictures, self.jobs = path, pictures, jobs
         self.known: dict[str, list[float]] = {}
+        self.asked: dict[str, Any] = {}
         self.way: list[str] = []  # what was kept, one after the other
         if path.exists():
             held = json.loads(path.read_text())
@@ -113,7 +116,12 @@ class Trials:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
-        held = {"pictures": self.pictures, "budgets": BUDGETS, "trials": self.known, "path": self.way}
+        held = self.asked | {
+            "pictures": self.pictures,
+            "budgets": BUDGETS,
+            "trials": self.known,
+            "path": self.way,
+        }
         partial.write_text(json.dumps(held, indent=1) + "\n")
         partial.replace(self.path)
 

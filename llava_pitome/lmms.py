@@ -54,8 +54,8 @@ class LlavaPitome(lmms):
 
         Args:
             pretrained: a folder, a hub id, or "embedded".
-            ratio: share of the patches each tower layer keeps; with neither `ratio` nor `tokens` nothing
-                merges.
+            ratio: share of the patches each tower layer keeps; where neither it nor `tokens` nor `merging`
+                says how far, nothing merges.
             tokens: image tokens at the language model, instead of a ratio.
             recipe: a named recipe, which `method` and `merging` change.
             method: who joins whom.

@@ -14,7 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "proportional": False,
         "order": "method",
     },
-    "best": {  # found by eval/search.py on training pictures; eval/results/search.json
+    "best": {  # eval/results/search.json: the last three fields were what eval/search.py was started from
         "parameters": {"candidates": 6.0},
         "prefix_share": 0.5,
         "llm_proportional": True,

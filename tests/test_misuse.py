@@ -54,7 +54,7 @@ def test_another_method_in_a_recipe_takes_none_of_its_parameters():
 
 @pytest.mark.parametrize("side", [(1, 20), (20, 1), (7, 6)])
 def test_no_side_of_a_picture_grows(model, processor, side):
-    with pytest.raises(ValueError, match="resize=.* does not fit"):
+    with pytest.raises(ValueError, match=r"resize=.* does not fit"):
         apply(model, MergeConfig(resize=side), processor)
 
 
