@@ -13,16 +13,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from quiz import EACH, TRAINING, everyone
+from helping import helped
+from quiz import BUDGETS, EACH, TRAINING, everyone
 from results import commit
 
 from llava_pitome import MergeConfig
 from llava_pitome.bench.machine import machine
-from llava_pitome.options import Option, parse, usage, whole
+from llava_pitome.options import Option, parse, whole
 from llava_pitome.recipes import RECIPES
 
 UNSEEN = TRAINING + 1_000_000  # pictures on which nothing was chosen
-BUDGETS = (98, 59, 39, 20)  # of 196: 50, 70, 80 and 90 % of the tokens go
 PAPER = "the paper"
 ROWS: dict[str, dict[str, dict]] = {  # dimension, then what is changed
     PAPER: {PAPER: {}},
@@ -87,8 +87,7 @@ OPTIONS = {
 
 def main(words: list[str]) -> int:
     """Asks, and writes the table."""
-    if {"help", "--help", "-h"} & set(words):
-        print(f"{__doc__}\nKeys:\n{usage(OPTIONS)}")
+    if helped(words, __doc__, OPTIONS):
         return 0
     try:
         options = parse(words, OPTIONS)

@@ -17,10 +17,11 @@ import verdicts
 from comparison import DRAWS, LEVEL
 from examples import find
 from gather import Sweep, pictures, read
+from helping import helped
 from rows import ALPHA, Row, make
 
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, parse, usage, whole
+from llava_pitome.options import Option, parse, whole
 
 OPTIONS = {
     "input": Option("output/sweep", str, "a folder that eval/sweep.py has written", "what to report"),
@@ -42,8 +43,7 @@ CLASS_TOKEN = (
 
 def main(words: list[str]) -> int:
     """Writes a report; returns the command's exit status."""
-    if {"help", "--help", "-h"} & set(words):
-        print(f"{__doc__}\nKeys:\n{usage(OPTIONS)}")
+    if helped(words, __doc__, OPTIONS):
         return 0
     try:
         options = parse(words, OPTIONS)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parent))
 
 import readers
+from helping import helped
 from sizes import stay_offline
 
 from llava_pitome.bench.run import Load
 from llava_pitome.checkpoints import DTYPES, QUANTIZATIONS
 from llava_pitome.config import RECIPES, MergeConfig
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, listed, one_of, parse, shares, usage, whole
+from llava_pitome.options import Option, boolean, listed, one_of, parse, shares, whole
 from llava_pitome.validation import AMOUNTS
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ OPTIONS = {
 
 def main(words: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    if {"help", "--help", "-h"} & set(words):
-        print(f"{__doc__}\nKeys:\n{usage(OPTIONS)}")
+    if helped(words, __doc__, OPTIONS):
         return 0
     try:
         plan = planned(parse(words, OPTIONS))

@@ -14,12 +14,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from quiz import TRAINING, everyone
+from helping import helped
+from quiz import BUDGETS, TRAINING, everyone
 
 from llava_pitome import MergeConfig
-from llava_pitome.options import Option, parse, usage, whole
+from llava_pitome.options import Option, parse, whole
 
-BUDGETS = (98, 59, 39, 20)  # of 196: 50, 70, 80 and 90 % of the tokens go
 OPTIONS = {
     "start": Option(
         {}, json.loads, "fields of MergeConfig as JSON", "where to begin; {}: the paper's recipe"
@@ -55,8 +55,7 @@ DEFAULTS = {"candidates": 2.0, "split": "energy", "start": 0.9, "end": 0.0, "alp
 
 def main(words: list[str]) -> int:
     """Searches, and prints the way there."""
-    if {"help", "--help", "-h"} & set(words):
-        print(f"{__doc__}\nKeys:\n{usage(OPTIONS)}")
+    if helped(words, __doc__, OPTIONS):
         return 0
     try:
         options = parse(words, OPTIONS)

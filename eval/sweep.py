@@ -15,11 +15,12 @@ import batch
 import readers
 import timing
 from combinations import PLACES, RESIZE, SHARES, Combination, every
+from helping import helped
 from run import OPTIONS as RUN
 from run import planned
 
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, listed, parse, usage, whole
+from llava_pitome.options import Option, boolean, listed, parse, whole
 from llava_pitome.recipes import RECIPES
 
 NAMES = (*METHODS, *(name for name in RECIPES if name != "paper"), RESIZE)
@@ -51,8 +52,7 @@ OPTIONS = {
 
 def main(words: list[str]) -> int:
     """Runs a sweep; returns the command's exit status."""
-    if {"help", "--help", "-h"} & set(words):
-        print(f"{__doc__}\nKeys:\n{usage(OPTIONS)}")
+    if helped(words, __doc__, OPTIONS):
         return 0
     try:
         options = parse(words, OPTIONS)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import batch
 import torch
+from helping import helped
 
 from llava_pitome import MergeConfig, checkpoints, embedded, llava
 from llava_pitome.bench.machine import machine, packages
@@ -21,7 +22,7 @@ from llava_pitome.bench.run import Load, measure
 from llava_pitome.bench.sides import side
 from llava_pitome.bench.summary import summarise
 from llava_pitome.bench.targets import Target
-from llava_pitome.options import Option, parse, usage, whole
+from llava_pitome.options import Option, parse, whole
 
 ROUNDS, WARMUP, ANSWER = 9, 2, 4
 OPTIONS = {
@@ -40,8 +41,7 @@ class Timed(NamedTuple):
 
 def main(words: list[str]) -> int:
     """Times a sweep; returns the command's exit status."""
-    if {"help", "--help", "-h"} & set(words):
-        print(f"{__doc__}\nKeys:\n{usage(OPTIONS)}")
+    if helped(words, __doc__, OPTIONS):
         return 0
     try:
         options = parse(words, OPTIONS)
