@@ -5,15 +5,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from labels import slug
+from labels import INPUT, RESIZE, slug
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.matching import parameters_of
 from llava_pitome.methods import METHODS
 from llava_pitome.recipes import RECIPES
 
-REFERENCE, RESIZE, UNMERGED = "pitome", "resize", "unmerged"  # "paper" is another name of the first
-INPUT, DECODER = "input", "decoder"
+REFERENCE, UNMERGED = "pitome", "unmerged"  # "paper" is another name of the first
+DECODER = "decoder"
 PLACES = ("tower", "prefix", "tower+prefix", f"{DECODER}:1")  # by default
 SHARES = (0.5, 0.3, 0.2, 0.1)  # of the patches that stay, by default
 BOTH = 0.5  # part of the reduction left to the prefix where tower and prefix share it

@@ -4,8 +4,11 @@ import re
 from typing import Any
 
 from llava_pitome.config import MergeConfig
+from llava_pitome.methods import METHODS
+from llava_pitome.recipes import RECIPES
 from llava_pitome.validation import AMOUNTS
 
+INPUT, RESIZE = "input", "resize"
 SAID = ("method", "prefix_share", *AMOUNTS)  # fields that the rest of a label tells
 
 
@@ -38,11 +41,23 @@ def merges(config: MergeConfig) -> bool:
 
 def place(config: MergeConfig) -> str:
     """One name for where a config merges: tower, prefix, tower+prefix, decoder:8, input, ..."""
-    named = ["input"] if config.resize is not None else []
+    named = [INPUT] if config.resize is not None else []
     named += ["tower"] if config.merges_in_tower else []
     named += ["prefix"] if config.merges_in_prefix else []
     named += [f"decoder:{layer}" for layer in config.decoder]
     return "+".join(named)
+
+
+def home(method: str) -> str:
+    """Where a method's own paper or recipe merges: tower, prefix, tower+prefix, decoder, input or nowhere.
+
+    Args:
+        method: as a sweep names it: in METHODS or RECIPES, RECIPE:METHOD, "resize" or "unmerged".
+    """
+    recipe = method.partition(":")[0]
+    if recipe in RECIPES:
+        return place(MergeConfig.recipe(recipe, tokens=1))
+    return METHODS[method].places[0] if method in METHODS else {RESIZE: INPUT}.get(method, "")
 
 
 def spot(place: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from combinations import INPUT, REFERENCE, RESIZE, UNMERGED
-from labels import spot
+from combinations import REFERENCE, UNMERGED
+from labels import INPUT, RESIZE, spot
 from results import ANSWER_TYPES
 from rows import Row
 from verdicts import plain, title

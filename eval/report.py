@@ -70,9 +70,10 @@ def _words(rows: Sequence[Row]) -> list[str]:
     """What the numbers say."""
     if not any(row.interval for row in rows):
         return [verdicts.unpaired(rows)]
-    if not any(row.same or row.cross for row in rows):
+    if not any(row.same or row.cross or row.best for row in rows):
         return ["PiToMe and another method were nowhere compared at the same tokens."]
-    return [verdicts.counts(rows), *verdicts.same_place(rows), *verdicts.cross_place(rows)]
+    across = [line for kind in verdicts.REFERENCES for line in verdicts.cross_place(rows, kind)]
+    return [verdicts.counts(rows), *verdicts.same_place(rows), *across]
 
 
 def _how(draws: int) -> str:
@@ -124,8 +125,10 @@ def _facts(sweep: Sweep) -> list[str]:
 def _tables(rows: Sequence[Row]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """The tables of a task by heading."""
     found = {"Every method in every place": (tables.heads(rows), tables.cells(rows))}
-    if any(row.cross for row in rows):
-        found["Each method in its own place, against PiToMe in the tower"] = tables.cross(rows)
+    for kind in verdicts.REFERENCES:
+        if any(getattr(row, kind) for row in rows):
+            against = verdicts.reference(kind)
+            found[f"Each method in its own place, against {against}"] = tables.cross(rows, kind)
     return found
 
 

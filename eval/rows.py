@@ -1,23 +1,24 @@
 """The rows of a report's tables: accuracy with its interval, and what sets it apart from PiToMe's."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from combinations import INPUT, REFERENCE, RESIZE, UNMERGED
+from combinations import REFERENCE, UNMERGED
 from comparison import DRAWS, by_picture, holm, intervals, p_values
 from gather import Found, Sweep, pictures, scored
+from labels import home
 
-from llava_pitome.methods import METHODS
-
+BEST = "best"  # the recipe that a search found, another reference beside the paper's
 TOWER = "tower"
 ALPHA = 0.05  # below which a difference is told as one
 MEBI = 2**20
 
 
 class Difference(NamedTuple):
-    """A row's accuracy minus PiToMe's, in points, its 95 % interval, its p value, and the same by Holm."""
+    """A row's accuracy minus a reference's, in points, its 95 % interval, its p value, and that by Holm."""
 
     mean: float
     low: float
@@ -46,7 +47,8 @@ class Row:
         by_type: accuracy by answer type, in per cent.
         gflops: by part, counted in the task's first prompt.
         same: difference to PiToMe in the same place at the same tokens.
-        cross: in the method's own paper's place, difference to PiToMe in the tower at the same tokens.
+        cross: in the method's own place, difference to PiToMe in the tower at the same tokens.
+        best: in the method's own place, difference to the recipe best in its own at the same tokens.
         times: milliseconds by part, quartiles; empty where nothing was timed.
         peak: MiB that the prefill allocates.
         cache: MiB of keys and values behind it.
@@ -68,16 +70,15 @@ class Row:
     gflops: dict[str, float] = field(default_factory=dict)
     same: Difference | None = None
     cross: Difference | None = None
+    best: Difference | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
     peak: float | None = None
     cache: float | None = None
 
     @property
     def at_home(self) -> bool:
-        """Whether it merges where its own paper does: the first place that METHODS names."""
-        kinds = {part.partition(":")[0] for part in self.place.split("+")}
-        known = METHODS.get(self.method)
-        return kinds == {known.places[0] if known else INPUT if self.method == RESIZE else TOWER}
+        """Whether it merges where its own paper or recipe does."""
+        return re.sub(r":\d+", "", self.place) == home(self.method)
 
 
 def make(sweep: Sweep, task: str, draws: int = DRAWS, seed: int = 0) -> list[Row]:
@@ -141,12 +142,14 @@ def _row(group: list[Found], sweep: Sweep) -> Row:
 
 def _compare(rows: list[Row], sums: np.ndarray, counts: np.ndarray, draws: int, seed: int) -> None:
     """Fills in the intervals and differences, all from the same drawn pictures."""
-    at: dict[tuple[str, int | None], int] = {}
+    at: dict[tuple[str, str, int | None], int] = {}
     for i, row in enumerate(rows):
-        if row.method == REFERENCE:
-            at.setdefault((row.place, row.tokens), i)
-    pairs = [("same", i, at.get((row.place, row.tokens))) for i, row in enumerate(rows)]
-    pairs += [("cross", i, at.get((TOWER, row.tokens))) for i, row in enumerate(rows) if row.at_home]
+        at.setdefault((row.method, row.place, row.tokens), i)
+    pairs = [("same", i, at.get((REFERENCE, row.place, row.tokens))) for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):
+        if row.at_home:
+            pairs.append(("cross", i, at.get((REFERENCE, TOWER, row.tokens))))
+            pairs.append(("best", i, at.get((BEST, home(BEST), row.tokens))))
     pairs = [(kind, i, j) for kind, i, j in pairs if j is not None and i != j and rows[i].tokens is not None]
     apart = sums[:, [i for _, i, _ in pairs]] - sums[:, [j for _, _, j in pairs]]  # (P, pairs)
     low, high = 100 * intervals(np.concatenate([sums, apart], 1), counts, draws, seed)

@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import batch
 import readers
 import timing
-from combinations import PLACES, RESIZE, SHARES, Combination, every
+from combinations import PLACES, SHARES, Combination, every
 from helping import helped
+from labels import RESIZE
 from run import OPTIONS as RUN
 from run import planned
 

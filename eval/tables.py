@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from results import ANSWER_TYPES
 from rows import Difference, Row
-from verdicts import late, p_value, points, title
+from verdicts import REFERENCES, late, p_value, points, reference, title
 
 END_TO_END = "answer of "  # so many tokens, as the bench names it
 RAW = (
@@ -77,21 +77,21 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     return found
 
 
-def cross(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the comparison of places: every method at home against PiToMe in the tower."""
+def cross(rows: Sequence[Row], kind: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of a comparison across places: every method in its own against one of REFERENCES."""
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("tokens", lambda r: str(r.tokens)),
         ("method", lambda r: title(r.method)),
         ("place", lambda r: r.place + ("*" if late(r) else "")),
         ("mean over the LLM's layers", lambda r: f"{r.llm_tokens:.4g}"),
         ("accuracy, %", _accuracy),
-        ("difference to PiToMe in the tower", lambda r: difference(r.cross)),
-        ("p", lambda r: _p(r.cross)),
-        ("p (Holm)", lambda r: _p(r.cross, holm=True)),
+        (f"difference to {reference(kind)}", lambda r: difference(getattr(r, kind))),
+        ("p", lambda r: _p(getattr(r, kind))),
+        ("p (Holm)", lambda r: _p(getattr(r, kind), holm=True)),
         ("GFLOPs", lambda r: _number(r.gflops.get("total"), ".4g")),
         ("prefill, ms", lambda r: _quartiles(r.times.get("prefill"))),
     ]
-    told = sorted((row for row in rows if row.cross), key=lambda row: (-row.tokens, -row.score))
+    told = sorted((row for row in rows if getattr(row, kind)), key=lambda row: (-row.tokens, -row.score))
     return [head for head, _ in columns], [[cell(row) for _, cell in columns] for row in told]
 
 
@@ -114,7 +114,7 @@ def raw(tasks: dict[str, list[Row]]) -> str:
     }
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
-    compared = [f"{kind}_{part}" for kind in ("same", "cross") for part in Difference._fields]
+    compared = [f"{kind}_{part}" for kind in ("same", *REFERENCES) for part in Difference._fields]
     ends = [f"{part}_ms_{quartile}" for part in keys["ms"] for quartile in ("q1", "median", "q3")]
     out.writerow(
         [
@@ -133,7 +133,7 @@ def raw(tasks: dict[str, list[Row]]) -> str:
             line = [task, *(getattr(row, name) for name in RAW), *(row.interval or ("", ""))]
             line += [row.by_type.get(kind, "") for kind in keys["type"]]
             line += [row.gflops.get(part, "") for part in keys["gflops"]]
-            for told in (row.same, row.cross):
+            for told in (getattr(row, kind) for kind in ("same", *REFERENCES)):
                 line += list(told) if told else [""] * len(Difference._fields)
             for part in keys["ms"]:
                 line += list(row.times.get(part, ("", "", "")))

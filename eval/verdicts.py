@@ -3,16 +3,24 @@
 from collections.abc import Iterator
 
 from combinations import REFERENCE, UNMERGED
-from labels import spot
-from rows import ALPHA, TOWER, Difference, Row
+from labels import home, spot
+from rows import ALPHA, BEST, TOWER, Difference, Row
 
-NAMES = {REFERENCE: "PiToMe", "released": "PiToMe (released)", "best": "PiToMe (best)"}
+NAMES = {REFERENCE: "PiToMe", "released": "PiToMe (released)", BEST: "PiToMe (best)"}
+REFERENCES = {"cross": (REFERENCE, TOWER), "best": (BEST, home(BEST))}  # each by the difference to it
 HOLM = "not after Holm's correction"
 
 
 def title(method: str) -> str:
     """A method's name for people."""
-    return NAMES.get(method, method)
+    recipe, colon, other = method.partition(":")
+    return f"{other} (with the settings of {recipe})" if colon else NAMES.get(method, method)
+
+
+def reference(kind: str) -> str:
+    """What a kind of difference is to, and where that merges."""
+    method, place = REFERENCES[kind]
+    return f"{title(method)} {spot(place)}"
 
 
 def same_place(rows: list[Row]) -> Iterator[str]:
@@ -27,18 +35,23 @@ def same_place(rows: list[Row]) -> Iterator[str]:
                 yield f"At {mine.tokens} tokens, all {spot(place)}, PiToMe ({score}) {_verdict(told)}."
 
 
-def cross_place(rows: list[Row]) -> Iterator[str]:
-    """A paragraph for every number of tokens: PiToMe in the tower against each method in its own place."""
-    mine = {r.tokens: r for r in rows if r.method == REFERENCE and r.place == TOWER}
+def cross_place(rows: list[Row], kind: str) -> Iterator[str]:
+    """A paragraph for every number of tokens: one way to merge against each method in its own place.
+
+    Args:
+        rows: of a task.
+        kind: of difference, a key of REFERENCES.
+    """
+    mine = {r.tokens: r for r in rows if (r.method, r.place) == REFERENCES[kind]}
     for tokens in sorted(mine, reverse=True):
         told = {
-            f"{title(r.method)} {spot(r.place)}{'*' if late(r) else ''}": r.cross
+            f"{title(r.method)} {spot(r.place)}{'*' if late(r) else ''}": getattr(r, kind)
             for r in rows
-            if r.cross and r.tokens == tokens
+            if getattr(r, kind) and r.tokens == tokens
         }
         if told:
             score = f"{mine[tokens].score:.1f} %{_kept(mine[tokens])}"
-            yield f"At {tokens} tokens, each in its own paper's place, PiToMe ({score}) {_verdict(told)}."
+            yield f"At {tokens} tokens, each in its own place, {reference(kind)} ({score}) {_verdict(told)}."
 
 
 def late(row: Row) -> bool:
@@ -51,7 +64,7 @@ def _kept(row: Row) -> str:
 
 
 def _verdict(told: dict[str, Difference]) -> str:
-    """Ahead of whom, level with whom, behind whom; differences are told from PiToMe's side."""
+    """Ahead of whom, level with whom, behind whom; differences are told from the reference's side."""
     ahead = {name: d for name, d in told.items() if d.p < ALPHA and d.mean < 0}
     behind = {name: d for name, d in told.items() if d.p < ALPHA and d.mean > 0}
     level = {name: d for name, d in told.items() if name not in ahead and name not in behind}

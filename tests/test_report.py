@@ -21,6 +21,7 @@ import tables  # noqa: E402
 import verdicts  # noqa: E402
 from comparison import by_picture, holm, intervals, p_values  # noqa: E402
 from gather import read  # noqa: E402
+from labels import slug  # noqa: E402
 
 from llava_pitome import MergeConfig  # noqa: E402
 
@@ -36,6 +37,9 @@ SCORES = {  # how often each is right, by name in the sweep
     "grid-prefix-39": 0.9,
     "fastv-decoder-1-39": 0.9,
     "resize-input-39": 0.5,
+    "best-tower+prefix-39": 0.9,
+    "best:tome-tower+prefix-39": 0.6,
+    "best-tower-39": 0.7,
 }
 
 
@@ -46,6 +50,10 @@ def config_of(name: str) -> dict | None:
     amount = {"tower": {"tokens": 39}, "prefix": {"prefix": 39}, "decoder": {"decoder": {1: 39}}}
     if method == "resize":
         return MergeConfig(resize=(6, 6)).to_dict()
+    if method.startswith("best"):
+        share = {"tower": {"prefix_share": 0.0}}.get(place, {})
+        own = {"method": "tome", "parameters": {}} if ":" in method else {}
+        return MergeConfig.recipe("best", tokens=39, **share, **own).to_dict()
     draw = {"parameters": {"seed": int(name[-1])}} if "seed" in name else {}
     return MergeConfig(method=method, **draw, **amount[place]).to_dict()
 
@@ -69,7 +77,7 @@ def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, picture
             for i in range(QUESTIONS)
         ]  # fmt: skip
         (folder / name / "answers").mkdir(parents=True)
-        (folder / name / "answers" / f"{task}-{name}.jsonl").write_text(
+        (folder / name / "answers" / f"{task}-{slug(name)}.jsonl").write_text(
             "".join(json.dumps(a) + "\n" for a in answers)
         )
         kinds = {kind: {"mean": 100 * scores[j::3].mean()} for j, kind in enumerate(TYPES)}
@@ -191,10 +199,15 @@ def test_the_numbers_of_a_row_are_those_of_its_answers(sweep):
 def test_methods_are_compared_across_places_where_they_are_at_home(sweep):
     folder, made = sweep
     found = by_name(rows_.make(read(folder), "embedded_vqa", draws=500))
-    crossed = {name for name, row in found.items() if row.cross}
-    assert crossed == {
-        "tome-tower-39", "random-tower-39-seed0", "grid-prefix-39", "fastv-decoder-1-39", "resize-input-39"
+    at_home = {
+        "tome-tower-39", "random-tower-39-seed0", "grid-prefix-39", "fastv-decoder-1-39", "resize-input-39",
+        "best-tower+prefix-39", "best:tome-tower+prefix-39", "pitome-tower-39"
     }  # fmt: skip
+    assert {name for name, row in found.items() if row.cross} == at_home - {"pitome-tower-39"}
+    assert {name for name, row in found.items() if row.best} == at_home - {"best-tower+prefix-39"}
+    for name in ("grid-prefix-39", "best:tome-tower+prefix-39"):
+        apart = made[name] - made["best-tower+prefix-39"]
+        assert found[name].best.mean == pytest.approx(100 * apart.mean())
     fastv = made["fastv-decoder-1-39"] - made["pitome-tower-39"]
     assert found["fastv-decoder-1-39"].cross.mean == pytest.approx(100 * fastv.mean())
 
@@ -206,11 +219,16 @@ def test_words_say_what_the_numbers_say(sweep):
     assert re.search(r"all in the tower, PiToMe .* is ahead of random \(\+\d+\.\d, p = ", tower)
     assert re.search(r"cannot be told apart from .*tome", tower)
     assert re.search(r"all at the prefix, PiToMe .* is behind grid \(-\d+", prefix)
-    (cross,) = verdicts.cross_place(found)
+    (cross,) = verdicts.cross_place(found, "cross")
+    assert cross.startswith("At 39 tokens, each in its own place, PiToMe in the tower (")
+    (best,) = verdicts.cross_place(found, "best")
+    assert "own place, PiToMe (best) in the tower and at the prefix (" in best
+    assert re.search(r"is ahead of .*tome \(with the settings of best\) in the tower and at the pre", best)
+    assert "PiToMe in the tower (+" in best and "PiToMe (best) in the tower (" not in best
     assert "fastv at LLM layer 1 (" in cross and "grid at the prefix (" in cross
     rows = by_name(found)
     rows["fastv-decoder-1-39"].image_tokens = 196
-    assert "fastv at LLM layer 1* (" in next(verdicts.cross_place(found))
+    assert "fastv at LLM layer 1* (" in next(verdicts.cross_place(found, "cross"))
 
 
 def test_a_report_has_the_same_numbers_as_text_table_and_page(sweep, capsys):
