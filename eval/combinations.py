@@ -54,8 +54,9 @@ def every(
     """The unmerged model, and every combination of what is given, each once.
 
     Args:
-        methods: names in METHODS or RECIPES, "resize", or RECIPE:METHOD, a recipe with another method.
-        places: "tower", "prefix", "tower+prefix", "decoder:K" with K a layer.
+        methods: names in METHODS or RECIPES, "resize", or RECIPE:METHOD, a recipe with another method; each
+            of them NAME@PLACE where it is to merge in one place alone.
+        places: of all others: "tower", "prefix", "tower+prefix", "decoder:K" with K a layer.
         tokens: that are to be left of the patches.
         seeds: for methods that draw.
         patches: of an image.
@@ -69,16 +70,21 @@ def every(
                 f"tokens={count} does not fit: there are {patches} patches, allowed is 1 to {patches - 1}"
             )
     known = (*METHODS, *RECIPES, RESIZE)
-    for name in methods:
+    asked = []
+    for word in methods:
+        name, at, place = word.partition("@")
         if name not in known and not _borrowed(name):
             raise ValueError(
                 f"method {name!r} is unknown; the nearest is {_nearest(name, known)!r}, of {', '.join(known)}"
             )
+        asked.append((name, (INPUT,) if name == RESIZE else (place,) if at else places))
+        if at:
+            _check(place)
     for place in places:
         _check(place)
     found = {UNMERGED: Combination(UNMERGED, UNMERGED)}
-    for method in methods:
-        for place in (INPUT,) if method == RESIZE else places:
+    for method, spots in asked:
+        for place in spots:
             for count in tokens:
                 found |= {
                     c.name: c for c in _draws(REFERENCE if method == "paper" else method, place, count, seeds)

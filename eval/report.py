@@ -124,7 +124,10 @@ def _facts(sweep: Sweep) -> list[str]:
 
 def _tables(rows: Sequence[Row]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """The tables of a task by heading."""
-    found = {"Every method in every place": (tables.heads(rows), tables.cells(rows))}
+    found = {
+        "In short: each method in its own place": tables.brief(rows),
+        "Every method in every place": (tables.heads(rows), tables.cells(rows)),
+    }
     for kind in verdicts.REFERENCES:
         if any(getattr(row, kind) for row in rows):
             against = verdicts.reference(kind)

@@ -28,7 +28,10 @@ NAMES = (*METHODS, *(name for name in RECIPES if name != "paper"), RESIZE)
 PASSED = ("model", "tasks", "data", "limit", "batch_size", "dtype", "attention", "text")  # to every run
 OPTIONS = {
     "methods": Option(
-        NAMES, listed, "names of methods or recipes, or resize, with commas", "what to compare"
+        NAMES,
+        listed,
+        "methods, recipes, RECIPE:METHOD or resize, with commas; NAME@PLACE is run there alone",
+        "what to compare",
     ),
     "tokens": Option(
         None, readers.counts, "whole numbers, with commas", "that stay; half, 30, 20 and 10 % where not given"

@@ -95,6 +95,24 @@ def cross(rows: Sequence[Row], kind: str) -> tuple[list[str], list[list[str]]]:
     return [head for head, _ in columns], [[cell(row) for _, cell in columns] for row in told]
 
 
+def brief(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the shortest table: every method in its own place, a column a number of tokens."""
+    told = [row for row in rows if row.at_home and row.tokens is not None]
+    tokens = sorted({row.tokens for row in told}, reverse=True)
+    lines: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in told:
+        lines.setdefault((row.method, row.place), {})[row.tokens] = row
+    down = sorted(
+        lines.values(), key=lambda line: -sum(row.score for row in line.values()) / len(line)
+    )  # the best first
+    cells = []
+    for line in down:
+        first = next(iter(line.values()))
+        cells.append([title(first.method), first.place + ("*" if late(first) else "")])
+        cells[-1] += [_number(line[count].score if count in line else None, ".1f") for count in tokens]
+    return ["method", "place", *(f"{count} tokens" for count in tokens)], cells
+
+
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     whole = [heads, ["---"] * len(heads), *lines]

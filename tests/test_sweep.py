@@ -257,6 +257,13 @@ def test_every_combination_is_there_once_and_draws_have_their_seeds():
     assert drawn.config.parameters == {"seed": 4}
 
 
+def test_a_method_with_a_place_of_its_own_runs_there_alone():
+    found = every_name(methods=["tome", "best@tower+prefix", "best:tome@decoder:2"], places=["prefix"])
+    assert [(c.method, c.place) for c in found[1:]] == [
+        ("tome", "prefix"), ("best", "tower+prefix"), ("best:tome", "decoder:2")
+    ]  # fmt: skip
+
+
 def test_recipes_keep_their_settings():
     (found,) = (c for c in every_name(methods=["released"]) if c.config)
     assert found.config == MergeConfig.recipe("released", tokens=39)
@@ -288,6 +295,7 @@ def test_amounts_leave_what_they_say():
     [
         (["methods=pitomee"], "method 'pitomee' is unknown; the nearest is 'pitome'"),
         (["places=towr"], "place 'towr' is unknown; the nearest is 'tower'"),
+        (["methods=best@towr"], "place 'towr' is unknown; the nearest is 'tower'"),
         (["places=decoder"], "place 'decoder' is unknown; the nearest is 'decoder:K'"),
         (["places=decoder:7"], "decoder names layer 7; the language model has 4 layers"),
         (["tokens=197"], "tokens=197 does not fit: there are 196 patches, allowed is 1 to 195"),
