@@ -22,6 +22,7 @@ from llava_pitome.api import load, remove
 from llava_pitome.checkpoints import DTYPES
 from llava_pitome.config import MergeConfig
 from llava_pitome.measure import counted, literature
+from llava_pitome.repeats import encode_once
 from llava_pitome.validation import AMOUNTS
 
 MANIFEST = ModelManifest("llava_pitome", simple_class_path="llava_pitome.lmms.LlavaPitome")
@@ -166,7 +167,7 @@ class LlavaPitome(lmms):
             options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")}
         tokenizer = self.processor.tokenizer
         said = self.model.generate(
-            **inputs,
+            **encode_once(self.model, inputs),
             **({"max_new_tokens": 1024} | options),
             do_sample=sample,
             pad_token_id=tokenizer.pad_token_id,
