@@ -24,9 +24,12 @@ RELATED = {"color": "#D55E00", "marker": "s", "ls": "--", "lw": 1.6, "ms": 5}
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = ("s", "^", "D", "v", "P", "X", "*", "<", ">"), ("-", "--", ":")
 HOME = "each in its own place"
-DPI = 110
+DPI, SHADES = 110, 128
 AXES: dict[str, tuple[str, Callable[[Row], float | None]]] = {
-    "tokens": ("image tokens that are left", lambda r: r.image_tokens if r.place == INPUT else r.tokens),
+    "tokens": (
+        "image tokens that are left",
+        lambda r: r.tokens if r.place not in ("", INPUT) else r.image_tokens,
+    ),
     "flops": ("GFLOPs of a prompt, counted", lambda r: r.gflops.get("total")),
     "milliseconds": ("prefill in milliseconds, median", lambda r: r.times.get("prefill", (None, None))[1]),
 }
@@ -96,6 +99,8 @@ def _by_place(
         _lines(plot, members, styles, x, lambda row: row.score, name == HOME)
         if base is not None:
             plot.axhline(base.score, color="grey", lw=1, ls="--", label="unmerged")
+            if x(base) is not None:
+                plot.plot([x(base)], [base.score], color="grey", marker="*", ms=11, zorder=3)
         plot.set_title(name)
         plot.grid(alpha=0.25)
     for plot in axes.flat[len(shown) :]:
@@ -148,6 +153,7 @@ def _lines(plot: Any, rows: Sequence[Row], styles: dict, x: Callable, y: Callabl
 def _save(figure: Any, axes: Any, path: Path) -> Path:
     """Writes a figure with one legend for all of its panels."""
     from matplotlib import pyplot
+    from PIL import Image
 
     named: dict[str, Any] = {}
     for plot in axes.flat:
@@ -164,4 +170,7 @@ def _save(figure: Any, axes: Any, path: Path) -> Path:
     )
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
     pyplot.close(figure)
+    with Image.open(path) as drawn:  # a third of the size
+        few = drawn.convert("RGB").quantize(SHADES, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     return path

@@ -80,11 +80,11 @@ def _how(draws: int) -> str:
     """How the numbers were made."""
     return (
         f"Brackets are {LEVEL:.0%} intervals from {draws} resamplings of pictures, with all questions about "
-        "each. Differences are the method's accuracy minus PiToMe's (recipe paper), on the same questions; "
-        f"p values are two-sided, from {draws} random signs of the pictures' differences. p (Holm) holds for "
-        f'all comparisons in one place together; "ahead" and "behind" mean p < {ALPHA} by itself. Methods '
-        "that draw are averaged over their draws. GFLOPs are counted in the task's first prompt; "
-        "milliseconds are medians with quartiles."
+        "each. Differences are the method's accuracy minus PiToMe's (recipe paper; best where that is said), "
+        f"on the same questions; p values are two-sided, from {draws} random signs of the pictures' "
+        "differences. p (Holm) holds for all comparisons in one place together; "
+        f'"ahead" and "behind" mean p < {ALPHA} by itself. Methods that draw are averaged over their draws. '
+        "GFLOPs are counted in the task's first prompt; milliseconds are medians with quartiles."
     )
 
 
