@@ -13,7 +13,7 @@ import torch
 from labels import merges, where
 from sizes import Cost, Sizes, sizes
 
-from llava_pitome import embedded, llava
+from llava_pitome import checkpoints, embedded, llava
 from llava_pitome.config import MergeConfig
 from llava_pitome.embedded import dataset
 
@@ -60,8 +60,11 @@ class Plan:
             raise ValueError(
                 "dtype='float16' is not allowed without CUDA: CPUs take hundreds of times longer; bfloat16"
             )
-        small = options["model"] == "embedded" or (options["model"] == "auto" and not cuda)
-        model = str(embedded.PATH) if small else HUB_MODEL if options["model"] == "auto" else options["model"]
+        model = options["model"]
+        if model == "auto":
+            model = HUB_MODEL if cuda else embedded.NAME
+        model = str(embedded.PATH) if model == embedded.NAME else model
+        small = checkpoints.whole(model) == str(embedded.PATH)  # it, or an adapter to it
         data = options["data"] if options["data"] != "auto" else "embedded" if small else "hub"
         tasks = questions.tasks(options["tasks"], data)
         choice = "choose with model=embedded or model=<hub id or path>"
@@ -73,7 +76,7 @@ class Plan:
         why = (
             "" if options["model"] != "auto" else f"model=auto, CUDA {'is' if cuda else 'is not'} available: "
         )
-        name = "the embedded model" if small else model
+        name = "the embedded model" if model == str(embedded.PATH) else model
         announcement = f"{why}{name} on {', '.join(tasks)} ({data}); {choice}"
         if found.built_in:
             announcement += (

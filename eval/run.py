@@ -16,6 +16,7 @@ import readers
 from helping import helped
 from sizes import stay_offline
 
+from llava_pitome import adapters, embedded
 from llava_pitome.bench.run import Load
 from llava_pitome.checkpoints import DTYPES, QUANTIZATIONS
 from llava_pitome.config import RECIPES, MergeConfig
@@ -33,7 +34,7 @@ OPTIONS = {
         None,
         shares,
         "a number in (0, 1], or one per layer with commas",
-        f"share each tower layer keeps; {RATIO} where nothing else says how far",
+        f"share each tower layer keeps; {RATIO}, or what an adapter says, where nothing else says how far",
     ),
     "tokens": Option(
         None, whole(1), "a whole number from 1", "image tokens at the language model, instead of ratio"
@@ -58,7 +59,9 @@ OPTIONS = {
         "a JSON object of MergeConfig's fields",
         "further fields, instead of the recipe's",
     ),
-    "model": Option("auto", str, "auto | embedded | a hub id | a folder", "what to evaluate"),
+    "model": Option(
+        "auto", str, "auto | embedded | a hub id | a folder", "what to evaluate; a model or an adapter"
+    ),
     "tasks": Option(("vqav2_val",), listed, "names of lmms-eval tasks, with commas", "what to ask"),
     "data": Option(
         "auto", str, "auto | hub | embedded | a folder in VQAv2's form", "where the questions are"
@@ -118,11 +121,11 @@ def planned(options: dict) -> "Plan":
     Raises:
         ValueError: values that do not go together, or do not fit the model.
     """
-    merging = config(options)
     if options["model"] == "embedded":  # read by the hub's library when it is imported
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     elif options["dry_run"]:
         stay_offline()
+    merging = config(options)
     from plan import Plan  # the heavy libraries, once the words are known to be good
 
     return Plan.make(options, merging)
@@ -138,6 +141,9 @@ def config(options: dict) -> MergeConfig:
     named = {k: options[k] for k in (*AMOUNTS, "method") if options[k] is not None}
     if twice := named.keys() & merging.keys():
         raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
+    if options["merging"] is None and not named and options["recipe"] == "paper":
+        own = None if options["model"] in ("auto", embedded.NAME) else adapters.merging(options["model"])
+        return MergeConfig(ratio=RATIO) if own is None else MergeConfig.from_dict(own)
     if options["merging"] is None and not named.keys() & set(AMOUNTS):
         named["ratio"] = RATIO
     return MergeConfig.recipe(options["recipe"], **(merging | named))

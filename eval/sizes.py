@@ -87,7 +87,7 @@ def sizes(path: str, attention: str, built_in: bool) -> Sizes:
 
     try:
         checkpoints.counts(path)
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(checkpoints.whole(path))
     except ValueError:
         if not built_in or path not in BUILT_IN:
             raise

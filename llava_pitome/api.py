@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from llava_pitome import checkpoints, embedded, language, llava
+from llava_pitome import checkpoints, language, llava
 from llava_pitome import processor as placeholders
 from llava_pitome.config import MergeConfig
 from llava_pitome.kernels import triton_is_there, triton_takes
@@ -137,7 +137,8 @@ def load(
     """A LLaVA and its processor, merging as `config` says, or else as the checkpoint was saved.
 
     Args:
-        path: a folder, a hub id, or "embedded" for the small model inside this package.
+        path: a folder, a hub id, or "embedded" for the small model inside this package; of a whole model, or
+            of an adapter, whose model is then loaded too.
         config: how to merge; None takes up `token_merging` from the checkpoint, where it has one.
         quantization: "4bit" or "8bit" (bitsandbytes) for the language model, or None.
         kernels: as for `apply`.
@@ -147,12 +148,10 @@ def load(
         ValueError: an unknown quantization, a checkpoint that is no LLaVA, or one saved with a config this
             package cannot read.
     """
-    model, processor = checkpoints.load(
-        str(embedded.PATH) if path == "embedded" else path, quantization, **options
-    )
+    model, processor = checkpoints.load(path, quantization, **options)
     saved = getattr(model.config, FIELD, None)
     if saved is not None:
-        delattr(model.config, FIELD)  # `remove` is to leave a plain model
+        vars(model.config).pop(FIELD)  # `remove` is to leave a plain model
     if config is None and saved is not None:
         config = MergeConfig.from_dict(saved)
     if config is not None:

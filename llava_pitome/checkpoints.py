@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from llava_pitome import llava
+from llava_pitome import adapters, embedded, llava
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")  # model types of the towers that are supported
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -17,6 +17,7 @@ HUB = (
     "local_files_only",
     "force_download",
 )  # where files come from
+SHARED = ("token", "cache_dir", "local_files_only", "force_download")  # by an adapter and its model
 
 
 def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module, Any]:
@@ -32,6 +33,12 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
             f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or none"
         )
     hub = {k: v for k, v in options.items() if k in HUB}
+    given, path = path, whole(path, hub)
+    adapted = given not in (path, embedded.NAME)
+    own = hub
+    if adapted:  # a revision is the adapter's
+        hub = {k: v for k, v in hub.items() if k in SHARED}
+        options = {k: v for k, v in options.items() if k not in HUB} | hub
     config = AutoConfig.from_pretrained(path, **hub)
     if config.model_type != "llava":
         raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {llava.SUPPORTED}.")
@@ -41,7 +48,26 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     model = LlavaForConditionalGeneration.from_pretrained(path, **options)
     processor = AutoProcessor.from_pretrained(path, **hub)
     processor.tokenizer.padding_side = "left"  # generate continues at the right end of every row
+    if adapted:
+        model = _adapted(model, given, own)
     return model.eval(), processor
+
+
+def whole(path: str, hub: dict[str, Any] | None = None) -> str:
+    """The folder or hub id of the whole model that a path means: "embedded", an adapter, or itself."""
+    if path != embedded.NAME:
+        path = adapters.base(path, **hub or {}) or path
+    return str(embedded.PATH) if path == embedded.NAME else path
+
+
+def _adapted(model: nn.Module, adapter: str, hub: dict[str, Any]) -> nn.Module:
+    """A model with an adapter on it, and how that merges in its config."""
+    from peft import PeftModel
+
+    merging = adapters.merging(adapter, **hub)
+    if merging is not None:
+        model.config.token_merging = merging
+    return PeftModel.from_pretrained(model, adapter, **hub)
 
 
 def counts(path: str) -> tuple[int, int]:
@@ -52,6 +78,7 @@ def counts(path: str) -> tuple[int, int]:
     """
     from transformers import AutoConfig
 
+    path = whole(path)
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:

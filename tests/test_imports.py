@@ -35,10 +35,10 @@ ORDER = (
     ("places.everywhere",),
     ("language", "processor"),
     ("llava",),
-    ("checkpoints",),
     ("embedded.scenes",),
     ("embedded.questions", "embedded.render"),
-    ("embedded",),
+    ("embedded", "adapters"),
+    ("checkpoints",),
     ("api",),
     ("",),  # the package itself: names alone
 )
@@ -47,7 +47,7 @@ HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "
          "tqdm", "rich", "vllm", "gradio", "matplotlib", "safetensors", "triton"}  # fmt: skip
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
-    "transformers": ("checkpoints", "repeats", "lmms", "vllm", "bench.targets"),
+    "transformers": ("adapters", "checkpoints", "repeats", "lmms", "vllm", "bench.targets"),
     "lmms_eval": ("lmms",),
     "vllm": ("vllm",),
     "triton": KERNELS,

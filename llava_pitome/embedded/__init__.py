@@ -2,4 +2,5 @@
 
 from pathlib import Path
 
+NAME = "embedded"  # what it is called wherever a path is asked for
 PATH = Path(__file__).parent / "model"

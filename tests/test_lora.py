@@ -1,0 +1,153 @@
+"""Training a merged LLaVA as a user does: train/run.py on the embedded model and scenes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_pitome import MergeConfig, adapters, apply, load, merge_tokens, remove
+from llava_pitome.embedded.render import render
+from llava_pitome.embedded.scenes import scene
+
+ROOT = Path(__file__).parents[1]
+RUN = [sys.executable, str(ROOT / "train" / "run.py")]
+WORDS = ["scenes=24", "batch_size=2", "max_length=1024", "lora_rank=8", "lora_alpha=16", "lr=2e-3"]
+ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def train(output: Path, *words: str, **options) -> subprocess.CompletedProcess:
+    given = {word.partition("=")[0] for word in words}
+    usual = [word for word in WORDS if word.partition("=")[0] not in given]
+    command = [*RUN, *usual, f"output={output}", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ALONE, **options)
+
+
+def losses(output: Path) -> dict[int, float]:
+    log = json.loads((output / "training.json").read_text())["log"]
+    return {row["step"]: row["loss"] for row in log if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """An adapter for mixed ratios, taught by the data and the unmerged model."""
+    output = tmp_path_factory.mktemp("train") / "adapter"
+    ran = train(output, "max_steps=6", "ratio=0.8,0.9", "distill=true", "tower=lora", "save_steps=4")
+    assert ran.returncode == 0, ran.stderr
+    return output
+
+
+@pytest.fixture
+def asked():
+    picture = Image.fromarray(render(scene(5)))
+    return {"images": picture, "text": "USER: <image>\nwhat color is it? ASSISTANT:", "return_tensors": "pt"}
+
+
+def logits(model, processor, asked):
+    with torch.no_grad():
+        return model(**processor(**asked)).logits[0, -1]
+
+
+def test_an_adapter_merges_when_it_is_loaded_and_without_it_the_model_is_plain(trained, asked):
+    model, processor = load(str(trained), dtype=torch.float32)
+    config = MergeConfig(ratio=0.8)
+    assert MergeConfig.from_dict(model.config.token_merging) == config
+    merged = logits(model, processor, asked)
+    plain, plains = load("embedded", dtype=torch.float32)
+    with model.disable_adapter():
+        with merge_tokens(plain, config, plains):
+            expected = logits(plain, plains, asked)
+        torch.testing.assert_close(logits(model, processor, asked), expected)
+        remove(model)
+        assert torch.equal(logits(model, processor, asked), logits(plain, plains, asked))
+    assert (merged - expected).abs().max() > 1e-2
+
+
+def test_merged_weights_are_a_plain_checkpoint_that_merges(trained, asked, tmp_path):
+    model, processor = load(str(trained), dtype=torch.float32)
+    expected = logits(model, processor, asked)
+    whole = model.merge_and_unload()
+    apply(whole, MergeConfig(ratio=0.8), processor)  # the projections are others now
+    torch.testing.assert_close(logits(whole, processor, asked), expected, rtol=1e-4, atol=1e-4)
+    whole.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, processor = load(str(tmp_path), dtype=torch.float32)
+    assert type(again).__name__ == "LlavaForConditionalGeneration"
+    torch.testing.assert_close(logits(again, processor, asked), expected, rtol=1e-4, atol=1e-4)
+    assert not any("lora" in name for name in again.state_dict())
+
+
+def test_everything_that_learns_has_learnt_and_nothing_else(trained):
+    model, _ = load(str(trained), dtype=torch.float32)
+    plain, _ = load("embedded", dtype=torch.float32)
+    before = plain.state_dict()
+    for name, weight in model.get_base_model().state_dict().items():
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        name = name.replace("base_layer.", "").replace("original_module.", "")
+        assert torch.equal(weight, before[name]), name
+    after = model.state_dict()
+    ups = [name for name in after if "lora_B" in name]
+    assert any("vision_tower" in name for name in ups) and any("language_model" in name for name in ups)
+    ran = [name for name in ups if ".layers.11." not in name or "vision" not in name]  # behind the features
+    assert all(after[name].abs().max() > 0 for name in ran)
+    key = next(name for name in after if "modules_to_save" in name and name.endswith("linear_1.weight"))
+    assert not torch.equal(after[key], before["model.multi_modal_projector.linear_1.weight"])
+
+
+def test_the_card_and_the_pictures_say_what_was_done(trained):
+    card, facts = (trained / "README.md").read_text(), json.loads((trained / "training.json").read_text())
+    assert "24 embedded scenes from seed 1,900,000,000 on, 24 rows" in card
+    assert '{"ratio": 0.8}; {"ratio": 0.9}' in card and "adapters on the vision tower, the projector" in card
+    assert "6 of 2 rows" in card and f"torch {torch.__version__}" in card and "Not measured" in card
+    assert facts["steps"] == len(losses(trained)) == 6 and facts["seconds"] > 0
+    with Image.open(trained / "loss.png") as picture:
+        assert picture.size[0] > 300
+    assert any((trained / "runs").rglob("events.out.tfevents*"))
+    assert adapters.base(str(trained)) == "embedded"
+
+
+def test_an_adapter_is_evaluated_as_it_was_trained(trained, tmp_path):
+    run = [sys.executable, str(ROOT / "eval" / "run.py"), f"model={trained}", "limit=6", f"output={tmp_path}"]
+    ran = subprocess.run(run, capture_output=True, text=True, check=False, env=ALONE)
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["image_tokens"] for row in rows] == [196, 19] and rows[1]["merging"]["ratio"] == 0.8
+
+
+def test_what_would_be_lost_or_mixed_up_is_an_error(trained):
+    again = train(trained, "max_steps=6")
+    assert again.returncode == 2 and "holds checkpoints: resume=true goes on from them" in again.stderr
+    other = train(trained, "max_steps=9", "resume=true")
+    assert (
+        other.returncode == 2 and "was made with other options: ratio=None (was [0.8, 0.9])" in other.stderr
+    )
+    none = train(trained / "none", "resume=true")
+    assert none.returncode == 2 and "holds no checkpoint" in none.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["ratoi=0.8"], "did you mean 'ratio'?"),
+        (["ratio=1.2"], "ratio='1.2' is not allowed"),
+        (["ratio=0.8", "tokens=20"], "give ratio= or tokens=, not both"),
+        (["zero=4"], "zero='4' is not allowed"),
+        (["zero=3", "quantization=4bit"], "zero=3 divides weights that quantization=4bit has packed"),
+        (["data=/nowhere.json"], "data=/nowhere.json is no file"),
+        (["merging={\"metod\": 1}"], "metod"),
+        (["targets=q_prj"], "targets=q_prj: the language model has no such projections"),
+        (["merging={\"method\": \"fastv\"}", "ratio=0.9"], "fastv"),
+        (["model=/nowhere"], "/nowhere"),
+        (["tokens=400"], "400"),
+        (["lora_dropout=1"], "lora_dropout=1.0 is not allowed"),
+    ],
+)  # fmt: skip
+def test_bad_words_are_errors_before_anything_is_written(tmp_path, words, why):
+    ran = train(tmp_path / "out", *words)
+    assert ran.returncode == 2, ran.stderr
+    assert why in ran.stderr and "Traceback" not in ran.stderr

@@ -1,0 +1,99 @@
+"""What is written beside an adapter: a model card for people, and training.json for programs."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llava_pitome import MergeConfig
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
+CARD = """---
+base_model: {base}
+library_name: peft
+tags: [llava, token-merging, pitome, lora]
+---
+
+# A LLaVA adapter trained with merged visual tokens
+
+{lines}
+
+## Accuracy
+
+{accuracy}
+
+## Use
+
+```python
+from llava_pitome import load
+
+model, processor = load("path/of/this/folder")  # merges as it was trained
+model.merge_and_unload().save_pretrained("plain")  # a checkpoint without adapters, to be loaded again
+processor.save_pretrained("plain")
+```
+
+The loss by step is in loss.png, every number in training.json.
+"""
+
+
+def write(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes README.md and training.json.
+
+    Args:
+        folder: of the adapter.
+        facts: model, data, merging (configs), options, steps, seconds, loss, rows, broken, machine, and
+            accuracy, a list of rows with what was measured.
+    """
+    facts = facts | {"packages": {name: found for name in PACKAGES if (found := _version(name))}}
+    (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "README.md").write_text(_card(facts))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _card(facts: dict[str, Any]) -> str:
+    o = facts["options"]
+    learnt = ["adapters on the language model"]
+    learnt += ["adapters on the vision tower"] if o["tower"] == "lora" else []
+    learnt += ["the projector"] if o["projector"] == "train" else []
+    left_out = f" ({facts['broken']} left out)" if facts["broken"] else ""
+    told = {
+        "Model": facts["model"],
+        "Data": f"{facts['data']}, {facts['rows']} rows{left_out}",
+        "Merged while training": "; ".join(map(_changes, facts["merging"])),
+        "Learnt": f"{', '.join(learnt)}; rank {o['lora_rank']}, alpha {o['lora_alpha']:g}",
+        "Also learnt from": f"the unmerged model's answers, weight {o['distill_weight']}",
+        "Steps": f"{facts['steps']} of {facts['batch']} rows, learning rate {o['lr']:g}, seed {o['seed']}",
+        "Took": f"{facts['seconds']:.0f} s on " + ", ".join(f"{k} {v}" for k, v in facts["machine"].items()),
+        "With": ", ".join(f"{k} {v}" for k, v in facts["packages"].items()),
+    }
+    if not o["distill"]:
+        del told["Also learnt from"]
+    lines = "\n".join(f"- {name}: {words}" for name, words in told.items())
+    return CARD.format(base=facts["model"], lines=lines, accuracy=_accuracy(facts))
+
+
+def _changes(config: dict[str, Any]) -> str:
+    """What a config says beyond the defaults."""
+    plain = MergeConfig(resize=(1, 1)).to_dict()  # any that has neither ratio nor tokens
+    changes = {k: v for k, v in config.items() if v != plain[k] and v is not None}
+    return json.dumps(changes, sort_keys=True)
+
+
+def _accuracy(facts: dict[str, Any]) -> str:
+    measured = facts["accuracy"]
+    if not measured:
+        return "Not measured. `bash scripts/eval_vqav2.sh model=path/of/this/folder` does."
+    head = "| image tokens | before | after |\n|---|---|---|\n"
+    cells = [f"| {row['tokens']} | {_cell(row['before'])} | {_cell(row['after'])} |" for row in measured]
+    how = "In per cent ± standard error, by eval/run.py with model= and this folder, and each way to merge."
+    return head + "\n".join(cells) + f"\n\n{how}"
+
+
+def _cell(accuracy: dict[str, float]) -> str:
+    return f"{accuracy['mean']:.1f} ± {accuracy['stderr']:.1f}"

@@ -1,0 +1,150 @@
+"""The pieces of a run, made from its options: arguments of the Trainer, model, rows."""
+
+import fcntl
+import logging
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import export
+from launch import launched
+from records import Records
+from settings import EMBEDDED
+from torch import nn
+
+from llava_pitome import MergeConfig, checkpoints, llava
+
+log = logging.getLogger("train.fit")
+ZERO = Path(__file__).parent / "deepspeed"
+BROKEN = "broken.jsonl"  # in the output folder
+
+
+def data(options: dict[str, Any]) -> tuple[Records, Path]:
+    """The rows' file, and the folder that image names start from; embedded ones are written once.
+
+    Raises:
+        ValueError: data= is no file of rows.
+    """
+    if options["data"] != EMBEDDED:
+        file = Path(options["data"])
+        return Records(file), Path(options["images"] or file.parent)
+    folder = Path(options["output"]).parent / f"embedded-{options['scenes']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # one of several processes writes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = folder / "conversations.json"
+        if not file.exists():
+            export.write(folder, options["scenes"])
+    return Records(file), folder
+
+
+def arguments(options: dict[str, Any], output: Path) -> Any:
+    """The Trainer's arguments, DeepSpeed and the process group prepared.
+
+    Raises:
+        ValueError: the model is none, or values that the Trainer refuses.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    cpu = not torch.cuda.is_available()
+    if options["zero"] and cpu:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=options["max_steps"] or -1,
+        num_train_epochs=options["epochs"],
+        per_device_train_batch_size=options["batch_size"],
+        gradient_accumulation_steps=options["accumulate"],
+        learning_rate=options["lr"],
+        lr_scheduler_type="cosine",
+        warmup_steps=options["warmup"],  # below 1 a share of the steps
+        weight_decay=options["weight_decay"],
+        bf16=_half(options),
+        train_sampling_strategy="group_by_length" if options["group_by_length"] else "random",
+        dataloader_num_workers=options["workers"],
+        dataloader_pin_memory=not cpu,
+        logging_steps=options["log_steps"],
+        report_to=["tensorboard"],
+        save_steps=options["save_steps"],
+        save_total_limit=2,
+        seed=options["seed"],
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and launched() else None,
+        deepspeed=str(ZERO / f"zero{options['zero']}.json") if options["zero"] else None,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+
+
+def _half(options: dict[str, Any]) -> bool:
+    """Whether passes are computed in bfloat16; what learns is in float32 all the same."""
+    from transformers import AutoConfig
+
+    checkpoints.counts(options["model"])  # raises for what is no LLaVA
+    if options["dtype"] != "auto":
+        return options["dtype"] == "bfloat16"
+    saved = AutoConfig.from_pretrained(checkpoints.whole(options["model"])).dtype
+    return not str(saved).endswith("float32")
+
+
+def model(options: dict[str, Any], merging: Sequence[MergeConfig], arguments: Any) -> tuple[nn.Module, Any]:
+    """The model that is to learn, and its processor.
+
+    Raises:
+        ValueError: it is no LLaVA, is an adapter itself, or cannot merge so.
+    """
+    import torch
+
+    path = options["model"]
+    if path != EMBEDDED and checkpoints.whole(path) != path:
+        raise ValueError(
+            f"model={path} is an adapter: merge_and_unload it, save that, and train what you saved"
+        )
+    place = {}
+    if options["quantization"] is not None and torch.cuda.is_available():
+        place = {"device_map": {"": arguments.local_process_index}}
+    found, processor = checkpoints.load(
+        path, options["quantization"], dtype="bfloat16" if arguments.bf16 else "float32", **place
+    )
+    vars(found.config).pop("token_merging", None)  # the options say how to merge
+    parts = llava.find(found)
+    for config in merging:
+        llava.check(parts, config)
+    return found, processor
+
+
+def rows(
+    options: dict[str, Any], records: Records, folder: Path, processor: Any, model: nn.Module, output: Path
+) -> Any:
+    """The rows that can be trained on.
+
+    Raises:
+        ValueError: too many cannot.
+    """
+    from broken import Broken
+    from data import Conversations
+
+    parts = llava.find(model)
+    broken = Broken(options["skip_broken"], output / BROKEN)
+    log.info("looking at %d rows", len(records))
+    return Conversations(
+        records, folder, processor, parts.patches + parts.front, options["max_length"], broken
+    )
+
+
+def named(path: str) -> str:
+    """A model as an adapter names it: a folder by its whole path."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def peak(cuda: bool) -> int:
+    """Bytes that were taken at most: of the GPU, or of this process."""
+    if cuda:
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,126 @@
+"""The keys of train/run.py, and what must fit together among them before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from export import SEEDS
+from lora import LANGUAGE
+
+from llava_pitome import MergeConfig
+from llava_pitome.checkpoints import QUANTIZATIONS
+from llava_pitome.methods import METHODS
+from llava_pitome.options import Option, boolean, listed, one_of, share, whole
+from llava_pitome.recipes import RECIPES
+
+EMBEDDED = "embedded"
+KINDS = ("auto", "bfloat16", "float32")
+SEEING = {"text", "text_attention", "last_attention", "received_attention"}  # in training, the answers
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    return tuple(share(word) for word in text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(whole(1)(word) for word in text.split(","))
+
+
+def _positive(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise ValueError(text)
+    return float(text)
+
+
+def _from_zero(text: str) -> float:
+    return 0.0 if float(text) == 0 else _positive(text)
+
+
+COUNT, NUMBER = "a whole number from 1", "a number above 0"
+OPTIONS = {
+    "model": Option(EMBEDDED, str, "embedded, a hub id or a folder", "what learns"),
+    "data": Option(EMBEDDED, str, "embedded, or a JSON or JSONL in LLaVA's format", "what it learns from"),
+    "images": Option(None, str, "a folder", "that image names start from; that of data where not given"),
+    "scenes": Option(8192, whole(1), COUNT, "pictures of data=embedded"),
+    "ratio": Option(None, _ratios, "numbers in (0, 1], with commas", "how far to merge; drawn every step"),
+    "tokens": Option(None, _counts, "whole numbers from 1, with commas", "image tokens, instead of a ratio"),
+    "recipe": Option("paper", one_of(*RECIPES), ", ".join(RECIPES), "how to merge"),
+    "merging": Option({}, json.loads, "fields of MergeConfig as JSON", "what changes the recipe"),
+    "output": Option("output/lora", str, "a folder", "where adapter, logs and checkpoints go"),
+    "max_steps": Option(None, whole(1), COUNT, "steps; instead of epochs"),
+    "epochs": Option(1.0, _positive, NUMBER, "how often every row is seen"),
+    "batch_size": Option(16, whole(1), COUNT, "rows a process and pass"),
+    "accumulate": Option(1, whole(1), COUNT, "passes a step"),
+    "lr": Option(2e-4, _positive, NUMBER, "learning rate, where it is highest"),
+    "warmup": Option(0.03, _from_zero, "a number from 0", "share of the steps in which it rises"),
+    "weight_decay": Option(0.0, _from_zero, "a number from 0", "of the optimizer"),
+    "zero": Option(None, one_of("2", "3", "none"), "2 | 3 | none", "DeepSpeed's ZeRO stage"),
+    "processes": Option(1, whole(1), COUNT, "on this machine; one a GPU"),
+    "quantization": Option(
+        None, one_of(*QUANTIZATIONS, "none"), " | ".join((*QUANTIZATIONS, "none")), "of the frozen weights"
+    ),
+    "dtype": Option("auto", one_of(*KINDS), " | ".join(KINDS), "of passes; auto: float32 where saved so"),
+    "distill": Option(False, boolean, "true | false", "also learn what the unmerged model says"),
+    "distill_weight": Option(1.0, _positive, NUMBER, "of that beside the data's answers"),
+    "lora_rank": Option(64, whole(1), COUNT, "of the adapters"),
+    "lora_alpha": Option(128.0, _positive, NUMBER, "their scale, times their rank"),
+    "lora_dropout": Option(0.05, _from_zero, "a number from 0", "in front of them"),
+    "targets": Option(
+        LANGUAGE, listed, "names with commas", "projections of the language model with adapters"
+    ),
+    "tower": Option("frozen", one_of("frozen", "lora"), "frozen | lora", "the vision tower"),
+    "projector": Option("train", one_of("train", "frozen"), "train | frozen", "between tower and LLM"),
+    "max_length": Option(2048, whole(2), "a whole number from 2", "tokens of a row, pictures unmerged"),
+    "skip_broken": Option(0, whole(0), "a whole number from 0", "rows that may be left out as broken"),
+    "group_by_length": Option(False, boolean, "true | false", "rows of like length in one batch"),
+    "checkpointing": Option(False, boolean, "true | false", "gradient checkpointing: less memory, more time"),
+    "workers": Option(0, whole(0), "a whole number from 0", "processes that read pictures"),
+    "save_steps": Option(500, whole(1), COUNT, "steps between checkpoints"),
+    "log_steps": Option(1, whole(1), COUNT, "steps between losses"),
+    "resume": Option(False, boolean, "true | false", "go on from the last checkpoint in output"),
+    "evaluate": Option(False, boolean, "true | false", "measure before and after, for the model card"),
+    "limit": Option(None, whole(1), COUNT, "questions to evaluate with; all where not given"),
+    "seed": Option(0, whole(0), "a whole number from 0", "of order, draws and adapters"),
+}
+
+
+def check(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
+    """The configs that steps choose from, once everything that can be checked without a model is.
+
+    Raises:
+        ValueError: options that do not fit together.
+    """
+    for key in ("zero", "quantization"):
+        if options[key] == "none":
+            options[key] = None
+    if options["ratio"] is not None and options["tokens"] is not None:
+        raise ValueError("give ratio= or tokens=, not both")
+    if options["zero"] == "3" and options["quantization"] is not None:
+        raise ValueError(
+            f"zero=3 divides weights that quantization={options['quantization']} has packed; take zero=2"
+        )
+    output = Path(options["output"])
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={output} is a file; it must be a folder")
+    if not 0 <= options["lora_dropout"] < 1:
+        raise ValueError(f"lora_dropout={options['lora_dropout']} is not allowed: it must be in [0, 1)")
+    if options["tokens"] is not None:
+        amounts = [{"tokens": count} for count in options["tokens"]]
+    else:
+        amounts = [{"ratio": ratio} for ratio in options["ratio"] or (0.9,)]
+    merging = tuple(
+        MergeConfig.recipe(options["recipe"], **options["merging"], **amount) for amount in amounts
+    )
+    if SEEING & set(METHODS[merging[0].method].needs):
+        raise ValueError(
+            f"method={merging[0].method!r} goes by what the text attends to, in training the answer; such "
+            "methods can be evaluated, not trained with"
+        )
+    return merging
+
+
+def described(options: dict[str, Any]) -> str:
+    """What the data is, for people."""
+    if options["data"] == EMBEDDED:
+        return f"{options['scenes']} embedded scenes from seed {SEEDS:,} on"
+    return options["data"]
