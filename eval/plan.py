@@ -165,7 +165,12 @@ def fingerprint(model: Path, data: Path, device: str) -> str:
     for package in ("torch", "transformers", "lmms-eval"):
         digest.update(f"{package} {version(package)}".encode())
     code = Path(llava.__file__).parent
-    for file in sorted([*code.glob("**/*.py"), *model.glob("*.*"), *data.glob("**/*.parquet")]):
+    weights = list(model.glob("*.*"))
+    whole = Path(checkpoints.whole(str(model)))
+    if whole != model:  # an adapter, whose folder also holds a card and what was measured
+        digest.update(f"peft {version('peft')}".encode())
+        weights = [*model.glob("adapter_*"), *model.glob("token_merging.json"), *whole.glob("*.*")]
+    for file in sorted([*code.glob("**/*.py"), *weights, *data.glob("**/*.parquet")]):
         with file.open("rb") as opened:
             digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -31,7 +31,7 @@ def losses(output: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in log if "loss" in row}
 
 
-def test_a_run_that_is_killed_goes_on_with_the_same_losses(trained, tmp_path):
+def test_a_run_that_is_killed_goes_on_with_the_same_losses(tmp_path):
     words = ("max_steps=6", "ratio=0.8,0.9", "distill=true", "tower=lora", "save_steps=2", "lora_dropout=0.1",
              "group_by_length=true")  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -89,3 +89,16 @@ def test_half_precision_distillation_and_a_tower_that_learns_go_on_after_a_stop(
     assert ran.returncode == 0, ran.stderr
     assert "loss" in ran.stdout + ran.stderr
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-3)
+
+
+def test_the_card_holds_what_was_measured_before_and_after(tmp_path):
+    ran = train(tmp_path / "out", "max_steps=2", "ratio=0.8,1.0", "evaluate=true", "limit=6", "processes=2")
+    assert ran.returncode == 0, ran.stderr
+    measured = json.loads((tmp_path / "out" / "training.json").read_text())["accuracy"]
+    assert [row["tokens"] for row in measured] == [196, 19]  # ratio 1 is the unmerged model
+    card = (tmp_path / "out" / "README.md").read_text()
+    for row in measured:
+        before, after = (
+            f"{row[side]['mean']:.1f} ± {row[side]['stderr']:.1f}" for side in ("before", "after")
+        )
+        assert f"| {row['tokens']} | {before} | {after} |" in card

@@ -17,6 +17,7 @@ from llava_pitome import MergeConfig, checkpoints, llava
 
 log = logging.getLogger("train.fit")
 ZERO = Path(__file__).parent / "deepspeed"
+SHARED_MEMORY = "deepspeed_shm_comm"  # of DeepSpeed's operations
 BROKEN = "broken.jsonl"  # in the output folder
 
 
@@ -52,6 +53,7 @@ def arguments(options: dict[str, Any], output: Path) -> Any:
     if options["zero"] and cpu:
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False  # gloo does it without a compiler
         deepspeed.init_distributed(dist_backend="gloo")
     return TrainingArguments(
         output_dir=str(output),
