@@ -1,7 +1,6 @@
 """Training a merged LLaVA as a user does: train/run.py on the embedded model and scenes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,27 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from training_runs import ALONE, ROOT, losses, train
 
 from llava_pitome import MergeConfig, adapters, apply, load, merge_tokens, remove
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
-
-ROOT = Path(__file__).parents[1]
-RUN = [sys.executable, str(ROOT / "train" / "run.py")]
-WORDS = ["scenes=24", "batch_size=2", "max_length=1024", "lora_rank=8", "lora_alpha=16", "lr=2e-3"]
-ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def train(output: Path, *words: str, **options) -> subprocess.CompletedProcess:
-    given = {word.partition("=")[0] for word in words}
-    usual = [word for word in WORDS if word.partition("=")[0] not in given]
-    command = [*RUN, *usual, f"output={output}", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ALONE, **options)
-
-
-def losses(output: Path) -> dict[int, float]:
-    log = json.loads((output / "training.json").read_text())["log"]
-    return {row["step"]: row["loss"] for row in log if "loss" in row}
 
 
 @pytest.fixture(scope="module")

@@ -1,34 +1,15 @@
 """Training in several processes, with DeepSpeed, quantized, and killed: scripts/test_training.sh runs it."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from training_runs import ALONE, command, losses, train
 
 from llava_pitome import load
-
-ROOT = Path(__file__).parents[1]
-RUN = [sys.executable, str(ROOT / "train" / "run.py")]
-WORDS = ["scenes=24", "batch_size=2", "max_length=1024", "lora_rank=8", "lora_alpha=16", "lr=2e-3"]
-ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def train(output: Path, *words: str, **options) -> subprocess.CompletedProcess:
-    given = {word.partition("=")[0] for word in words}
-    usual = [word for word in WORDS if word.partition("=")[0] not in given]
-    command = [*RUN, *usual, f"output={output}", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ALONE, **options)
-
-
-def losses(output: Path) -> dict[int, float]:
-    log = json.loads((output / "training.json").read_text())["log"]
-    return {row["step"]: row["loss"] for row in log if "loss" in row}
 
 
 def test_a_run_that_is_killed_goes_on_with_the_same_losses(tmp_path):
@@ -37,7 +18,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_losses(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(whole, *words).returncode == 0
     process = subprocess.Popen(
-        [*RUN, *WORDS, f"output={cut}", *words],
+        command(cut, *words),
         env=ALONE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

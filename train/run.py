@@ -106,8 +106,6 @@ def _train(
     from data import Collate
     from trainer import MergingTrainer
 
-    from llava_pitome.bench.machine import machine
-
     model.print_trainable_parameters()
     trainer = MergingTrainer(
         model,
@@ -128,22 +126,7 @@ def _train(
         return
     output = Path(options["output"])
     curves.draw(trainer.state.log_history, output / "loss.png")
-    facts = {
-        "model": options["model"],
-        "data": settings.described(options),
-        "rows": len(rows),
-        "broken": len(rows.broken),
-        "merging": [config.to_dict() for config in merging],
-        "options": options,
-        "steps": done.global_step,
-        "batch": options["batch_size"] * options["accumulate"] * arguments.world_size,
-        "seconds": seconds,
-        "loss": done.training_loss,
-        "log": trainer.state.log_history,
-        "machine": machine(),
-        "peak_bytes": fit.peak(torch.cuda.is_available()),
-        "accuracy": [],
-    }
+    facts = _facts(options, merging, rows, trainer) | {"seconds": seconds, "loss": done.training_loss}
     card.write(output, facts)
     if options["evaluate"]:
         log.info("evaluating before and after")
@@ -152,6 +135,28 @@ def _train(
         torch.cuda.empty_cache()
         card.write(output, facts | {"accuracy": measured.accuracy(options, merging)})
     print(f"written to {output}")
+
+
+def _facts(options: dict[str, Any], merging: tuple[MergeConfig, ...], rows: Any, trainer: Any) -> dict:
+    """What a card says of a run, but for what it won."""
+    import torch
+
+    from llava_pitome.bench.machine import machine
+
+    return {
+        "model": options["model"],
+        "data": settings.described(options),
+        "rows": len(rows),
+        "broken": len(rows.broken),
+        "merging": [config.to_dict() for config in merging],
+        "options": options,
+        "steps": trainer.state.global_step,
+        "batch": options["batch_size"] * options["accumulate"] * trainer.args.world_size,
+        "log": trainer.state.log_history,
+        "machine": machine(),
+        "peak_bytes": fit.peak(torch.cuda.is_available()),
+        "accuracy": [],
+    }
 
 
 if __name__ == "__main__":
