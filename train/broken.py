@@ -8,6 +8,10 @@ log = logging.getLogger("train.broken")
 TOLD = 20  # rows that are named in messages; the file names all
 
 
+class TooManyBroken(ValueError):
+    """More rows are broken than may be left out."""
+
+
 class Broken:
     """Why which rows are left out, up to a limit."""
 
@@ -41,9 +45,9 @@ class Broken:
             file.write(json.dumps({"row": row, "why": str(why)}) + "\n")
 
     def check(self) -> None:
-        """Raises ValueError where more rows are broken than allowed."""
+        """Raises TooManyBroken where more rows are broken than allowed."""
         if len(self) > self._tolerated:
-            raise ValueError(
+            raise TooManyBroken(
                 f"{len(self)} rows are broken, skip_broken={self._tolerated} are allowed: {self.told()}; "
                 f"all are named in {self._file}"
             )

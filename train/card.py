@@ -41,8 +41,8 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
 
     Args:
         folder: of the adapter.
-        facts: model, data, merging (configs), options, steps, seconds, loss, rows, broken, machine, and
-            accuracy, a list of rows with what was measured.
+        facts: model, data, rows, broken, merging (configs), options, steps, batch, log, machine; seconds of
+            all steps and step_seconds of one, or None; bytes_most; accuracy, a list of what was measured.
     """
     facts = facts | {"packages": {name: found for name in PACKAGES if (found := _version(name))}}
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -69,13 +69,19 @@ def _card(facts: dict[str, Any]) -> str:
         "Learnt": f"{', '.join(learnt)}; rank {o['lora_rank']}, alpha {o['lora_alpha']:g}",
         "Also learnt from": f"the unmerged model's answers, weight {o['distill_weight']}",
         "Steps": f"{facts['steps']} of {facts['batch']} rows, learning rate {o['lr']:g}, seed {o['seed']}",
-        "Took": f"{facts['seconds']:.0f} s on " + ", ".join(f"{k} {v}" for k, v in facts["machine"].items()),
+        "Took": f"{facts['seconds']:.0f} s{_step(facts)} on "
+        + ", ".join(f"{k} {v}" for k, v in facts["machine"].items()),
         "With": ", ".join(f"{k} {v}" for k, v in facts["packages"].items()),
     }
     if not o["distill"]:
         del told["Also learnt from"]
     lines = "\n".join(f"- {name}: {words}" for name, words in told.items())
     return CARD.format(base=facts["model"], lines=lines, accuracy=_accuracy(facts))
+
+
+def _step(facts: dict[str, Any]) -> str:
+    taken, most = facts["step_seconds"], facts["bytes_most"] / 1e9
+    return "" if taken is None else f" ({taken:.2f} s a step, {most:.1f} GB at most)"
 
 
 def _changes(config: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from broken import Broken
+from broken import Broken, TooManyBroken
 from conversations import BrokenRow, Talk, read
 from encoding import IGNORED, encode
 from PIL import Image
@@ -37,7 +37,7 @@ class Conversations(Dataset):
             broken: counts rows that have to be left out.
 
         Raises:
-            ValueError: too many are broken.
+            TooManyBroken: more than allowed, or all.
         """
         self._rows, self._folder, self._processor = rows, folder, processor
         self._patches, self._longest, self.broken = patches, longest, broken
@@ -53,7 +53,7 @@ class Conversations(Dataset):
                 self.words.append(talk.words())
         broken.check()
         if not self.sound:
-            raise ValueError(f"every row of data={rows.path} is broken: {broken.told()}")
+            raise TooManyBroken(f"every row of data={rows.path} is broken: {broken.told()}")
 
     def _talk(self, i: int) -> Talk:
         try:
@@ -71,7 +71,7 @@ class Conversations(Dataset):
         One whose picture turns out to be unreadable is left out, and the next one stands in.
 
         Raises:
-            ValueError: too many are broken.
+            TooManyBroken: more than allowed, or all.
         """
         for j in (*range(i, len(self)), *range(i)):
             if self.sound[j] in self.broken:
@@ -81,7 +81,7 @@ class Conversations(Dataset):
             except BrokenRow as error:
                 self.broken.add(self.sound[j], error)
                 self.broken.check()
-        raise ValueError(f"no row of data={self._rows.path} can be read: {self.broken.told()}")
+        raise TooManyBroken(f"no row of data={self._rows.path} can be read: {self.broken.told()}")
 
     def _item(self, i: int) -> dict[str, Any]:
         talk = self._talk(self.sound[i])

@@ -2,7 +2,6 @@
 
 import fcntl
 import logging
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ def data(options: dict[str, Any]) -> tuple[Records, Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         file = folder / "conversations.json"
         if not file.exists():
+            log.info("drawing %d scenes", options["scenes"])
             export.write(folder, options["scenes"])
     return Records(file), folder
 
@@ -141,12 +141,3 @@ def rows(
 def named(path: str) -> str:
     """A model as an adapter names it: a folder by its whole path."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
-def peak(cuda: bool) -> int:
-    """Bytes that were taken at most: of the GPU, or of this process."""
-    if cuda:
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,6 +15,11 @@ def launched() -> bool:
     return LAUNCHED in os.environ
 
 
+def without_rank(words: list[str]) -> list[str]:
+    """The command's words without --local_rank=, which deepspeed adds; it is in the environment too."""
+    return [word for word in words if not (launched() and word.startswith("--local_rank="))]
+
+
 def world(options: dict[str, Any]) -> int:
     """Processes of the run, on all machines."""
     return int(os.environ.get("WORLD_SIZE", options["processes"]))
@@ -24,10 +29,17 @@ def check(options: dict[str, Any]) -> None:
     """Settles the number of processes.
 
     Raises:
-        ValueError: a launcher has started another number than was asked for, or one sees several GPUs.
+        ValueError: a launcher has started another number than was asked for, or with another division of
+            weights, or one process sees several GPUs.
     """
     import torch
 
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "accelerate launch was told to use FSDP; weights are divided by DeepSpeed: zero=2 or 3"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and not options["zero"]:
+        raise ValueError("accelerate launch was told to use DeepSpeed; say zero=2 or zero=3 as well")
     if launched():
         if options["processes"] not in (1, world(options)):
             raise ValueError(

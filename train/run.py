@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import launch
 import lora
 import resume
 import settings
+from broken import TooManyBroken
 from settings import OPTIONS
 
 from llava_pitome import MergeConfig
@@ -38,7 +40,7 @@ def main(words: list[str]) -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        options = parse(words, OPTIONS)
+        options = parse(launch.without_rank(words), OPTIONS)
         merging = settings.check(options)
         launch.check(options)
         output = Path(options["output"])
@@ -55,13 +57,29 @@ def main(words: list[str]) -> int:
         model = lora.wrap(model, options)
     except ValueError as error:
         return _refused(error)
-    _train(options, merging, model, processor, rows, arguments, checkpoint)
+    try:
+        _train(options, merging, model, processor, rows, arguments, checkpoint)
+    except TooManyBroken as error:  # a picture, on the way
+        return _stopped(error, rows, output)
     return 0
 
 
 def _refused(error: ValueError) -> int:
     print(f"train: {error}", file=sys.stderr)
     return 2
+
+
+def _stopped(error: TooManyBroken, rows: Any, output: Path) -> int:
+    """Says which rows ended a run, and how it goes on."""
+    try:
+        rows.broken.check()
+    except TooManyBroken as told:  # the same, without the traceback of a process that loads
+        error = told
+    if any(output.glob("checkpoint-*")):
+        error = TooManyBroken(
+            f"{error}. With a higher skip_broken=, resume=true goes on from the last checkpoint"
+        )
+    return _refused(error)
 
 
 def _start(output: Path, options: dict[str, Any]) -> Path | None:
@@ -103,7 +121,9 @@ def _train(
     import curves
     import measured
     import torch
+    from clock import Clock
     from data import Collate
+    from memory import Memory
     from trainer import MergingTrainer
 
     model.print_trainable_parameters()
@@ -118,6 +138,8 @@ def _train(
         distill=options["distill_weight"] if options["distill"] else 0.0,
         words=rows.words,
     )
+    clock, memory = Clock(), Memory(torch.cuda.is_available())
+    trainer.add_callback(clock)
     started = time.perf_counter()
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
@@ -126,7 +148,13 @@ def _train(
         return
     output = Path(options["output"])
     curves.draw(trainer.state.log_history, output / "loss.png")
-    facts = _facts(options, merging, rows, trainer) | {"seconds": seconds, "loss": done.training_loss}
+    facts = _facts(options, merging, rows, trainer) | {
+        "seconds": seconds,
+        "step_seconds": statistics.median(clock.seconds) if clock.seconds else None,
+        "loss": done.training_loss,
+        "bytes_before": memory.before,
+        "bytes_most": memory.most(),
+    }
     card.write(output, facts)
     if options["evaluate"]:
         log.info("evaluating before and after")
@@ -138,9 +166,7 @@ def _train(
 
 
 def _facts(options: dict[str, Any], merging: tuple[MergeConfig, ...], rows: Any, trainer: Any) -> dict:
-    """What a card says of a run, but for what it won."""
-    import torch
-
+    """What a card says of a run, but for what it took and won."""
     from llava_pitome.bench.machine import machine
 
     return {
@@ -154,7 +180,6 @@ def _facts(options: dict[str, Any], merging: tuple[MergeConfig, ...], rows: Any,
         "batch": options["batch_size"] * options["accumulate"] * trainer.args.world_size,
         "log": trainer.state.log_history,
         "machine": machine(),
-        "peak_bytes": fit.peak(torch.cuda.is_available()),
         "accuracy": [],
     }
 
