@@ -17,13 +17,12 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_pitome import MergeConfig, load, merge_tokens
-from llava_pitome.embedded.questions import Question, ask
+from llava_pitome.embedded.questions import HINT, Question, ask
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
 
 TRAINING = 900_000_000  # the first seed of the pictures that training may see; validation takes those from 0
 EACH = 3  # questions about a picture
-HINT = "\nAnswer the question using a single word or phrase."
 BUDGETS = (98, 59, 39, 20)  # tokens of 196: 50, 70, 80 and 90 % of them go
 
 

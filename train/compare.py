@@ -1,4 +1,4 @@
-"""Puts trained adapters side by side: python train/compare.py FOLDER FOLDER ... prints accuracy before and after."""
+"""Accuracy before and after, run by run: python train/compare.py FOLDER FOLDER ... prints a table."""
 
 import json
 import sys

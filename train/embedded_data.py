@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llava_pitome.embedded.questions import Question, ask
+from llava_pitome.embedded.questions import HINT, Question, ask
 from llava_pitome.embedded.render import coverage, render
 from llava_pitome.embedded.scenes import COLORS, DIGITS, LETTERS, PATCH, SHAPES, SIDE, TEXTURES, Scene, scene
 
@@ -15,7 +15,6 @@ IGNORE = -100
 GRID = SIDE // PATCH
 PATCHES = GRID**2
 TURNS = 10  # questions asked about a training picture
-HINT = "\nAnswer the question using a single word or phrase."  # as in LLaVA's training data and in lmms-eval
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 TRAIN_SEEDS, STAGE = 1_000_000_000, 100_000_000  # validation takes the seeds from 0 upwards
 HELD_OUT = 900_000_000

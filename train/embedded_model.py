@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_pitome.embedded.questions import ask
+from llava_pitome.embedded.questions import HINT, ask
 from llava_pitome.embedded.scenes import PATCH, SIDE, scene
 
 WIDTH, HEADS, TOWER_LAYERS, TEXT_LAYERS, VOCABULARY = 128, 4, 12, 4, 512
@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     words = [q for seed in range(400) for q in ask(scene(data.TRAIN_SEEDS + seed), data.TURNS)]
-    bpe.train_from_iterator([f"USER: \n{q.text}{data.HINT} ASSISTANT: {q.answer}" for q in words], trainer)
+    bpe.train_from_iterator([f"USER: \n{q.text}{HINT} ASSISTANT: {q.answer}" for q in words], trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
     )

@@ -8,14 +8,13 @@ import json
 import sys
 from pathlib import Path
 
-from llava_pitome.embedded.questions import ask
+from llava_pitome.embedded.questions import HINT, ask
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
 from llava_pitome.options import Option, parse, whole
 
 SEEDS = 1_900_000_000  # the embedded model was not trained on these
 TURNS = 10
-HINT = "\nAnswer the question using a single word or phrase."  # as in LLaVA's data and in lmms-eval
 OPTIONS = {
     "scenes": Option(4096, whole(1), "a whole number from 1", "pictures"),
     "first_seed": Option(SEEDS, whole(900_000_000), "a whole number from 900000000", "of the pictures"),

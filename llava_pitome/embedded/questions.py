@@ -11,6 +11,7 @@ import numpy as np
 
 from llava_pitome.embedded.scenes import COLORS, DIGITS, SHAPES, SIDE, TEXTURES, Scene, Thing
 
+HINT = "\nAnswer the question using a single word or phrase."  # behind questions, as in LLaVA's training data
 CLEAR = 8  # pixels by which two centres must differ before one is called left of the other
 SIDES: dict[str, Callable[[Thing, Thing], int]] = {  # how far a lies on that side of b, in pixels
     "left of": lambda a, b: b.x - a.x,
