@@ -21,7 +21,7 @@ def accuracy(options: dict[str, Any], merging: Sequence[MergeConfig]) -> list[di
 
     Args:
         options: of the run; results go below its output.
-        merging: how to merge.
+        merging: how to merge; one that stands there twice is measured once.
 
     Raises:
         RuntimeError: an evaluation failed; the adapter is written by then.
@@ -41,7 +41,9 @@ def _side(
     """The unmerged row and one for each way that merges."""
     rows: list[dict[str, Any]] = []
     passed = [f"{key}={options[key]}" for key in ("quantization", "limit") if options[key] is not None]
-    for i, config in enumerate([MergeConfig(ratio=1.0), *merging]):
+    ways = [MergeConfig(ratio=1.0)]
+    ways += [config for i, config in enumerate(merging) if config not in merging[:i]]
+    for i, config in enumerate(ways):
         output = Path(options["output"]) / "evaluation" / f"{side}-{i}"
         words = [f"model={path}", f"merging={json.dumps(_fields(config))}", f"output={output}"]
         words += [f"batch_size={options['batch_size']}", "baseline=false", *passed]

@@ -42,7 +42,12 @@ OPTIONS = {
     "data": Option(EMBEDDED, str, "embedded, or a JSON or JSONL in LLaVA's format", "what it learns from"),
     "images": Option(None, str, "a folder", "that image names start from; that of data where not given"),
     "scenes": Option(8192, whole(1), COUNT, "pictures of data=embedded"),
-    "ratio": Option(None, _ratios, "numbers in (0, 1], with commas", "how far to merge; drawn every step"),
+    "ratio": Option(
+        None,
+        _ratios,
+        "numbers in (0, 1], with commas",
+        "how far to merge; drawn every step, one said twice twice as often",
+    ),
     "tokens": Option(None, _counts, "whole numbers from 1, with commas", "image tokens, instead of a ratio"),
     "recipe": Option("paper", one_of(*RECIPES), ", ".join(RECIPES), "how to merge"),
     "merging": Option({}, json.loads, "fields of MergeConfig as JSON", "what changes the recipe"),
