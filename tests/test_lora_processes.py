@@ -96,7 +96,7 @@ LAUNCHERS = {
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"],
     "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29517"],
     "accelerate": [str(BIN / "accelerate"), "launch", "--use_deepspeed", "--num_processes", "2",
-                   "--num_machines", "1", "--cpu", "--mixed_precision", "no", "--main_process_port", "29518"],
+                   "--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "29518"],
 }  # fmt: skip
 
 
