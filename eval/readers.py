@@ -1,8 +1,5 @@
 """Readers for the words that say how far tokens merge, and where."""
 
-import json
-from typing import Any
-
 
 def amount(text: str) -> float | int:
     """Reads what stays: a share in (0, 1] with a point (0.5), or a number of tokens from 1 (64)."""
@@ -30,14 +27,6 @@ def sides(text: str) -> tuple[int, int]:
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
         raise ValueError(text)
     return int(rows), int(columns)
-
-
-def fields(text: str) -> dict[str, Any]:
-    """Reads a JSON object."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError(text)
-    return found
 
 
 def counts(text: str) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from llava_pitome.bench.run import Load
 from llava_pitome.checkpoints import DTYPES, QUANTIZATIONS
 from llava_pitome.config import RECIPES, MergeConfig
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, listed, one_of, parse, shares, whole
+from llava_pitome.options import Option, boolean, fields, listed, one_of, parse, shares, whole
 from llava_pitome.validation import AMOUNTS
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ OPTIONS = {
     "method": Option(None, one_of(*METHODS), " | ".join(METHODS), "who joins whom, instead of the recipe's"),
     "merging": Option(
         None,
-        readers.fields,
+        fields,
         "a JSON object of MergeConfig's fields",
         "further fields, instead of the recipe's",
     ),

@@ -91,7 +91,7 @@ class MergeConfig(Counts):
         validation.check(self)
 
     @classmethod
-    def recipe(cls, name: str, **changes: Any) -> "MergeConfig":
+    def recipe(cls, name: str, /, **changes: Any) -> "MergeConfig":
         """The config of a named recipe, with `ratio=` or `tokens=` and any other field changed.
 
         Where the changes say by `prefix`, `decoder` or `resize` alone how far to merge, nothing of a budget

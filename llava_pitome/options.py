@@ -1,6 +1,7 @@
 """key=value words from a command line, checked before anything is loaded."""
 
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -99,6 +100,14 @@ def shares(text: str) -> float | tuple[float, ...]:
     """Reads one number in (0, 1], or several, separated by commas: one per layer."""
     numbers = tuple(share(t) for t in text.split(","))
     return numbers if len(numbers) > 1 else numbers[0]
+
+
+def fields(text: str) -> dict[str, Any]:
+    """Reads a JSON object."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
 
 
 def listed(text: str) -> tuple[str, ...]:

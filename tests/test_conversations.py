@@ -1,5 +1,6 @@
 """LLaVA's data: rows read one at a time, broken ones told, and loss on the assistant's words alone."""
 
+import copy
 import json
 import pickle
 import sys
@@ -126,6 +127,10 @@ def test_a_file_that_is_not_there_raises(tmp_path):
         ({"image": "a.png", "conversations": said("x", "y")}, "0 <image> in its words, but 1 images"),
         ({"image": "none.png", "conversations": said("<image> x", "y")}, "none.png is missing"),
         ({"image": 3, "conversations": said("<image> x", "y")}, '"image" is 3; it must be a name or a list'),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "a turn is from ['human']"),
+        ({"conversations": said("x", "\ud83d")}, "half of a surrogate pair"),
+        ({"image": "data:" + "a" * 5000, "conversations": said("<image> x", "y")}, "is missing"),
+        ({"image": "\ud83d.png", "conversations": said("<image> x", "y")}, "is missing"),
     ],
 )
 def test_a_broken_row_says_why(folder, row, why):
@@ -177,6 +182,34 @@ def test_a_picture_that_cannot_be_read_is_found_when_it_is_reached(folder, embed
     (folder / "broken.jsonl").unlink()
     with pytest.raises(ValueError, match=r"row 1: image .*cut.png cannot be read"):
         dataset(folder, rows, embedded[1])[1]
+
+
+def test_what_every_process_finds_is_named_once(folder, embedded, tmp_path):
+    rows = written(folder, [{"conversations": []}, {"conversations": said("x", "y")}])
+    for first in (False, True, False):
+        broken = Broken(1, tmp_path / "broken.jsonl", first)
+        found = Conversations(rows, folder, embedded[1], PATCHES, 100, broken)
+        assert found.sound == [1] and len(found.broken) == 1
+    assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 1
+
+
+def test_rows_are_as_long_as_their_text_and_the_pictures_that_arrive(folder, embedded):
+    rows = [
+        {"conversations": said("x" * 50, "y" * 30)},
+        {"conversations": said("\N{CJK UNIFIED IDEOGRAPH-732B}" * 20, "y" * 20)},
+        {"image": "a.png", "conversations": said("<image> x", "yyy")},
+    ]
+    assert dataset(folder, rows, embedded[1]).lengths == [20, 20, PATCHES + 1]
+    broken = Broken(0, folder / "broken.jsonl")
+    few = Conversations(written(folder, rows), folder, embedded[1], PATCHES, 100, broken, picture=5)
+    assert few.lengths == [20, 20, 6]
+
+
+def test_a_processor_without_a_chat_template_is_found_before_training(folder, embedded):
+    processor = copy.copy(embedded[1])
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="template"):
+        dataset(folder, [{"conversations": said("x", "y")}], processor)
 
 
 def test_processes_count_broken_rows_together(tmp_path):

@@ -1,6 +1,8 @@
 """Training a merged LLaVA as a user does: train/run.py on the embedded model and scenes."""
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_runs import ALONE, ROOT, losses, train
+from training_runs import ALONE, ROOT, RUN, command, losses, train
 
 from llava_pitome import MergeConfig, adapters, apply, load, merge_tokens, remove
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
+
+
+def imported(name: str, file: Path):
+    """A module of train/ whose name eval/ has, too."""
+    found = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+run = imported("train_run", ROOT / "train" / "run.py")
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +115,47 @@ def test_an_adapter_is_evaluated_as_it_was_trained(trained, tmp_path):
     assert [row["image_tokens"] for row in rows] == [196, 19] and rows[1]["merging"]["ratio"] == 0.8
 
 
-def test_what_would_be_lost_or_mixed_up_is_an_error(trained):
-    again = train(trained, "max_steps=6")
-    assert again.returncode == 2 and "holds checkpoints: resume=true goes on from them" in again.stderr
-    other = train(trained, "max_steps=9", "resume=true")
-    assert (
-        other.returncode == 2 and "was made with other options: ratio=None (was [0.8, 0.9])" in other.stderr
-    )
-    none = train(trained / "none", "resume=true")
-    assert none.returncode == 2 and "holds no checkpoint" in none.stderr
+def refused(capsys, output: Path, *words: str) -> str:
+    """What is said where nothing is trained."""
+    assert run.main(command(output, *words)[len(RUN) :]) == 2
+    return capsys.readouterr().err
+
+
+def test_what_would_be_lost_or_mixed_up_is_an_error(trained, tmp_path, capsys):
+    assert "holds checkpoints: resume=true goes on" in refused(capsys, trained, "max_steps=6")
+    changed = "was made with other options: ratio=None (was [0.8, 0.9])"
+    assert changed in refused(capsys, trained, "max_steps=9", "resume=true")
+    assert "holds no checkpoint of 1 processes" in refused(capsys, tmp_path / "none", "resume=true")
+
+
+def test_a_folder_with_nothing_but_a_cut_checkpoint_says_what_to_delete(tmp_path, capsys):
+    (tmp_path / "checkpoint-500").mkdir()
+    assert "can go on from: delete checkpoint-500" in refused(capsys, tmp_path, "max_steps=6")
+
+
+def test_a_run_that_has_ended_is_not_gone_on_with(trained, tmp_path):
+    """What it took, and its checkpoints, stay."""
+    output = tmp_path / "again"
+    shutil.copytree(trained, output)
+    before = json.loads((output / "training.json").read_text())
+    words = ("max_steps=6", "ratio=0.8,0.9", "distill=true", "tower=lora", "save_steps=4", "resume=true")
+    assert run.main(command(output, *words)[len(RUN) :]) == 0
+    assert json.loads((output / "training.json").read_text()) == before
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_run_that_goes_on_counts_the_seconds_before(trained, tmp_path):
+    output = tmp_path / "again"
+    shutil.copytree(trained, output)
+    shutil.rmtree(output / "checkpoint-6")
+    (output / "training.json").unlink()
+    words = ("max_steps=6", "ratio=0.8,0.9", "distill=true", "tower=lora", "save_steps=4", "resume=true")
+    ran = train(output, *words)
+    assert ran.returncode == 0, ran.stderr
+    facts, before = (json.loads((path / "training.json").read_text()) for path in (output, trained))
+    taken = [row["seconds"] for row in facts["log"]]
+    assert taken == sorted(taken) and taken[:4] == [row["seconds"] for row in before["log"]][:4]
+    assert facts["seconds"] == taken[-1] and 0 < facts["step_seconds"] < facts["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -123,14 +168,22 @@ def test_what_would_be_lost_or_mixed_up_is_an_error(trained):
         (["zero=3", "quantization=4bit"], "zero=3 divides weights that quantization=4bit has packed"),
         (["data=/nowhere.json"], "data=/nowhere.json is no file"),
         (["merging={\"metod\": 1}"], "metod"),
+        (["merging={\"name\": 1}"], "name"),
+        (["merging=[1]"], "merging='[1]' is not allowed"),
+        (["merging={\"tokens\": 64}", "ratio=0.9"], "ratio=0.9, tokens=64"),
+        (["merging={\"ratio\": 0.8}", "ratio=0.9"], "ratio stands in merging and beside it"),
+        (["max_steps=3", "epochs=1"], "epochs=1.0 takes no max_steps= beside it"),
+        (["images=/nowhere"], "images=/nowhere takes a data= of your own"),
+        (["distill_weight=2"], "distill_weight=2.0 takes distill=true"),
+        (["limit=4"], "limit=4 takes evaluate=true"),
+        (["warmup=1"], "warmup='1' is not allowed"),
         (["targets=q_prj"], "targets=q_prj: the language model has no such projections"),
         (["merging={\"method\": \"fastv\"}", "ratio=0.9"], "fastv"),
         (["model=/nowhere"], "/nowhere"),
         (["tokens=400"], "400"),
-        (["lora_dropout=1"], "lora_dropout=1.0 is not allowed"),
+        (["lora_dropout=1"], "lora_dropout='1' is not allowed"),
     ],
 )  # fmt: skip
-def test_bad_words_are_errors_before_anything_is_written(tmp_path, words, why):
-    ran = train(tmp_path / "out", *words)
-    assert ran.returncode == 2, ran.stderr
-    assert why in ran.stderr and "Traceback" not in ran.stderr
+def test_bad_words_are_errors_before_anything_is_written(tmp_path, capsys, words, why):
+    assert why in refused(capsys, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def command(output: Path, *words: str) -> list[str]:
     given = {word.partition("=")[0] for word in words}
+    given |= {"scenes"} if "data" in given else set()
     usual = [word for word in WORDS if word.partition("=")[0] not in given]
     return [*RUN, *usual, f"output={output}", *words]
 
@@ -22,6 +23,6 @@ def train(output: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(output, *words), capture_output=True, text=True, check=False, env=ALONE)
 
 
-def losses(output: Path) -> dict[int, float]:
+def losses(output: Path, what: str = "loss") -> dict[int, float]:
     log = json.loads((output / "training.json").read_text())["log"]
-    return {row["step"]: row["loss"] for row in log if "loss" in row}
+    return {row["step"]: row[what] for row in log if what in row}

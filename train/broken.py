@@ -4,25 +4,24 @@ import json
 import logging
 from pathlib import Path
 
+from stops import TooManyBroken
+
 log = logging.getLogger("train.broken")
 TOLD = 20  # rows that are named in messages; the file names all
-
-
-class TooManyBroken(ValueError):
-    """More rows are broken than may be left out."""
 
 
 class Broken:
     """Why which rows are left out, up to a limit."""
 
-    def __init__(self, tolerated: int, file: Path):
+    def __init__(self, tolerated: int, file: Path, first: bool = True):
         """Takes up what the file holds.
 
         Args:
             tolerated: rows that may be left out by all processes together.
             file: a JSON line a row.
+            first: whether this process is the one that names what every process finds.
         """
-        self._tolerated, self._file = tolerated, file
+        self._tolerated, self._file, self._first = tolerated, file, first
         self._rows: dict[int, str] = {}
         self._read = 0
         self._refresh()
@@ -34,11 +33,19 @@ class Broken:
         self._refresh()
         return len(self._rows)
 
-    def add(self, row: int, why: ValueError) -> None:
-        """Leaves a row out."""
+    def add(self, row: int, why: ValueError, by_all: bool = False) -> None:
+        """Leaves a row out.
+
+        Args:
+            row: its index in the file.
+            why: what is wrong with it.
+            by_all: whether every process finds this, so that one alone names it.
+        """
         if row in self._rows:
             return
         self._rows[row] = str(why)
+        if by_all and not self._first:
+            return
         if len(self._rows) <= min(self._tolerated, TOLD):
             log.warning("row %d is left out: %s", row, why)
         with self._file.open("a") as file:

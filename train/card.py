@@ -1,11 +1,17 @@
 """What is written beside an adapter: a model card for people, and training.json for programs."""
 
 import json
+import statistics
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import settings
+
 from llava_pitome import MergeConfig
+from llava_pitome.bench.machine import machine
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
 CARD = """---
@@ -36,15 +42,46 @@ The loss by step is in loss.png, every number in training.json.
 """
 
 
+def facts(options: dict[str, Any], merging: Sequence[MergeConfig], trainer: Any) -> dict[str, Any]:
+    """What is told of a run that has ended, but for its accuracy.
+
+    Args:
+        options: of the run.
+        merging: how its steps merged.
+        trainer: what ran it.
+    """
+    last = trainer.state.max_steps  # one more is made where a run goes on from the very last
+    log = [row for row in trainer.state.log_history if row["step"] <= last]
+    logged = [row for row in log if "loss" in row]
+    taken = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(logged)]
+    rows = trainer.train_dataset
+    return {
+        "model": options["model"],
+        "data": settings.described(options),
+        "rows": len(rows),
+        "broken": len(rows.broken),
+        "merging": [config.to_dict() for config in merging],
+        "options": options,
+        "steps": min(trainer.state.global_step, last),
+        "batch": options["batch_size"] * options["accumulate"] * trainer.args.world_size,
+        "log": log,
+        "machine": machine(),
+        "seconds": log[-1]["seconds"],
+        "step_seconds": statistics.median(taken) if taken else None,
+        "bytes_before": trainer.memory.before,
+        "bytes_most": trainer.memory.most(),
+        "accuracy": [],
+    }
+
+
 def write(folder: Path, facts: dict[str, Any]) -> None:
     """Writes README.md and training.json.
 
     Args:
         folder: of the adapter.
-        facts: model, data, rows, broken, merging (configs), options, steps, batch, log, machine; seconds of
-            all steps and step_seconds of one, or None; bytes_most; accuracy, a list of what was measured.
+        facts: as the function `facts` gives them, accuracy filled in where it was measured.
     """
-    facts = facts | {"packages": {name: found for name in PACKAGES if (found := _version(name))}}
+    facts = {"packages": {name: found for name in PACKAGES if (found := _version(name))}} | facts
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "README.md").write_text(_card(facts))
 
@@ -67,7 +104,7 @@ def _card(facts: dict[str, Any]) -> str:
         "Data": f"{facts['data']}, {facts['rows']} rows{left_out}",
         "Merged while training": "; ".join(map(_changes, facts["merging"])),
         "Learnt": f"{', '.join(learnt)}; rank {o['lora_rank']}, alpha {o['lora_alpha']:g}",
-        "Also learnt from": f"the unmerged model's answers, weight {o['distill_weight']}",
+        "Also learnt from": f"the unmerged model's answers, weight {o['distill_weight'] or 1.0:g}",
         "Steps": f"{facts['steps']} of {facts['batch']} rows, learning rate {o['lr']:g}, seed {o['seed']}",
         "Took": f"{facts['seconds']:.0f} s{_step(facts)} on "
         + ", ".join(f"{k} {v}" for k, v in facts["machine"].items()),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MARK = "<image>"
+LONG = 200  # characters of a name in messages
+BYTES = 4  # of text, about, make a token
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -40,9 +42,10 @@ class Talk(NamedTuple):
             for role, words, pictures in self.turns
         ]
 
-    def words(self) -> int:
-        """Words of all turns: roughly how long it is."""
-        return sum(len(words.split()) for _, words, _ in self.turns)
+    def length(self, picture: int) -> int:
+        """Roughly how many tokens it has, with so many for a picture."""
+        letters = sum(len(words.encode()) for _, words, _ in self.turns)
+        return letters // BYTES + picture * len(self.images)
 
 
 def read(row: Any, folder: Path) -> Talk:
@@ -68,9 +71,17 @@ def read(row: Any, folder: Path) -> Talk:
         raise BrokenRow(f"{marked} {MARK} in its words, but {len(names)} images")
     files = tuple(folder / name for name in names)
     for file in files:
-        if not file.is_file():
-            raise BrokenRow(f"image {file} is missing")
+        if not _is_file(file):
+            raise BrokenRow(f"image {str(file)[:LONG]} is missing")
     return Talk(files, turns)
+
+
+def _is_file(file: Path) -> bool:
+    """Whether there is such a file; a name that no file can have, as a picture written as text, is none."""
+    try:
+        return file.is_file()
+    except (OSError, UnicodeEncodeError):
+        return False
 
 
 def _turns(said: list[Any], pictured: bool) -> tuple[tuple[str, str, int], ...]:
@@ -81,10 +92,12 @@ def _turns(said: list[Any], pictured: bool) -> tuple[tuple[str, str, int], ...]:
     turns: list[tuple[str, str, int]] = []
     for turn in said:
         role, words = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BrokenRow(f"a turn is from {role!r}; allowed are {', '.join(ROLES)}")
         if not isinstance(words, str):
             raise BrokenRow(f"a turn says {words!r}, which is no text")
+        if any("\ud800" <= letter <= "\udfff" for letter in words):
+            raise BrokenRow("a turn says half of a surrogate pair, which is no text")
         role, words = ROLES[role], words if pictured else words.replace(MARK, "< image >")
         if role == "system" and turns:
             raise BrokenRow("a system prompt that is not at the beginning")

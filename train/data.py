@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from broken import Broken, TooManyBroken
+from broken import Broken
 from conversations import BrokenRow, Talk, read
 from encoding import IGNORED, encode
 from PIL import Image
 from records import Records
+from stops import TooManyBroken
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+
+TRIED = 100  # rows from which one is encoded before training
 
 
 class Conversations(Dataset):
@@ -19,12 +22,19 @@ class Conversations(Dataset):
 
     Attributes:
         sound: the index in the file of every row that is left.
-        words: of each of them, roughly how long it is.
+        lengths: of each of them, roughly how many tokens it has.
         broken: the others.
     """
 
     def __init__(
-        self, rows: Records, folder: Path, processor: Any, patches: int, longest: int, broken: Broken
+        self,
+        rows: Records,
+        folder: Path,
+        processor: Any,
+        patches: int,
+        longest: int,
+        broken: Broken,
+        picture: int | None = None,
     ):
         """Looks at every row, and at whether its pictures are there.
 
@@ -35,25 +45,31 @@ class Conversations(Dataset):
             patches: placeholders of a picture that does not merge.
             longest: tokens of a conversation, pictures included; what is beyond is cut off.
             broken: counts rows that have to be left out.
+            picture: tokens of a picture that arrive, for lengths; as unmerged where not given.
 
         Raises:
             TooManyBroken: more than allowed, or all.
+            ValueError: the processor writes no conversations that labels can follow.
         """
         self._rows, self._folder, self._processor = rows, folder, processor
         self._patches, self._longest, self.broken = patches, longest, broken
         self.sound: list[int] = []
-        self.words: list[int] = []
+        self.lengths: list[int] = []
         for i in range(len(rows)):
             try:
                 talk = self._talk(i)
             except BrokenRow as error:
-                broken.add(i, error)
+                broken.add(i, error, by_all=True)
             else:
                 self.sound.append(i)
-                self.words.append(talk.words())
+                self.lengths.append(talk.length(patches if picture is None else picture))
         broken.check()
         if not self.sound:
             raise TooManyBroken(f"every row of data={rows.path} is broken: {broken.told()}")
+        longer = max(range(min(len(self), TRIED)), key=self.lengths.__getitem__)
+        encode(
+            processor, self._talk(self.sound[longer]), longest, patches
+        )  # raises for what cannot be followed
 
     def _talk(self, i: int) -> Talk:
         try:

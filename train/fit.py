@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import export
 from launch import launched
 from records import Records
-from settings import EMBEDDED
+from settings import EMBEDDED, SCENES
 from torch import nn
 
 from llava_pitome import MergeConfig, checkpoints, llava
@@ -29,14 +30,15 @@ def data(options: dict[str, Any]) -> tuple[Records, Path]:
     if options["data"] != EMBEDDED:
         file = Path(options["data"])
         return Records(file), Path(options["images"] or file.parent)
-    folder = Path(options["output"]).parent / f"embedded-{options['scenes']}"
+    scenes = options["scenes"] or SCENES
+    folder = Path(options["output"]).parent / f"embedded-{scenes}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # one of several processes writes
         fcntl.flock(lock, fcntl.LOCK_EX)
         file = folder / "conversations.json"
         if not file.exists():
-            log.info("drawing %d scenes", options["scenes"])
-            export.write(folder, options["scenes"])
+            log.info("drawing %d scenes", scenes)
+            export.write(folder, scenes)
     return Records(file), folder
 
 
@@ -58,7 +60,7 @@ def arguments(options: dict[str, Any], output: Path) -> Any:
     return TrainingArguments(
         output_dir=str(output),
         max_steps=options["max_steps"] or -1,
-        num_train_epochs=options["epochs"],
+        num_train_epochs=options["epochs"] or 1.0,
         per_device_train_batch_size=options["batch_size"],
         gradient_accumulation_steps=options["accumulate"],
         learning_rate=options["lr"],
@@ -70,6 +72,7 @@ def arguments(options: dict[str, Any], output: Path) -> Any:
         dataloader_num_workers=options["workers"],
         dataloader_pin_memory=not cpu,
         logging_steps=options["log_steps"],
+        logging_nan_inf_filter=False,
         report_to=["tensorboard"],
         save_steps=options["save_steps"],
         save_total_limit=2,
@@ -120,21 +123,37 @@ def model(options: dict[str, Any], merging: Sequence[MergeConfig], arguments: An
 
 
 def rows(
-    options: dict[str, Any], records: Records, folder: Path, processor: Any, model: nn.Module, output: Path
+    options: dict[str, Any],
+    merging: Sequence[MergeConfig],
+    records: Records,
+    folder: Path,
+    processor: Any,
+    model: nn.Module,
+    arguments: Any,
 ) -> Any:
     """The rows that can be trained on.
 
     Raises:
-        ValueError: too many cannot.
+        ValueError: too many cannot, or the processor's chat template cannot be followed.
     """
     from broken import Broken
     from data import Conversations
 
-    parts = llava.find(model)
-    broken = Broken(options["skip_broken"], output / BROKEN)
+    parts, first = llava.find(model), arguments.process_index == 0
+    file = Path(arguments.output_dir) / BROKEN
+    with arguments.main_process_first(local=False):
+        if first and not options["resume"]:
+            file.unlink(missing_ok=True)  # an earlier run's
     log.info("looking at %d rows", len(records))
+    arriving = [config.tokens_at(parts.patches, parts.feature) + parts.front for config in merging]
     return Conversations(
-        records, folder, processor, parts.patches + parts.front, options["max_length"], broken
+        records,
+        folder,
+        processor,
+        parts.patches + parts.front,
+        options["max_length"],
+        Broken(options["skip_broken"], file, first),
+        round(statistics.mean(arriving)),
     )
 
 

@@ -30,7 +30,7 @@ def check(options: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a launcher has started another number than was asked for, or with another division of
-            weights, or one process sees several GPUs.
+            weights; or there are fewer GPUs than processes, or more than one for a single process.
     """
     import torch
 
@@ -46,7 +46,13 @@ def check(options: dict[str, Any]) -> None:
                 f"processes={options['processes']}, but {world(options)} were launched; leave processes= out"
             )
         options["processes"] = world(options)
-    elif options["processes"] == 1 and (count := torch.cuda.device_count()) > 1:
+        return
+    count = torch.cuda.device_count()
+    if 0 < count < options["processes"]:
+        raise ValueError(
+            f"processes={options['processes']} is not allowed: there are {count} GPUs, one for each"
+        )
+    if options["processes"] == 1 and count > 1:
         raise ValueError(
             f"one process and {count} GPUs: say processes={count}, or choose one with CUDA_VISIBLE_DEVICES"
         )

@@ -14,6 +14,10 @@ from llava_pitome import MergeConfig
 EVALUATE = Path(__file__).parents[1] / "eval" / "run.py"
 
 
+class NotMeasured(RuntimeError):
+    """An evaluation failed."""
+
+
 def accuracy(options: dict[str, Any], merging: Sequence[MergeConfig]) -> list[dict[str, Any]]:
     """Image tokens and accuracy, in per cent with its standard error, of the model and of the adapter on it.
 
@@ -24,7 +28,7 @@ def accuracy(options: dict[str, Any], merging: Sequence[MergeConfig]) -> list[di
         merging: how to merge; one that stands there twice is measured once.
 
     Raises:
-        RuntimeError: an evaluation failed; the adapter is written by then.
+        NotMeasured: an evaluation failed; the adapter is written by then.
     """
     sides = {"before": options["model"], "after": options["output"]}
     found = {side: _side(side, path, options, merging) for side, path in sides.items()}
@@ -55,7 +59,7 @@ def _side(
             check=False,
         )
         if ran.returncode:
-            raise RuntimeError(f"eval/run.py {' '.join(words)} failed:\n{ran.stderr}")
+            raise NotMeasured(f"eval/run.py {' '.join(words)} failed:\n{ran.stderr}")
         (row,) = json.loads((output / "results.json").read_text())["rows"]
         if i == 0 or row["merging"] is not None:
             rows.append(row)

@@ -9,7 +9,7 @@ PEAK = "5"  # what makes Linux forget a process' peak
 
 
 class Memory:
-    """Counts from when it is made.
+    """Counts from when it is made, or, where the system does not let it, from the start of the process.
 
     Attributes:
         before: bytes that were held then, weights above all.
@@ -22,24 +22,32 @@ class Memory:
             cuda: whether the GPU's memory counts, as torch allocates it.
         """
         self._cuda = cuda
+        self._status = sys.platform == "linux" and not cuda and _forget()
         if cuda:
             import torch
 
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            if sys.platform == "linux":
-                RESET.write_text(PEAK)
             self.before = self.most()
 
     def most(self) -> int:
-        """Bytes held at most since then; where the system is not Linux, since the process began."""
+        """Bytes held at most since then."""
         if self._cuda:
             import torch
 
             return torch.cuda.max_memory_allocated()
-        if sys.platform == "linux":
+        if self._status:
             (line,) = (row for row in STATUS.read_text().splitlines() if row.startswith("VmHWM:"))
             return 1024 * int(line.split()[1])
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most if sys.platform == "darwin" else 1024 * most
+
+
+def _forget() -> bool:
+    """Whether the system has forgotten this process' peak; containers may forbid it."""
+    try:
+        RESET.write_text(PEAK)
+    except OSError:
+        return False
+    return True

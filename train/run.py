@@ -6,12 +6,9 @@ accelerate launch may start it too.
 """
 
 import gc
-import json
 import logging
 import os
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +19,13 @@ import launch
 import lora
 import resume
 import settings
-from broken import TooManyBroken
 from settings import OPTIONS
+from stops import Diverged, TooManyBroken
 
 from llava_pitome import MergeConfig
 from llava_pitome.options import parse, usage
 
 log = logging.getLogger("train")
-# what may differ where a run goes on
-FREE = ("output", "resume", "evaluate", "limit", "workers", "skip_broken", "save_steps", "log_steps")
 
 
 def main(words: list[str]) -> int:
@@ -45,89 +40,46 @@ def main(words: list[str]) -> int:
         launch.check(options)
         output = Path(options["output"])
         records, folder = fit.data(options)
-        checkpoint = _start(output, options)
+        checkpoint = resume.start(output, options, launch.world(options))
     except ValueError as error:
-        return _refused(error)
-    if not launch.launched() and (options["zero"] or options["processes"] > 1):
-        launch.again(__file__, words, options["processes"])
-    try:
-        arguments = fit.arguments(options, output)  # first: ZeRO-3 divides weights as they are read
-        model, processor = fit.model(options, merging, arguments)
-        rows = fit.rows(options, records, folder, processor, model, output)
-        model = lora.wrap(model, options)
-    except ValueError as error:
-        return _refused(error)
-    try:
-        _train(options, merging, model, processor, rows, arguments, checkpoint)
-    except TooManyBroken as error:  # a picture, on the way
-        return _stopped(error, rows, output)
-    return 0
+        return _failed(error)
+    facts = resume.done(output) if options["resume"] else None
+    if facts is None:
+        if not launch.launched() and (options["zero"] or options["processes"] > 1):
+            launch.again(__file__, words, options["processes"])
+        try:
+            trainer = _prepared(options, merging, records, folder)
+        except ValueError as error:
+            return _failed(error)
+        try:
+            facts = _trained(trainer, options, merging, checkpoint)
+        except (TooManyBroken, Diverged) as error:
+            return _failed(_explained(error, trainer))
+        del trainer  # what is evaluated is loaded anew
+    return _told(facts, options, merging) if os.environ.get("RANK", "0") == "0" else 0
 
 
-def _refused(error: ValueError) -> int:
+def _failed(error: Exception | str) -> int:
     print(f"train: {error}", file=sys.stderr)
     return 2
 
 
-def _stopped(error: TooManyBroken, rows: Any, output: Path) -> int:
-    """Says which rows ended a run, and how it goes on."""
-    try:
-        rows.broken.check()
-    except TooManyBroken as told:  # the same, without the traceback of a process that loads
-        error = told
-    if any(output.glob("checkpoint-*")):
-        error = TooManyBroken(
-            f"{error}. With a higher skip_broken=, resume=true goes on from the last checkpoint"
-        )
-    return _refused(error)
-
-
-def _start(output: Path, options: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from, if any.
+def _prepared(options: dict[str, Any], merging: tuple[MergeConfig, ...], records: Any, folder: Path) -> Any:
+    """What trains.
 
     Raises:
-        ValueError: there is none, it was made with other options, or one would be written over.
+        ValueError: the model, its projections or the rows do not allow it.
     """
-    asked = json.loads(json.dumps({k: v for k, v in options.items() if k not in FREE}))
-    file = output / "options.json"
-    if options["resume"]:
-        found = resume.last(output, launch.world(options))
-        before = json.loads(file.read_text())
-        changed = [f"{k}={asked[k]} (was {before.get(k)})" for k in asked if asked[k] != before.get(k)]
-        if changed:
-            raise ValueError(f"{output} was made with other options: {', '.join(changed)}")
-        return found
-    if any(output.glob("checkpoint-*")):
-        raise ValueError(f"output={output} holds checkpoints: resume=true goes on from them, or name another")
-    if os.environ.get("RANK", "0") == "0":
-        output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asked, indent=1) + "\n")
-        if not launch.launched():  # one that is: others may have begun to write it
-            (output / fit.BROKEN).unlink(missing_ok=True)
-    return None
-
-
-def _train(
-    options: dict[str, Any],
-    merging: tuple[MergeConfig, ...],
-    model: Any,
-    processor: Any,
-    rows: Any,
-    arguments: Any,
-    checkpoint: Path | None,
-) -> None:
-    """The run itself, behind everything that can be refused."""
-    import card
-    import curves
-    import measured
-    import torch
-    from clock import Clock
+    output = Path(options["output"])
+    arguments = fit.arguments(options, output)  # first: ZeRO-3 divides weights as they are read
+    model, processor = fit.model(options, merging, arguments)
+    model = lora.wrap(model, options)
+    resume.note(output, options)
+    rows = fit.rows(options, merging, records, folder, processor, model, arguments)
     from data import Collate
-    from memory import Memory
     from trainer import MergingTrainer
 
-    model.print_trainable_parameters()
-    trainer = MergingTrainer(
+    return MergingTrainer(
         model,
         arguments,
         Collate(processor),
@@ -135,53 +87,61 @@ def _train(
         processing_class=processor,
         merging=merging,
         base=fit.named(options["model"]),
-        distill=options["distill_weight"] if options["distill"] else 0.0,
-        words=rows.words,
+        distill=(options["distill_weight"] or 1.0) if options["distill"] else 0.0,
+        lengths=rows.lengths,
     )
-    clock, memory = Clock(), Memory(torch.cuda.is_available())
-    trainer.add_callback(clock)
-    started = time.perf_counter()
-    done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - started
+
+
+def _trained(
+    trainer: Any, options: dict[str, Any], merging: tuple[MergeConfig, ...], checkpoint: Path | None
+) -> dict[str, Any]:
+    """Trains and writes the adapter; what is to be told of it.
+
+    Raises:
+        TooManyBroken: rows turned out to be broken on the way.
+        Diverged: the loss is no number any more.
+    """
+    import card
+
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.finish()
-    if not trainer.is_world_process_zero():
-        return
+    return card.facts(options, merging, trainer)
+
+
+def _explained(error: TooManyBroken | Diverged, trainer: Any) -> Exception:
+    """An error on the way, and how a run goes on after it."""
+    if isinstance(error, TooManyBroken):
+        try:
+            trainer.train_dataset.broken.check()
+        except TooManyBroken as told:  # the same, without the traceback of a process that loads
+            error = told
+    if not any(Path(trainer.args.output_dir).glob("checkpoint-*")) or isinstance(error, Diverged):
+        return error
+    return TooManyBroken(f"{error}. With a higher skip_broken=, resume=true goes on from the last checkpoint")
+
+
+def _told(facts: dict[str, Any], options: dict[str, Any], merging: tuple[MergeConfig, ...]) -> int:
+    """Writes what is told of a run, measured accuracy included; returns the exit status."""
+    import card
+    import curves
+
     output = Path(options["output"])
-    curves.draw(trainer.state.log_history, output / "loss.png")
-    facts = _facts(options, merging, rows, trainer) | {
-        "seconds": seconds,
-        "step_seconds": statistics.median(clock.seconds) if clock.seconds else None,
-        "loss": done.training_loss,
-        "bytes_before": memory.before,
-        "bytes_most": memory.most(),
-    }
+    curves.draw(facts["log"], output / "loss.png")
     card.write(output, facts)
     if options["evaluate"]:
+        import measured
+        import torch
+
         log.info("evaluating before and after")
-        del trainer, model  # what is evaluated is loaded anew
-        gc.collect()
+        gc.collect()  # what has trained holds on to itself
         torch.cuda.empty_cache()
-        card.write(output, facts | {"accuracy": measured.accuracy(options, merging)})
+        try:
+            card.write(output, facts | {"accuracy": measured.accuracy(options, merging)})
+        except measured.NotMeasured as error:
+            return _failed(f"the adapter is in {output}; resume=true evaluate=true measures again: {error}")
     print(f"written to {output}")
-
-
-def _facts(options: dict[str, Any], merging: tuple[MergeConfig, ...], rows: Any, trainer: Any) -> dict:
-    """What a card says of a run, but for what it took and won."""
-    from llava_pitome.bench.machine import machine
-
-    return {
-        "model": options["model"],
-        "data": settings.described(options),
-        "rows": len(rows),
-        "broken": len(rows.broken),
-        "merging": [config.to_dict() for config in merging],
-        "options": options,
-        "steps": trainer.state.global_step,
-        "batch": options["batch_size"] * options["accumulate"] * trainer.args.world_size,
-        "log": trainer.state.log_history,
-        "machine": machine(),
-        "accuracy": [],
-    }
+    return 0
 
 
 if __name__ == "__main__":

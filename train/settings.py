@@ -1,6 +1,5 @@
 """The keys of train/run.py, and what must fit together among them before anything is loaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ from lora import LANGUAGE
 from llava_pitome import MergeConfig
 from llava_pitome.checkpoints import QUANTIZATIONS
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, listed, one_of, share, whole
+from llava_pitome.options import Option, boolean, fields, listed, one_of, share, whole
 from llava_pitome.recipes import RECIPES
 
 EMBEDDED = "embedded"
+SCENES = 8192
+RATIO = 0.9  # where nothing says how far to merge
 KINDS = ("auto", "bfloat16", "float32")
 SEEING = {"text", "text_attention", "last_attention", "received_attention"}  # in training, the answers
 
@@ -36,12 +37,18 @@ def _from_zero(text: str) -> float:
     return 0.0 if float(text) == 0 else _positive(text)
 
 
+def _below_one(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise ValueError(text)
+    return float(text)
+
+
 COUNT, NUMBER = "a whole number from 1", "a number above 0"
 OPTIONS = {
     "model": Option(EMBEDDED, str, "embedded, a hub id or a folder", "what learns"),
     "data": Option(EMBEDDED, str, "embedded, or a JSON or JSONL in LLaVA's format", "what it learns from"),
     "images": Option(None, str, "a folder", "that image names start from; that of data where not given"),
-    "scenes": Option(8192, whole(1), COUNT, "pictures of data=embedded"),
+    "scenes": Option(None, whole(1), COUNT, f"pictures of data=embedded; {SCENES:,} where not given"),
     "ratio": Option(
         None,
         _ratios,
@@ -50,14 +57,14 @@ OPTIONS = {
     ),
     "tokens": Option(None, _counts, "whole numbers from 1, with commas", "image tokens, instead of a ratio"),
     "recipe": Option("paper", one_of(*RECIPES), ", ".join(RECIPES), "how to merge"),
-    "merging": Option({}, json.loads, "fields of MergeConfig as JSON", "what changes the recipe"),
+    "merging": Option(None, fields, "fields of MergeConfig as JSON", "what changes the recipe"),
     "output": Option("output/lora", str, "a folder", "where adapter, logs and checkpoints go"),
     "max_steps": Option(None, whole(1), COUNT, "steps; instead of epochs"),
-    "epochs": Option(1.0, _positive, NUMBER, "how often every row is seen"),
+    "epochs": Option(None, _positive, NUMBER, "how often every row is seen; once where not given"),
     "batch_size": Option(16, whole(1), COUNT, "rows a process and pass"),
     "accumulate": Option(1, whole(1), COUNT, "passes a step"),
     "lr": Option(2e-4, _positive, NUMBER, "learning rate, where it is highest"),
-    "warmup": Option(0.03, _from_zero, "a number from 0", "share of the steps in which it rises"),
+    "warmup": Option(0.03, _below_one, "a number in [0, 1)", "share of the steps in which it rises"),
     "weight_decay": Option(0.0, _from_zero, "a number from 0", "of the optimizer"),
     "zero": Option(None, one_of("2", "3", "none"), "2 | 3 | none", "DeepSpeed's ZeRO stage"),
     "processes": Option(1, whole(1), COUNT, "on this machine; one a GPU"),
@@ -66,10 +73,10 @@ OPTIONS = {
     ),
     "dtype": Option("auto", one_of(*KINDS), " | ".join(KINDS), "of passes; auto: float32 where saved so"),
     "distill": Option(False, boolean, "true | false", "also learn what the unmerged model says"),
-    "distill_weight": Option(1.0, _positive, NUMBER, "of that beside the data's answers"),
+    "distill_weight": Option(None, _positive, NUMBER, "of that beside the data's answers; 1 where not given"),
     "lora_rank": Option(64, whole(1), COUNT, "of the adapters"),
     "lora_alpha": Option(128.0, _positive, NUMBER, "their scale, times their rank"),
-    "lora_dropout": Option(0.05, _from_zero, "a number from 0", "in front of them"),
+    "lora_dropout": Option(0.05, _below_one, "a number in [0, 1)", "in front of them"),
     "targets": Option(
         LANGUAGE, listed, "names with commas", "projections of the language model with adapters"
     ),
@@ -107,15 +114,16 @@ def check(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
     output = Path(options["output"])
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={output} is a file; it must be a folder")
-    if not 0 <= options["lora_dropout"] < 1:
-        raise ValueError(f"lora_dropout={options['lora_dropout']} is not allowed: it must be in [0, 1)")
-    if options["tokens"] is not None:
-        amounts = [{"tokens": count} for count in options["tokens"]]
-    else:
-        amounts = [{"ratio": ratio} for ratio in options["ratio"] or (0.9,)]
-    merging = tuple(
-        MergeConfig.recipe(options["recipe"], **options["merging"], **amount) for amount in amounts
-    )
+    for key, needed, there in (
+        ("epochs", "no max_steps=", options["max_steps"] is None),
+        ("scenes", "data=embedded", options["data"] == EMBEDDED),
+        ("images", "a data= of your own", options["data"] != EMBEDDED),
+        ("distill_weight", "distill=true", options["distill"]),
+        ("limit", "evaluate=true", options["evaluate"]),
+    ):
+        if options[key] is not None and not there:
+            raise ValueError(f"{key}={options[key]} takes {needed} beside it")
+    merging = _merging(options)
     if SEEING & set(METHODS[merging[0].method].needs):
         raise ValueError(
             f"method={merging[0].method!r} goes by what the text attends to, in training the answer; such "
@@ -124,8 +132,20 @@ def check(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
     return merging
 
 
+def _merging(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
+    """One config for each number of ratio= or tokens=, or the one that merging= makes of the recipe."""
+    changes = options["merging"] or {}
+    given = [key for key in ("ratio", "tokens") if options[key] is not None]
+    if twice := set(given) & changes.keys():
+        raise ValueError(f"{', '.join(twice)} stands in merging and beside it; give it once")
+    amounts: list[dict[str, Any]] = [{key: number} for key in given for number in options[key]]
+    if not amounts:
+        amounts = [{"ratio": RATIO}] if options["merging"] is None else [{}]
+    return tuple(MergeConfig.recipe(options["recipe"], **changes, **amount) for amount in amounts)
+
+
 def described(options: dict[str, Any]) -> str:
     """What the data is, for people."""
     if options["data"] == EMBEDDED:
-        return f"{options['scenes']} embedded scenes from seed {SEEDS:,} on"
+        return f"{options['scenes'] or SCENES} embedded scenes from seed {SEEDS:,} on"
     return options["data"]

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, A tokens of answers in the whole batch, V words of the
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from encoding import IGNORED
 from expand import expand
+from memory import Memory
+from stops import Diverged
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
@@ -31,7 +34,7 @@ class MergingTrainer(Trainer):
         merging: Sequence[MergeConfig],
         base: str,
         distill: float,
-        words: Sequence[int],
+        lengths: Sequence[int],
         **kwargs: Any,
     ):
         """Takes a model with adapters, see `lora.wrap`.
@@ -41,19 +44,42 @@ class MergingTrainer(Trainer):
             merging: what the steps choose from; an adapter is loaded with the first.
             base: the model that adapters belong to, as `load` takes it.
             distill: weight of the unmerged model's answers beside the data's; 0 asks it nothing.
-            words: how long each row is, for train_sampling_strategy="group_by_length".
+            lengths: of each row, for train_sampling_strategy="group_by_length".
             **kwargs: as for Trainer.
         """
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
         self._configs, self._base = tuple(merging), base
-        self._distill, self._words = distill, words
+        self._distill, self._lengths = distill, lengths
         self._parts = llava.find(self.model)
         self._applied: MergeConfig | None = None
         self._taught: Tensor | None = None  # (A, V) log-probabilities
+        self.memory: Memory | None = None
+        self._began = 0.0
 
     def config_at(self, step: int) -> MergeConfig:
         """How step `step` merges: the same for every process, and for a run that goes on."""
         return random.Random(f"{self.args.seed} {step}").choice(self._configs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One pass, forwards and backwards.
+
+        Raises:
+            Diverged: its loss is no number; nothing that learns has taken it up yet.
+        """
+        if self.memory is None:  # everything is in its place now
+            self.memory = Memory(self.args.device.type == "cuda")
+            self._began = time.perf_counter() - seconds(self.state.log_history)
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise Diverged(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}: try a lower lr= (it was "
+                f"{self.args.learning_rate:g}), or dtype=float32"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with the seconds that training has taken until now, earlier processes' included."""
+        super().log(logs | {"seconds": round(time.perf_counter() - self._began, 3)}, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -126,7 +152,7 @@ class MergingTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return Grouped(self._words, size, self.args.seed, lambda: self.state.epoch or 0)
+        return Grouped(self._lengths, size, self.args.seed, lambda: self.state.epoch or 0)
 
 
 class Grouped(Sampler):
@@ -136,18 +162,23 @@ class Grouped(Sampler):
     process.
     """
 
-    def __init__(self, words: Sequence[int], size: int, seed: int, epoch: Callable[[], float]):
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, epoch: Callable[[], float]):
         """Takes the rows' lengths, rows a step, and what tells the epoch when one begins."""
-        self._words, self._size, self._seed, self._epoch = list(words), size, seed, epoch
+        self._lengths, self._size, self._seed, self._epoch = list(lengths), size, seed, epoch
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
         """The rows of an epoch."""
         epoch = int(self._epoch() + 1e-6)
         draw = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        return iter(LengthGroupedSampler(self._size, lengths=self._words, generator=draw))
+        return iter(LengthGroupedSampler(self._size, lengths=self._lengths, generator=draw))
+
+
+def seconds(log: Sequence[dict[str, float]]) -> float:
+    """How long training had taken when it last logged."""
+    return log[-1]["seconds"] if log else 0.0
 
 
 def at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
