@@ -1,6 +1,7 @@
 """What is written beside a number: which method merged what, where, and how far."""
 
 import re
+from hashlib import sha256
 from typing import Any
 
 from llava_pitome.config import MergeConfig
@@ -8,6 +9,7 @@ from llava_pitome.methods import METHODS
 from llava_pitome.recipes import RECIPES
 from llava_pitome.validation import AMOUNTS
 
+LONGEST = 150  # letters of a label in a file's name; systems allow 255 with all that stands around it
 INPUT, RESIZE = "input", "resize"
 SAID = ("method", "prefix_share", *AMOUNTS)  # fields that the rest of a label tells
 
@@ -68,5 +70,6 @@ def spot(place: str) -> str:
 
 
 def slug(label: str) -> str:
-    """A label as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
+    """A label as part of a file name; a long one is cut, with a hash of all of it behind."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(label.encode()).hexdigest()[:8]}"

@@ -139,6 +139,14 @@ class MergeConfig(Counts):
         """A dict of plain values that survives JSON, stamped with its version."""
         return json.loads(json.dumps({"version": VERSION} | dataclasses.asdict(self)))
 
+    def changes(self) -> dict[str, Any]:
+        """The fields that are not their defaults, in plain values, as `from_dict` takes them."""
+        plain = {
+            f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default
+            for f in dataclasses.fields(self)
+        }
+        return {k: v for k, v in self.to_dict().items() if k in plain and getattr(self, k) != plain[k]}
+
     def method_at(self, depth: float) -> tuple[str, dict[str, Any]]:
         """The method and its parameters in the tower at a depth l_i / l in [0, 1)."""
         if self.early_method is not None and depth < self.early_depth:

@@ -176,3 +176,22 @@ def test_lengths_that_do_not_fit_the_tower_raise():
         MergeConfig(ratio=(0.9, 0.5)).lengths(36, 3)
     with pytest.raises(ValueError, match="tokens=37"):
         MergeConfig(tokens=37).lengths(36, 3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MergeConfig(ratio=0.9),
+        MergeConfig(ratio=(0.9, 0.8), depths=(0.0, 1.0)),
+        MergeConfig(decoder={8: 0.5}),
+        MergeConfig.recipe("released", tokens=20),
+        MergeConfig.recipe("best", tokens=20, prefix_share=0.0),
+    ],
+)
+def test_changes_are_what_makes_a_config(config):
+    changes = json.loads(json.dumps(config.changes()))
+    assert MergeConfig.from_dict(changes) == config
+    for name in changes:
+        rest = {k: v for k, v in changes.items() if k != name}
+        if rest.keys() & {"ratio", "tokens", "decoder"}:
+            assert MergeConfig.from_dict(rest) != config

@@ -350,3 +350,10 @@ def test_bad_words_are_errors(tmp_path, capsys):
     assert "did you mean 'input'?" in capsys.readouterr().err
     assert report.main([f"input={tmp_path}", "draws=3"]) == 2
     assert "draws='3' is not allowed" in capsys.readouterr().err
+
+
+def test_names_of_files_are_short_and_differ_where_labels_do():
+    assert slug("pitome (paper), tokens 20 in the tower") == "pitome-paper-tokens-20-in-the-tower"
+    long = "x" * 140 + " and more of it " * 20
+    names = {slug(long), slug(long + "1"), slug(long + "2")}
+    assert len(names) == 3 and all(len(name) < 200 for name in names)

@@ -102,7 +102,7 @@ def _card(facts: dict[str, Any]) -> str:
     told = {
         "Model": facts["model"],
         "Data": f"{facts['data']}, {facts['rows']} rows{left_out}",
-        "Merged while training": "; ".join(map(_changes, facts["merging"])),
+        "Merged while training": "; ".join(map(_told, facts["merging"])),
         "Learnt": f"{', '.join(learnt)}; rank {o['lora_rank']}, alpha {o['lora_alpha']:g}",
         "Also learnt from": f"the unmerged model's answers, weight {o['distill_weight'] or 1.0:g}",
         "Steps": f"{facts['steps']} of {facts['batch']} rows, learning rate {o['lr']:g}, seed {o['seed']}",
@@ -121,11 +121,8 @@ def _step(facts: dict[str, Any]) -> str:
     return "" if taken is None else f" ({taken:.2f} s a step, {most:.1f} GB at most)"
 
 
-def _changes(config: dict[str, Any]) -> str:
-    """What a config says beyond the defaults."""
-    plain = MergeConfig(resize=(1, 1)).to_dict()  # any that has neither ratio nor tokens
-    changes = {k: v for k, v in config.items() if v != plain[k] and v is not None}
-    return json.dumps(changes, sort_keys=True)
+def _told(config: dict[str, Any]) -> str:
+    return json.dumps(MergeConfig.from_dict(config).changes(), sort_keys=True)
 
 
 def _accuracy(facts: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def _side(
     ways += [config for i, config in enumerate(merging) if config not in merging[:i]]
     for i, config in enumerate(ways):
         output = Path(options["output"]) / "evaluation" / f"{side}-{i}"
-        words = [f"model={path}", f"merging={json.dumps(_fields(config))}", f"output={output}"]
+        words = [f"model={path}", f"merging={json.dumps(config.changes())}", f"output={output}"]
         words += [f"batch_size={options['batch_size']}", "baseline=false", *passed]
         ran = subprocess.run(
             [sys.executable, str(EVALUATE), *words],
@@ -64,8 +64,3 @@ def _side(
         if i == 0 or row["merging"] is not None:
             rows.append(row)
     return rows
-
-
-def _fields(config: MergeConfig) -> dict[str, Any]:
-    """A config without its stamp, as merging= takes it."""
-    return {k: v for k, v in config.to_dict().items() if k != "version"}
