@@ -52,15 +52,15 @@ def test_quantized_weights_take_adapters(tmp_path, quantization):
 
 def assert_alike(one: Path, two: Path) -> None:
     """Two runs have learnt the same: losses, gradients' norms, and everything that is saved."""
-    assert losses(two) == pytest.approx(losses(one), rel=2e-3)
-    assert losses(two, "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=2e-2)
+    for what in ("loss", "grad_norm"):
+        assert losses(two, what) == pytest.approx(losses(one, what), rel=1e-3)
     first, second = (load_file(path / "adapter_model.safetensors") for path in (one, two))
     assert first.keys() == second.keys() and any("multi_modal_projector" in name for name in first)
     plain = load("embedded")[0].state_dict()
     for name, weight in first.items():
-        start = plain["model." + name.partition("model.model.")[2]] if "multi_modal" in name else 0.0
+        start = plain[name.removeprefix("base_model.model.")] if "multi_modal" in name else 0.0
         moved = (weight - start).norm()
-        assert (second[name] - weight).norm() <= 0.1 * moved + 1e-6, name
+        assert (second[name] - weight).norm() <= 1e-3 * moved, name
 
 
 @pytest.mark.parametrize("zero", ["none", "2", "3"])
