@@ -21,7 +21,7 @@ from run import OPTIONS as RUN
 from run import planned
 
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, listed, parse, whole
+from llava_pitome.options import Option, boolean, folder, listed, parse, whole
 from llava_pitome.recipes import RECIPES
 
 NAMES = (*METHODS, *(name for name in RECIPES if name != "paper"), RESIZE)
@@ -45,7 +45,7 @@ OPTIONS = {
     "seeds": Option((0, 1, 2), readers.counts, "whole numbers, with commas", "of methods that draw"),
     **{key: RUN[key] for key in PASSED},
     "model": RUN["model"]._replace(default="embedded"),
-    "output": Option("output/sweep", str, "a folder", "where everything goes"),
+    "output": Option("output/sweep", folder, "a folder, not a file", "where everything goes"),
     "jobs": Option(None, whole(1), "a whole number from 1", "processes at a time; one a GPU, or one a core"),
     "timing": Option(True, boolean, "true | false", "time all of them at the end"),
     "rounds": timing.OPTIONS["rounds"],
@@ -61,8 +61,6 @@ def main(words: list[str]) -> int:
     try:
         options = parse(words, OPTIONS)
         output = Path(options["output"]).resolve()
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output={output} is a file; it must be a folder")
         environments = batch.slots(options["jobs"])
         runs = planned_runs(options, output)
     except ValueError as error:

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -108,6 +109,13 @@ def fields(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(text)
     return found
+
+
+def folder(text: str) -> str:
+    """Reads the path of a folder, which need not be there yet."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise ValueError(text)
+    return text
 
 
 def listed(text: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 import pytest
 
-from llava_pitome.options import Option, boolean, listed, one_of, parse, shares, whole
+from llava_pitome.options import Option, boolean, folder, listed, one_of, parse, shares, whole
 
 OPTIONS = {
     "ratio": Option(0.9, shares, "a number in (0, 1]", ""),
@@ -56,3 +56,12 @@ def test_a_word_without_a_value_and_a_key_given_twice_are_errors():
         parse(["fast"], OPTIONS)
     with pytest.raises(ValueError, match="limit is given twice"):
         parse(["limit=1", "limit=2"], OPTIONS)
+
+
+def test_a_folder_may_be_missing_but_is_no_file(tmp_path):
+    options = {"output": Option("out", folder, "a folder, not a file", "where")}
+    assert parse([f"output={tmp_path}"], options) == {"output": str(tmp_path)}
+    assert parse([f"output={tmp_path / 'none'}"], options) == {"output": str(tmp_path / "none")}
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file' is not allowed; allowed: a folder, not a file"):
+        parse([f"output={tmp_path / 'file'}"], options)

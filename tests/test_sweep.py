@@ -316,7 +316,7 @@ def test_bad_words_are_errors_before_anything_runs(words, said, capsys, tmp_path
 def test_an_output_that_is_a_file_is_an_error(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert sweep_.main([f"output={tmp_path / 'file'}"]) == 2
-    assert "is a file; it must be a folder" in capsys.readouterr().err
+    assert "is not allowed; allowed: a folder, not a file" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

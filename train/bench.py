@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import launch
 import settings
 
-from llava_pitome.options import Option, parse, usage, whole
+from llava_pitome.options import Option, folder, parse, usage, whole
 
 RUN = Path(__file__).parent / "run.py"
 SHAPES = "llava-7b-2layer"
@@ -26,7 +26,7 @@ COUNTS = (20, 39)
 OURS = {
     "rounds": Option(3, whole(1), "a whole number from 1", "turns of every side"),
     "steps": Option(12, whole(2), "a whole number from 2", "steps of a turn; the first is not timed"),
-    "output": Option("output/training_bench", str, "a folder", "where results go"),
+    "output": Option("output/training_bench", folder, "a folder, not a file", "where results go"),
 }
 OWN = ("ratio", "tokens", "max_steps", "epochs", "evaluate", "resume", "output")  # said by the sides
 PASSED = {key: option for key, option in settings.OPTIONS.items() if key not in OWN}
@@ -44,12 +44,10 @@ def main(words: list[str]) -> int:
             {key: option.default for key, option in settings.OPTIONS.items()}
             | {key: options[key] for key in (*PASSED, "tokens")}
         )
-        output = Path(options["output"])
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output={output} is a file; it must be a folder")
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    output = Path(options["output"])
     output.mkdir(parents=True, exist_ok=True)
     passed = [word for word in words if word.partition("=")[0] in PASSED]
     if options["model"] == SHAPES:
@@ -64,15 +62,15 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _random(folder: Path) -> Path:
+def _random(path: Path) -> Path:
     """A checkpoint with random weights, and the embedded model's words."""
     import torch
 
     from llava_pitome import embedded
     from llava_pitome.bench import targets
 
-    if (folder / "config.json").exists():
-        return folder
+    if (path / "config.json").exists():
+        return path
     from transformers import AutoProcessor
 
     model = targets.build(SHAPES, torch.bfloat16, "cpu").model
@@ -82,12 +80,12 @@ def _random(folder: Path) -> Path:
     processor.patch_size = patch
     processor.image_processor.size = {"shortest_edge": side}
     processor.image_processor.crop_size = {"height": side, "width": side}
-    partial = folder.with_name(f"{folder.name}.part")
+    partial = path.with_name(f"{path.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
-    partial.replace(folder)
-    return folder
+    partial.replace(path)
+    return path
 
 
 def _turn(output: Path, side: str, steps: int, passed: list[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from llava_pitome.embedded.questions import HINT, ask
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
-from llava_pitome.options import Option, parse, whole
+from llava_pitome.options import Option, folder, parse, whole
 
 SEEDS = 1_900_000_000  # the embedded model was not trained on these
 TURNS = 10
@@ -19,7 +19,7 @@ OPTIONS = {
     "scenes": Option(4096, whole(1), "a whole number from 1", "pictures"),
     "first_seed": Option(SEEDS, whole(900_000_000), "a whole number from 900000000", "of the pictures"),
     "turns": Option(TURNS, whole(1), "a whole number from 1", "questions about each"),
-    "output": Option("output/embedded_conversations", str, "a folder", "where they go"),
+    "output": Option("output/embedded_conversations", folder, "a folder, not a file", "where they go"),
 }
 
 
@@ -27,28 +27,25 @@ def main(words: list[str]) -> int:
     """Writes them; returns the command's exit status."""
     try:
         options = parse(words, OPTIONS)
-        folder = Path(options["output"])
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"output={folder} is a file; it must be a folder")
     except ValueError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
-    print(write(folder, options["scenes"], options["first_seed"], options["turns"]))
+    print(write(Path(options["output"]), options["scenes"], options["first_seed"], options["turns"]))
     return 0
 
 
-def write(folder: Path, scenes: int, first_seed: int = SEEDS, turns: int = TURNS) -> Path:
+def write(path: Path, scenes: int, first_seed: int = SEEDS, turns: int = TURNS) -> Path:
     """Writes pictures and conversations, and gives the file of the latter, which comes last."""
     from PIL import Image
 
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (path / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in range(first_seed, first_seed + scenes):
         seen = scene(seed)
         name = f"images/{seed}.png"
-        Image.fromarray(render(seen)).save(folder / name)
+        Image.fromarray(render(seen)).save(path / name)
         rows.append({"id": str(seed), "image": name, "conversations": _said(seen, turns)})
-    file, partial = folder / "conversations.json", folder / "conversations.part"
+    file, partial = path / "conversations.json", path / "conversations.part"
     partial.write_text(json.dumps(rows, indent=1) + "\n")
     partial.replace(file)
     return file

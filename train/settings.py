@@ -1,6 +1,5 @@
 """The keys of train/run.py, and what must fit together among them before anything is loaded."""
 
-from pathlib import Path
 from typing import Any
 
 from export import SEEDS
@@ -9,7 +8,7 @@ from lora import LANGUAGE
 from llava_pitome import MergeConfig
 from llava_pitome.checkpoints import QUANTIZATIONS
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, fields, listed, one_of, share, whole
+from llava_pitome.options import Option, boolean, fields, folder, listed, one_of, share, whole
 from llava_pitome.recipes import RECIPES
 
 EMBEDDED = "embedded"
@@ -58,7 +57,7 @@ OPTIONS = {
     "tokens": Option(None, _counts, "whole numbers from 1, with commas", "image tokens, instead of a ratio"),
     "recipe": Option("paper", one_of(*RECIPES), ", ".join(RECIPES), "how to merge"),
     "merging": Option(None, fields, "fields of MergeConfig as JSON", "what changes the recipe"),
-    "output": Option("output/lora", str, "a folder", "where adapter, logs and checkpoints go"),
+    "output": Option("output/lora", folder, "a folder, not a file", "where adapter, logs and checkpoints go"),
     "max_steps": Option(None, whole(1), COUNT, "steps; instead of epochs"),
     "epochs": Option(None, _positive, NUMBER, "how often every row is seen; once where not given"),
     "batch_size": Option(16, whole(1), COUNT, "rows a process and pass"),
@@ -111,9 +110,6 @@ def check(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
         raise ValueError(
             f"zero=3 divides weights that quantization={options['quantization']} has packed; take zero=2"
         )
-    output = Path(options["output"])
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output={output} is a file; it must be a folder")
     for key, needed, there in (
         ("epochs", "no max_steps=", options["max_steps"] is None),
         ("scenes", "data=embedded", options["data"] == EMBEDDED),
