@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
+sys.path.insert(0, str(ROOT / "train"))
 import ablate  # noqa: E402
+import bench  # noqa: E402
+import compare  # noqa: E402
 import tables  # noqa: E402
 from rows import Row  # noqa: E402
 
@@ -107,3 +110,53 @@ def test_every_side_was_timed_as_often_as_the_dense_one(name):
         len(taken) == SPEED[name]["options"]["rounds"] for r in rows for taken in r["seconds"].values()
     )
     assert {r["batch"] for r in rows} == set(SPEED[name]["options"]["batch"])
+
+
+RUNS = {name: compare.read(RESULTS / "adapters" / name) for name in (
+    "best-tower-distilled", "best-tower-plain", "paper-distilled", "paper-plain",
+)}  # fmt: skip
+
+
+def test_what_training_won_stands_in_the_readme():
+    assert compare.table(RUNS) in README
+
+
+@pytest.mark.parametrize("recipe", ["best-tower", "paper"])
+def test_distilled_and_plain_adapters_were_trained_alike(recipe):
+    distilled, plain = (RUNS[f"{recipe}-{how}"] for how in ("distilled", "plain"))
+    assert distilled["steps"] == plain["steps"] == distilled["options"]["max_steps"]
+    assert distilled["options"]["distill"] and not plain["options"]["distill"]
+    other = {"distill", "output", "distill_weight"}
+    assert {k: v for k, v in distilled["options"].items() if k not in other} == {
+        k: v for k, v in plain["options"].items() if k not in other
+    }
+
+
+def before_and_after(run: str, tokens: int) -> tuple[float, float]:
+    (row,) = (row for row in RUNS[run]["accuracy"] if row["tokens"] == tokens)
+    return row["before"]["mean"], row["after"]["mean"]
+
+
+@pytest.mark.parametrize("run", ["best-tower-distilled", "best-tower-plain"])
+def test_training_wins_back_what_merging_in_the_tower_loses(run):
+    plain, trained = before_and_after(run, 196)
+    assert trained >= plain
+    assert before_and_after(run, 39)[1] >= 0.99 * plain
+    merged, won = before_and_after(run, 20)
+    assert won - merged >= 0.75 * (plain - merged)
+
+
+STEPS = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "adapters").glob("steps-*.json")}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_times_of_training_steps_in_the_readme_are_the_measured_ones_and_merging_is_faster(name):
+    assert bench.table(STEPS[name]["sides"]) in README
+    plain, *merged = STEPS[name]["sides"].values()
+    for side in merged:
+        assert max(side["step_seconds"]) < min(plain["step_seconds"])
+        assert max(side["bytes_most"]) < min(plain["bytes_most"])
+
+
+def test_small_and_real_shapes_were_timed_in_training():
+    assert set(STEPS) == {"steps-embedded", "steps-llava-7b-2layer"}
