@@ -89,6 +89,12 @@ def remove(model: nn.Module) -> None:
     _forget_compiled()
 
 
+def applied(model: nn.Module) -> MergeConfig | None:
+    """How a model merges now; None where it does not."""
+    found = _applied.get(llava.unwrap(model))
+    return found.merging.config if found is not None else None
+
+
 def _check_kernels(parts: llava.Parts, kernels: bool | str) -> None:
     """Raises ValueError for kernels that are unknown, or that cannot run here."""
     if not isinstance(kernels, bool) and kernels != "triton":

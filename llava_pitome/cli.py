@@ -6,8 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from llava_pitome.bench import command as bench
+from llava_pitome.chat import command as chat
+from llava_pitome.serving import command as serve
 
-COMMANDS: dict[str, tuple[Callable, Callable]] = {"bench": (bench.describe, bench.run)}
+COMMANDS: dict[str, tuple[Callable, Callable]] = {
+    "bench": (bench.describe, bench.run),
+    "chat": (chat.describe, chat.run),
+    "serve": (serve.describe, serve.run),
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
