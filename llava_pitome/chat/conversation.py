@@ -71,8 +71,10 @@ class Conversation:
         pieces: list[str] = []
         try:
             for piece in stream.pieces():
-                pieces.append(piece)
-                yield piece
+                piece = piece if pieces else piece.lstrip()  # the space behind "ASSISTANT:"
+                if piece:
+                    pieces.append(piece)
+                    yield piece
         except GeneratorExit:
             self._keep(asked, pictures, pieces, inputs, stream)
             raise

@@ -31,7 +31,7 @@ class Terminal:
         conversation: Conversation,
         config: MergeConfig | None,
         change: Callable[..., MergeConfig],
-        out: TextIO = sys.stdout,
+        out: TextIO | None = None,
     ):
         """Takes a conversation over.
 
@@ -39,9 +39,9 @@ class Terminal:
             conversation: with a model that merges as `config` says.
             config: how.
             change: makes the config for `ratio=` or `tokens=`, with everything else as it was asked for.
-            out: where answers go.
+            out: where answers go; None: standard output.
         """
-        self.conversation, self.config, self.out = conversation, config, out
+        self.conversation, self.config, self.out = conversation, config, out or sys.stdout
         self._change = change
         self.record: list[dict[str, Any]] = []
 

@@ -127,8 +127,8 @@ class MergingChat(ChatCompletionHandler):
             settings.max_new_tokens = min(self._limits.answer, context - length)
         if length + settings.max_new_tokens > context:
             raise Refused(
-                f"the prompt has {length} tokens and {settings.max_new_tokens} are asked for; the model reads "
-                f"{context} in all"
+                f"the prompt has {length} tokens and {settings.max_new_tokens} are asked for; the model "
+                f"reads {context} in all"
             )
 
 

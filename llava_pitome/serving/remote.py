@@ -16,7 +16,7 @@ REDIRECTING = (301, 302, 303, 307, 308)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one that anybody on the internet could reach: not private, local or reserved."""
+    """Whether an IP address is one that anybody could reach: not private, local or reserved."""
     found = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
     return found.is_global and not found.is_multicast and (mapped is None or is_public(str(mapped)))

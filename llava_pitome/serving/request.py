@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ROLES = ("system", "user", "assistant")
-SAMPLING = {  # by field: the least and the most, as OpenAI has them, where they are narrower as they work here
+SAMPLING = {  # by field: the least and the most
     "temperature": (0, 2),
     "top_p": (0, 1),
     "frequency_penalty": (0, 2),
