@@ -4,9 +4,10 @@ import asyncio
 import copy
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from torch import nn
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
