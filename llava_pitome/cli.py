@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from llava_pitome.bench import command as bench
 from llava_pitome.chat import command as chat
 from llava_pitome.serving import command as serve
+from llava_pitome.web import command as web
 
 COMMANDS: dict[str, tuple[Callable, Callable]] = {
     "bench": (bench.describe, bench.run),
     "chat": (chat.describe, chat.run),
     "serve": (serve.describe, serve.run),
+    "web": (web.describe, web.run),
 }
 
 

@@ -30,7 +30,7 @@ def describe_model(parser: argparse.ArgumentParser) -> None:
 
 
 def describe_merging(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Adds --ratio, --tokens, --recipe, --method and --merging; `several` methods with commas between them."""
+    """Adds --ratio, --tokens, --recipe, --method and --merging; `several` allows methods with commas."""
     add = parser.add_argument_group("merging").add_argument
     add(
         "--ratio",
@@ -71,7 +71,8 @@ def check_model(options: argparse.Namespace) -> None:
         raise ValueError(f"--device {options.device} is not there; allowed are {there}")
     if options.dtype == "float16" and _device(options).type == "cpu":
         raise ValueError(
-            "--dtype float16 is hundreds of times slower than bfloat16 on CPUs; allowed: auto, bfloat16, float32"
+            "--dtype float16 is hundreds of times slower than bfloat16 on CPUs; allowed: auto, bfloat16, "
+            "float32"
         )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 2**26  # 67 million, 8192 x 8192: what phones take fits, and is 192 MiB in colour
 # what browsers and cameras write; no format whose reader starts other programs, such as EPS
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
-BROKEN = (  # the first four were met when files of every format were damaged, the others are in pillow's readers
+BROKEN = (  # the first four were met when files were damaged, the others stand in pillow's readers
     OSError, SyntaxError, ValueError, RuntimeError, EOFError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # pillow's modes of 16-bit greys
@@ -84,7 +84,8 @@ def _check(found: "Image.Image", name: str, max_pixels: int) -> None:
     width, height = found.size
     if width * height > max_pixels:
         raise ValueError(
-            f"{name} has too many pixels: {width} x {height} are {width * height:,}, allowed are {max_pixels:,}"
+            f"{name} has too many pixels: {width} x {height} are {width * height:,}, allowed are "
+            f"{max_pixels:,}"
         )
     if not width * height:
         raise ValueError(f"{name} has no pixels: it is {width} x {height}")

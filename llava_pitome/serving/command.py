@@ -1,7 +1,6 @@
 """`llava-pitome serve`: its options, and the server's life."""
 
 import argparse
-import socket
 import sys
 from typing import Any
 
@@ -9,6 +8,7 @@ from llava_pitome import commands, llava
 from llava_pitome.api import applied
 from llava_pitome.options import whole
 from llava_pitome.serving.limits import Limits
+from llava_pitome.serving.listening import listening, port
 
 NAMES = {  # of limits, in the order of --help
     "prompt": ("--max-prompt-tokens", 1, "tokens of a prompt"),
@@ -32,9 +32,7 @@ def describe(parsers: Any, name: str) -> None:
     commands.describe_merging(parser)
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
-    add(
-        "--port", type=commands.reader(_port, "in [0, 65535]"), default=8000, help="0 takes a free one (8000)"
-    )
+    add("--port", type=commands.reader(port, "in [0, 65535]"), default=8000, help="0 takes a free one (8000)")
     add("--name", help="what clients call the model (what --model says)")
     add("--fetch-urls", action="store_true",
         help="fetch pictures from http and https addresses; private ones never are (off)")  # fmt: skip
@@ -61,14 +59,14 @@ def run(options: argparse.Namespace) -> int:
         **{field: getattr(options, field) * unit for field, (_, unit, _) in NAMES.items()},
         urls=options.fetch_urls,
     )
-    with _listening(options.host, options.port) as listening:  # before a model is loaded for nothing
+    with listening(options.host, options.port) as sock:  # before a model is loaded for nothing
         model, processor = commands.load(options, config)
         app = build(options.name or options.model, model, processor, limits)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        host, port = listening.getsockname()[:2]
-        sys.stdout.write(f"http://{host}:{port}/v1 serves {options.model}, {_merges(model)}\n")
+        address = ":".join(map(str, sock.getsockname()[:2]))
+        sys.stdout.write(f"http://{address}/v1 serves {options.model}, {_merges(model)}\n")
         sys.stdout.flush()
-        server.run(sockets=[listening])
+        server.run(sockets=[sock])
     return 0
 
 
@@ -78,22 +76,3 @@ def _merges(model: Any) -> str:
     merging = applied(model)
     tokens = merging.tokens_at(parts.patches, parts.feature) if merging else parts.patches
     return f"{tokens} image tokens of {parts.patches} a picture"
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ValueError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
-
-
-def _port(text: str) -> int:
-    if not 0 <= int(text) <= 65535:
-        raise ValueError(text)
-    return int(text)
