@@ -95,6 +95,14 @@ def counts(path: str) -> tuple[int, int]:
     return (vision.image_size // vision.patch_size) ** 2, layers
 
 
+def merging(path: str) -> dict[str, Any] | None:
+    """How a checkpoint or adapter was saved to merge, as a config's dict; None where it was not."""
+    from transformers import AutoConfig
+
+    found = None if path == embedded.NAME else adapters.merging(path)
+    return found or getattr(AutoConfig.from_pretrained(whole(path)), "token_merging", None)
+
+
 def _dtype(wanted: Any, config: Any) -> Any:
     """As saved where nothing is asked for; but float16 becomes bfloat16 on CPUs, which are too slow at it."""
     import torch

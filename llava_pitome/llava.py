@@ -131,6 +131,12 @@ def stages(model: nn.Module) -> dict[str, nn.Module]:
     return {"tower": parts.tower, "projector": inner.multi_modal_projector, "llm": inner.language_model}
 
 
+def encode(model: nn.Module, pixels: Tensor) -> None:
+    """Sends pictures (I, 3, H, W) through tower and projector, for what hooks see of it."""
+    model = unwrap(model)
+    model.model.get_image_features(pixel_values=pixels.to(model.device, model.dtype))
+
+
 def cached(cache: Any) -> list[Tensor]:
     """The keys and values (B, H, T, C) that a KV cache holds, layer by layer."""
     return [x for layer in cache.layers for x in (layer.keys, layer.values)]

@@ -33,7 +33,11 @@ from llava_pitome.places.prefix import grid
 
 
 class DecoderMerging:
-    """The hooks on a language model, and what the last forward pass left."""
+    """The hooks on a language model, and what the last forward pass left.
+
+    Attributes:
+        merger: what merges, wherever it is.
+    """
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class DecoderMerging:
         """
         self.llm, self.config, self.arrivals, self.patches = llm, config, arrivals, patches
         self.layers = config.merging_layers
-        self._merger = Merger(config, 0, triton)
+        self.merger = Merger(config, 0, triton)
         self._looks = [
             Looking(llm.blocks[i], wanted(config.method, config.metric == "keys"), 0, self._has_images)
             for i in self.layers
@@ -203,7 +207,7 @@ class DecoderMerging:
         length = schedule.left(x.shape[1], config.decoder[i], f"decoder[{i}]")
         way = (config.method, config.parameters, i / len(self.llm.blocks))
         offers = self._asked[s]._replace(prompt=prompt).offers(source)
-        merged, slot = self._merger.merge(x, metric, length, now.slots[s], now.slots[s + 1], way, offers)
+        merged, slot = self.merger.merge(x, metric, length, now.slots[s], now.slots[s + 1], way, offers)
         short = prompts.shorten(prompt, slot.merge)
         now.enter(s + 1, short.after, slot, config.llm_proportional)
         return prompts.replace(hidden, short, merged)
