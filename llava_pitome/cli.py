@@ -1,4 +1,4 @@
-"""The command line: `llava-pitome bench`, also `python -m llava_pitome bench`."""
+"""The command line: `llava-pitome bench | draw`, also `python -m llava_pitome ...`."""
 
 import argparse
 import logging
@@ -6,15 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from llava_pitome.bench import command as bench
-from llava_pitome.chat import command as chat
-from llava_pitome.serving import command as serve
-from llava_pitome.web import command as web
+from llava_pitome.drawing import command as draw
 
 COMMANDS: dict[str, tuple[Callable, Callable]] = {
     "bench": (bench.describe, bench.run),
-    "chat": (chat.describe, chat.run),
-    "serve": (serve.describe, serve.run),
-    "web": (web.describe, web.run),
+    "draw": (draw.describe, draw.run),
 }
 
 
