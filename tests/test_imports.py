@@ -44,13 +44,25 @@ ORDER = (
 )
 HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "datasets", "pyarrow",
          "pandas", "lmms_eval", "loguru",
-         "tqdm", "rich", "vllm", "gradio", "matplotlib", "safetensors", "triton"}  # fmt: skip
+         "tqdm", "rich", "vllm", "gradio", "fastapi", "uvicorn", "matplotlib", "safetensors", "triton"}  # fmt: skip
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
-    "transformers": ("adapters", "checkpoints", "repeats", "lmms", "vllm", "bench.targets"),
+    "transformers": (
+        "adapters",
+        "checkpoints",
+        "repeats",
+        "lmms",
+        "vllm",
+        "bench.targets",
+        "chat.streaming",
+        "serving.app",
+    ),
     "lmms_eval": ("lmms",),
     "vllm": ("vllm",),
     "triton": KERNELS,
+    "gradio": ("web.page",),
+    "fastapi": ("serving.app",),
+    "openai": (),
 }
 
 

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible endpoint whose model merges: `transformers serve` with a guard in front."""
+"""An OpenAI-compatible endpoint whose model merges: handlers of `transformers serve` behind a guard."""

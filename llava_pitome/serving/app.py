@@ -1,7 +1,8 @@
-"""`transformers serve` around one merging model: the only file that knows its classes."""
+"""The handlers of `transformers serve` around one merging model: the only file that knows them."""
 
 import asyncio
 import copy
+import uuid
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,15 +12,10 @@ from starlette.exceptions import HTTPException
 from torch import nn
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.server import build_server
-from transformers.cli.serving.systemone import SystemOneHandler
-from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
-from llava_pitome.serving.guard import Guard, error
+from llava_pitome.serving.guard import CHAT, HEALTH, MODELS, Guard, error
 from llava_pitome.serving.limits import Limits
 from llava_pitome.serving.request import Refused, check, opened, parts
 
@@ -91,13 +87,13 @@ class MergingChat(ChatCompletionHandler):
     ) -> GenerationConfig:
         """Draws tokens where a temperature or top_p asks for it; else takes the likeliest."""
         config = copy.deepcopy(model_generation_config)
+        length = body.get("max_completion_tokens") or body.get("max_tokens")
         config.do_sample = bool(body.get("temperature", 1.0 if body.get("top_p") is not None else 0))
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
             body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
         built = super()._build_generation_config(body, config, use_cb=use_cb)
-        if body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
-            built.max_new_tokens = None  # until the prompt's length is known
+        built.max_new_tokens = length  # None until the prompt's length is known
         return built
 
     def _streaming(self, request_id: str, model: nn.Module, processor: Any, model_id: str, inputs: Any,
@@ -142,16 +138,22 @@ def build(name: str, model: nn.Module, processor: Any, limits: Limits) -> Guard:
         processor: its processor, which `apply` was given.
         limits: what requests may ask.
     """
-    manager, state = OneModel(name, model, processor), GenerationState()
-    app = build_server(
-        manager,
-        MergingChat(manager, state, limits),
-        completion_handler=CompletionHandler(manager, state),
-        response_handler=ResponseHandler(manager, state),
-        transcription_handler=TranscriptionHandler(manager, state),
-        systemone_handler=SystemOneHandler(manager, state),
-        generation_state=state,
-    )
+    manager = OneModel(name, model, processor)
+    chat = MergingChat(manager, GenerationState(), limits)
+    app = FastAPI(openapi_url=None)
+
+    @app.post(CHAT)
+    async def chat_completions(body: dict) -> Any:
+        return await chat.handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
+
+    @app.get(MODELS)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": manager.get_gen_models()}
+
+    @app.get(HEALTH)
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
     _explain(app)
     return Guard(app, limits)
 

@@ -9,8 +9,8 @@ from llava_pitome.serving.limits import Limits
 
 Scope, Message = MutableMapping[str, Any], MutableMapping[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
-CHAT = "/v1/chat/completions"
-ALLOWED = {CHAT: ("POST",), "/v1/models": ("GET",), "/health": ("GET",)}
+CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
+ALLOWED = {CHAT: ("POST",), MODELS: ("GET",), HEALTH: ("GET",)}
 TYPES = {413: "request_too_large", 429: "rate_limit_exceeded"}
 
 
