@@ -1,4 +1,4 @@
-"""The command line: `llava-pitome bench`, also `python -m llava_pitome bench`."""
+"""The command line: `llava-pitome bench` and `convert`, also `python -m llava_pitome bench`."""
 
 import argparse
 import logging
@@ -6,8 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from llava_pitome.bench import command as bench
+from llava_pitome.conversion import command as convert
 
-COMMANDS: dict[str, tuple[Callable, Callable]] = {"bench": (bench.describe, bench.run)}
+COMMANDS: dict[str, tuple[Callable, Callable]] = {
+    "bench": (bench.describe, bench.run),
+    "convert": (convert.describe, convert.run),
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
