@@ -8,6 +8,7 @@ from types import ModuleType
 
 from llava_pitome.bench import command as bench
 from llava_pitome.chat import command as chat
+from llava_pitome.conversion import command as convert
 from llava_pitome.drawing import command as draw
 from llava_pitome.serving import command as serve
 from llava_pitome.web import command as web
@@ -18,6 +19,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {  # each with the extra that it n
     "serve": (serve, "serve"),
     "draw": (draw, "models"),
     "bench": (bench, "bench"),
+    "convert": (convert, "models"),
 }
 
 

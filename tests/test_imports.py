@@ -33,18 +33,21 @@ ORDER = (
     ("places.prefix",),
     ("places.decoder",),
     ("places.everywhere",),
-    ("language", "processor"),
+    ("language", "processor", "original"),
     ("llava",),
     ("embedded.scenes",),
     ("embedded.questions", "embedded.render"),
     ("embedded", "adapters"),
+    ("conversion.configs", "conversion.processors", "conversion.weights"),
+    ("conversion",),
     ("checkpoints",),
     ("api",),
     ("",),  # the package itself: names alone
 )
-HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "datasets", "pyarrow",
-         "pandas", "lmms_eval", "loguru",
-         "tqdm", "rich", "vllm", "gradio", "fastapi", "uvicorn", "matplotlib", "safetensors", "triton"}  # fmt: skip
+HEAVY = {"transformers", "tokenizers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "datasets",
+         "pyarrow", "pandas", "lmms_eval", "loguru",
+         "tqdm", "rich", "vllm", "gradio", "fastapi", "uvicorn", "matplotlib", "safetensors",
+         "triton", "llava"}  # fmt: skip
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
     "transformers": (
@@ -56,7 +59,14 @@ HOSTS = {
         "bench.targets",
         "chat.streaming",
         "serving.app",
+        "conversion",
+        "conversion.configs",
+        "conversion.processors",
+        "conversion.weights",
     ),
+    "tokenizers": ("conversion.processors",),
+    "safetensors": ("conversion.weights",),
+    "llava": (),  # the original package: its classes are known by name
     "lmms_eval": ("lmms",),
     "vllm": ("vllm",),
     "triton": KERNELS,

@@ -136,6 +136,8 @@ class DecoderMerging:
         self._images = None
         given = _named(module, args, kwargs)
         self.llm.check(given)
+        if self.llm.image_token is None:
+            return
         each = self.llm.image_tokens(given, self.patches())
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         if ids is None and (each is not None or getattr(cache, pasts.NAME, None) is None):
@@ -158,8 +160,11 @@ class DecoderMerging:
         memory = None if cache is None else pasts.recall(cache, self._firsts, self._way, batch)
         real = None if given is None or length == 1 else given[:, -length:].bool()
         now = Pass(len(self._firsts), length, memory)
-        if self._images is not None and bool(self._images[0].any()):
-            is_image, each = self._images
+        images = self._images
+        if self.llm.image_token is None and kwargs.get("inputs_embeds") is not None:
+            images = self.arrivals.found(hidden)
+        if images is not None and bool(images[0].any()):
+            is_image, each = images
             real = real if real is None else real.to(hidden.device)
             prompt = prompts.find(is_image.to(hidden.device), each, self.llm.front, real)
             seen = 0 if cache is None else cache.get_seq_length()

@@ -51,9 +51,9 @@ class Merging:
         if config.resize is not None:
             self.shrinking = Shrinking(parts.tower, parts.patch_size, config.resize)
         if config.merges_in_prefix:
-            self.prefix = PrefixMerging(parts.projector, self.tower, parts.front, config, triton)
+            self.prefix = PrefixMerging(parts.whole.projector, self.tower, parts.front, config, triton)
         if llm is not None:
-            self.arrivals = Arrivals(parts.projector, parts.front, self.sizes, self.plans)
+            self.arrivals = Arrivals(parts.whole.projector, parts.front, self.sizes, self.plans)
             self.decoder = DecoderMerging(llm, config, self.arrivals, self.patches, triton)
 
     @property
