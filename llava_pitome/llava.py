@@ -86,18 +86,23 @@ def check(parts: Parts, config: MergeConfig) -> None:
         if inside or config.merges_in_prefix:
             raise ValueError("a vision tower alone has no projector and no language model to merge in")
         return
-    strategy = parts.model.config.vision_feature_select_strategy
-    if (inside or config.merges_in_prefix) and strategy == "default" and not parts.class_tokens:
-        raise ValueError(
-            "vision_feature_select_strategy='default' drops the first patch of a tower without class token; "
-            "set it to 'full', in the processor too, to merge behind the tower"
-        )
+    check_front(config, parts.model.config.vision_feature_select_strategy, parts.class_tokens)
     if not inside:
         return
     text = parts.model.config.text_config
     config.llm_lengths(tokens, text.num_hidden_layers)
     language.check_kernel(parts.llm)
     language.check_model(parts.model)
+
+
+def check_front(config: MergeConfig, strategy: str, class_tokens: int) -> None:
+    """Raises ValueError where vision_feature_select_strategy leaves other tokens behind than are to merge."""
+    behind = config.decoder or config.reaches_llm or config.merges_in_prefix
+    if behind and strategy == "default" and not class_tokens:
+        raise ValueError(
+            "vision_feature_select_strategy='default' drops the first patch of a tower without class token; "
+            "set it to 'full', in the processor too, to merge behind the tower"
+        )
 
 
 def _block(layer: nn.Module) -> Block:
