@@ -76,23 +76,32 @@ def counts(path: str) -> tuple[int, int]:
     Raises:
         ValueError: the path is no LLaVA.
     """
-    from transformers import AutoConfig
-
-    path = whole(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(
-            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
-        ) from error
+    config = configuration(path)
     vision = config.vision_config if config.model_type == "llava" else config
     if config.model_type != "llava" or vision.model_type not in TOWERS:
         what = f"a model of type {config.model_type!r}" + (
             f" with a {vision.model_type!r}" if vision is not config else ""
         )
-        raise ValueError(f"{path} holds {what}. Supported: {llava.SUPPORTED}.")
+        raise ValueError(f"{whole(path)} holds {what}. Supported: {llava.SUPPORTED}.")
     layers = llava.feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
     return (vision.image_size // vision.patch_size) ** 2, layers
+
+
+def configuration(path: str) -> Any:
+    """The transformers config of the whole model that a path means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoConfig
+
+    path = whole(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(
+            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
+        ) from error
 
 
 def _dtype(wanted: Any, config: Any) -> Any:

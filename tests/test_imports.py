@@ -47,9 +47,9 @@ HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "
          "tqdm", "rich", "vllm", "gradio", "matplotlib", "safetensors", "triton"}  # fmt: skip
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
-    "transformers": ("adapters", "checkpoints", "repeats", "lmms", "vllm", "bench.targets"),
+    "transformers": ("adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.model", "bench.targets"),
     "lmms_eval": ("lmms",),
-    "vllm": ("vllm",),
+    "vllm": ("vllm_plugin.choose", "vllm_plugin.model"),
     "triton": KERNELS,
 }
 

@@ -1,9 +1,9 @@
 """Has vLLM take the merging class for a LLaVA whose config carries `token_merging`, and for no other.
 
-vLLM picks a model's class by the `architectures` in its config. That is read through a convertor chosen by model
-type, which is where this asks for `token_merging`, whether it stands in the checkpoint or comes from --hf-overrides.
-Every other LLaVA keeps vLLM's own class. What cannot be served raises there too: in the process that the user started,
-before an engine is.
+vLLM picks a model's class by the `architectures` in its config. That is read through a convertor chosen by
+model type, which is where this asks for `token_merging`, whether it stands in the checkpoint or comes from
+--hf-overrides. Every other LLaVA keeps vLLM's own class. What cannot be served raises there too, in the
+process that the user started, before there is an engine.
 """
 
 from typing import Any

@@ -1,10 +1,10 @@
 """vLLM's LLaVA with a tower that merges, and as many placeholders as tokens will arrive.
 
-The tower is transformers' own, in place of vLLM's: merging is then what `apply` does, hook for hook, and what was
-evaluated is what is served. vLLM's towers offer no place for it: queries, keys and values come from one fused
-projection, divided over ranks by heads, so that no rank sees the mean of all keys, and their attention takes no mask,
-which proportional attention needs. What is lost is vLLM's flash attention in the tower, on the few tokens that
-merging leaves. The projector, into which `prefix` hooks, and everything behind it are vLLM's.
+The tower is transformers' own, in place of vLLM's: merging is then what `apply` does, hook for hook, and what
+was evaluated is what is served. vLLM's towers offer no place for it: queries, keys and values come from one
+fused projection, divided over ranks by heads, so that no rank sees the mean of all keys, and their attention
+takes no mask, which proportional attention needs. What is lost is vLLM's flash attention in the tower, where
+merging leaves few tokens. The projector, on which `prefix` hooks, and everything behind it are vLLM's.
 
 Every rank of a tensor-parallel group holds the whole tower, so that each takes the mean over all heads; and
 all go on with what the first one computed, since a rounding that differs could decide a merge.
@@ -109,7 +109,7 @@ def _check(vllm_config: VllmConfig) -> None:
 
 
 def _tower(config: Any) -> nn.Module:
-    """transformers' vision tower, empty, for SDPA: an attention kernel that takes a mask."""
+    """Transformers' vision tower, empty, for SDPA: an attention kernel that takes a mask."""
     config = copy.deepcopy(config)
     config.vision_use_head = False  # SigLIP's; nothing reads what comes of it
     with no_init_weights():
@@ -121,9 +121,7 @@ def _tower(config: Any) -> nn.Module:
 def _merging(tower: nn.Module, projector: nn.Module, config: Any, merging: MergeConfig) -> Merging:
     """The hooks, as `apply` makes them."""
     front = supported.class_tokens(config) if config.vision_feature_select_strategy == "full" else 0
-    parts = llava.find(tower)._replace(
-        feature=supported.features(config), front=front, projector=projector
-    )
+    parts = llava.find(tower)._replace(feature=supported.features(config), front=front, projector=projector)
     return Merging(parts, merging, True, None)
 
 

@@ -55,8 +55,8 @@ def _check_places(merging: MergeConfig) -> None:
         if value is not None:
             raise ValueError(
                 f"{name}={value!r} is not supported under vLLM: it changes the language model's attention, "
-                "cache or positions, which are vLLM's own; merge in the tower or at the prefix (ratio, tokens, "
-                "prefix), or serve with `llava-pitome serve`"
+                "cache or positions, which are vLLM's own; merge in the tower or at the prefix (ratio, "
+                "tokens, prefix), or serve with `llava-pitome serve`"
             )
 
 

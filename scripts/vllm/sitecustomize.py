@@ -1,8 +1,8 @@
-"""Lets a CPU build of torch import a torchvision that was built for CUDA. Goes into .venv.vllm, see scripts/setup_vllm.sh.
+"""Lets a CPU build of torch import a torchvision that was built for CUDA.
 
-vLLM's LLaVA imports torchvision, in every process it starts and before any plugin is loaded. A torchvision whose
-compiled half cannot be loaded stops at the first description of an operator that nobody declared. So the two operators that
-it describes unconditionally are declared in front of it; nothing here calls them.
+scripts/setup_vllm.sh puts this into .venv.vllm where it is needed. vLLM imports torchvision in every process
+that it starts, before any plugin is loaded. A torchvision whose compiled half cannot be loaded raises where
+it describes two operators that nobody declared. So they are declared in front of it; a LLaVA calls neither.
 """
 
 import sys
