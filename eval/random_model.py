@@ -1,8 +1,8 @@
 """Writes a LLaVA of real shapes with random weights: python eval/random_model.py key=value ...
 
-For measuring servers, since speed depends on shapes alone. The tokenizer and the chat template are those of the
-embedded model, and weights are named as vLLM's own LLaVA and transformers both read them. What it says means
-nothing.
+For measuring servers, since speed depends on shapes alone. The tokenizer and the chat template are those of
+the embedded model, and weights are named as vLLM's own LLaVA and transformers both read them. What it says
+means nothing.
 """
 
 import sys
