@@ -51,7 +51,7 @@ def _whole_model(path: str, hub: dict[str, Any], options: dict[str, Any]) -> tup
     """A model and its processor, of a checkpoint of either package."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    if (raw := _original(path, hub)) is not None:
+    if (raw := original(path, hub)) is not None:
         options = {k: v for k, v in options.items() if k not in HUB}
         return conversion.load(path, raw, hub, _shared(hub), **options)
     model = LlavaForConditionalGeneration.from_pretrained(path, **options)
@@ -68,8 +68,8 @@ def convert(path: str, dtype: str) -> tuple[nn.Module, Any]:
     Raises:
         ValueError: the path is not there, or holds no checkpoint of the original package.
     """
-    config = _reached(path)
-    if (raw := _original(path, {})) is None:
+    config = configuration(path)
+    if (raw := original(path, {})) is None:
         raise ValueError(f"{path} holds a model of type {config.model_type!r}, not of the original package")
     return conversion.load(path, raw, {}, {}, dtype=dtype if dtype == "auto" else _dtype(dtype, config))
 
@@ -82,7 +82,7 @@ def config_of(path: str, **hub: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    if (raw := _original(path, hub)) is not None:
+    if (raw := original(path, hub)) is not None:
         return conversion.config(raw, _shared(hub))
     config = AutoConfig.from_pretrained(path, **hub)
     if config.model_type != "llava":
@@ -90,12 +90,12 @@ def config_of(path: str, **hub: Any) -> Any:
     return config
 
 
-def _original(path: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+def original(path: str, hub: dict[str, Any]) -> dict[str, Any] | None:
     """The config.json of a checkpoint of the original package; None for any other."""
     from transformers import PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(path, **hub)
-    return raw if conversion.is_original(raw) else None
+    return raw if conversion.isoriginal(raw) else None
 
 
 def _shared(hub: dict[str, Any]) -> dict[str, Any]:
@@ -126,26 +126,15 @@ def counts(path: str) -> tuple[int, int]:
     Raises:
         ValueError: the path is no LLaVA.
     """
-    path = whole(path)
-    config = _reached(path)
+    config = configuration(path)
     vision = config.vision_config
     if vision.model_type not in TOWERS:
         raise ValueError(
-            f"{path} holds a model of type {config.model_type!r} with a {vision.model_type!r}. Supported: "
-            f"{llava.SUPPORTED}."
+            f"{whole(path)} holds a model of type {config.model_type!r} with a {vision.model_type!r}. "
+            f"Supported: {llava.SUPPORTED}."
         )
     layers = llava.feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
     return (vision.image_size // vision.patch_size) ** 2, layers
-
-
-def _reached(path: str) -> Any:
-    """The LlavaConfig of a folder or hub id that is there."""
-    try:
-        return config_of(path)
-    except OSError as error:
-        raise ValueError(
-            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
-        ) from error
 
 
 def merging(path: str) -> dict[str, Any] | None:
@@ -154,6 +143,20 @@ def merging(path: str) -> dict[str, Any] | None:
 
     found = None if path == embedded.NAME else adapters.merging(path)
     return found or getattr(AutoConfig.from_pretrained(whole(path)), "token_merging", None)
+
+
+def configuration(path: str) -> Any:
+    """The LlavaConfig of the whole model that a path means, also of the original package.
+
+    Raises:
+        ValueError: there is none, or it is no LLaVA.
+    """
+    try:
+        return config_of(whole(path))
+    except OSError as error:
+        raise ValueError(
+            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
+        ) from error
 
 
 def _dtype(wanted: Any, config: Any) -> Any:

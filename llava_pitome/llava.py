@@ -104,17 +104,23 @@ def check(parts: Parts, config: MergeConfig) -> None:
         if inside or config.merges_in_prefix:
             raise ValueError("a vision tower alone has no projector and no language model to merge in")
         return
-    if (inside or config.merges_in_prefix) and not parts.whole.first_read and not parts.class_tokens:
-        raise ValueError(
-            "vision_feature_select_strategy='default' drops the first patch of a tower without class token; "
-            "set it to 'full', in the processor too, to merge behind the tower"
-        )
+    check_front(config, parts.whole.first_read, parts.class_tokens)
     if not inside:
         return
     llm = parts.whole.llm
     config.llm_lengths(tokens, llm.config.num_hidden_layers)
     language.check_kernel(llm)
     language.check_model(parts.model, llm)
+
+
+def check_front(config: MergeConfig, first_read: bool, class_tokens: int) -> None:
+    """Raises ValueError where a model that drops a tower's first token drops one that is to merge."""
+    behind = config.decoder or config.reaches_llm or config.merges_in_prefix
+    if behind and not first_read and not class_tokens:
+        raise ValueError(
+            "vision_feature_select_strategy='default' drops the first patch of a tower without class token; "
+            "set it to 'full', in the processor too, to merge behind the tower"
+        )
 
 
 def _block(layer: nn.Module) -> Block:

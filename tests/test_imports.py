@@ -55,7 +55,7 @@ HOSTS = {
         "checkpoints",
         "repeats",
         "lmms",
-        "vllm",
+        "vllm_plugin.model",
         "bench.targets",
         "chat.streaming",
         "serving.app",
@@ -68,7 +68,7 @@ HOSTS = {
     "safetensors": ("conversion.weights",),
     "llava": (),  # the original package: its classes are known by name
     "lmms_eval": ("lmms",),
-    "vllm": ("vllm",),
+    "vllm": ("vllm_plugin.choose", "vllm_plugin.model"),
     "triton": KERNELS,
     "gradio": ("web.page",),
     "fastapi": ("serving.app",),
