@@ -95,7 +95,7 @@ def original(path: str, hub: dict[str, Any]) -> dict[str, Any] | None:
     from transformers import PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(path, **hub)
-    return raw if conversion.isoriginal(raw) else None
+    return raw if conversion.is_original(raw) else None
 
 
 def _shared(hub: dict[str, Any]) -> dict[str, Any]:

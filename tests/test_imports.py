@@ -65,7 +65,7 @@ HOSTS = {
         "conversion.weights",
     ),
     "tokenizers": ("conversion.processors",),
-    "safetensors": ("conversion.weights",),
+    "safetensors": ("conversion.weights", "vllm_plugin.renamed"),
     "llava": (),  # the original package: its classes are known by name
     "lmms_eval": ("lmms",),
     "vllm": ("vllm_plugin.choose", "vllm_plugin.model"),
