@@ -39,7 +39,9 @@ ORDER = (
     ("embedded.questions", "embedded.render"),
     ("embedded", "adapters"),
     ("checkpoints",),
-    ("api",),
+    ("api", "options", "pictures"),
+    ("commands", "drawing.history"),
+    ("drawing.choices",),
     ("",),  # the package itself: names alone
 )
 HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "datasets", "pyarrow",
@@ -49,6 +51,19 @@ KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Tr
 HOSTS = {
     "transformers": ("adapters", "checkpoints", "repeats", "lmms", "vllm", "bench.targets"),
     "lmms_eval": ("lmms",),
+    "PIL": (
+        "pictures",
+        "embedded.dataset",
+        "lmms",
+        "drawing.command",
+        "drawing.view",
+        "drawing.overlay",
+        "drawing.heat",
+        "drawing.lettering",
+        "drawing.sheet",
+        "drawing.study",
+        "drawing.panels",
+    ),
     "vllm": ("vllm",),
     "triton": KERNELS,
 }
