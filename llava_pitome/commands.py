@@ -61,14 +61,10 @@ def config(options: argparse.Namespace) -> MergeConfig | None:
 
 def check_model(options: argparse.Namespace) -> None:
     """Raises ValueError for a device that is not there, or a dtype it is too slow at."""
-    try:
-        device = torch.device(options.device or "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"--device {options.device} is no device: {error}") from error
-    cuda = torch.cuda.device_count()
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= cuda):
-        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(cuda))])
-        raise ValueError(f"--device {options.device} is not there; allowed are {there}")
+    count = torch.cuda.device_count()
+    there = ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
+    if options.device not in (None, *there):
+        raise ValueError(f"--device {options.device} is not there; allowed are {', '.join(there)}")
     if options.dtype == "float16" and _device(options).type == "cpu":
         raise ValueError(
             "--dtype float16 is hundreds of times slower than bfloat16 on CPUs; allowed: auto, bfloat16, "

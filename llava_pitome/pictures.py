@@ -8,7 +8,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,25 +46,18 @@ def open_picture(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> 
             "ones; some package set it: set it to False again"
         )
     name = "the picture" if isinstance(source, bytes) else str(source)
-    data = io.BytesIO(source if isinstance(source, bytes) else _read(Path(source)))
-    Image.init()
-    try:
-        found = Image.open(data, formats=[f for f in FORMATS if f in Image.OPEN])  # AVIF from pillow 11.3
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} has too many pixels; allowed are {max_pixels:,}: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name} is no picture: {_head(data)} is no beginning of {', '.join(FORMATS)}"
-        ) from error
-    except BROKEN as error:
-        raise ValueError(f"{name} is damaged: {error}") from error
-    with found:
-        _check(found, name, max_pixels)
-        return _decoded(found, name)
+    with io.BytesIO(source) if isinstance(source, bytes) else _opened(Path(source)) as data:
+        try:
+            found = _recognised(data, name)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(f"{name} has too many pixels; allowed are {max_pixels:,}: {error}") from error
+        with found:
+            _check(found, name, max_pixels)
+            return _decoded(found, name)
 
 
-def _read(path: Path) -> bytes:
-    """What is in a file.
+def _opened(path: Path) -> IO[bytes]:
+    """A file, to be read.
 
     Raises:
         ValueError: it is not there, no file, or cannot be read.
@@ -72,11 +65,33 @@ def _read(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is no file; give a picture file")
-        return path.read_bytes()
+        return path.open("rb")
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not there; give a picture file") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _recognised(data: IO[bytes], name: str) -> "Image.Image":
+    """The picture in a file, of which only the head is read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from PIL import Image
+
+    Image.init()
+    try:
+        return Image.open(data, formats=[f for f in FORMATS if f in Image.OPEN])  # AVIF from pillow 11.3
+    except Image.UnidentifiedImageError as error:
+        data.seek(0)
+        head = data.read(8)
+        raise ValueError(
+            f"{name} is no picture: {repr(head) if head else 'an empty file'} is no beginning of "
+            f"{', '.join(FORMATS)}"
+        ) from error
+    except BROKEN as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
 
 
 def _check(found: "Image.Image", name: str, max_pixels: int) -> None:
@@ -134,8 +149,3 @@ def _coloured(picture: Any, name: str) -> "Image.Image":
     clear = picture.convert("RGBA")
     behind = Image.new("RGBA", clear.size, (*BEHIND, 255))
     return Image.alpha_composite(behind, clear).convert("RGB")
-
-
-def _head(data: io.BytesIO) -> str:
-    """What stands at the beginning of data, for people."""
-    return repr(data.getvalue()[:8]) if data.getbuffer().nbytes else "an empty file"

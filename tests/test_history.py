@@ -187,6 +187,14 @@ def test_another_pass_takes_the_place_of_the_one_before(model, processor, pictur
     assert len(second.merges) == FEATURE
 
 
+def test_two_do_not_watch_at_once(model, processor, pictures):
+    with merge_tokens(model, MergeConfig(ratio=0.8)) as merging, watching(merging) as first, torch.no_grad():
+        with pytest.raises(RuntimeError, match="watched already"), watching(merging):
+            pass
+        llava.encode(model, pixels(processor, pictures[0]))
+        assert len(first.history().merges) == FEATURE  # the first goes on
+
+
 def test_what_was_not_seen_raises(model, processor, pictures):
     with merge_tokens(model, MergeConfig(ratio=0.8)) as merging, watching(merging) as watch, torch.no_grad():
         with pytest.raises(ValueError, match="no picture was encoded"):

@@ -41,7 +41,9 @@ ORDER = (
     ("conversion.configs", "conversion.processors", "conversion.weights"),
     ("conversion",),
     ("checkpoints",),
-    ("api",),
+    ("api", "options", "pictures"),
+    ("commands", "drawing.history"),
+    ("drawing.choices",),
     ("",),  # the package itself: names alone
 )
 HEAVY = {"transformers", "tokenizers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "datasets",
@@ -51,18 +53,13 @@ HEAVY = {"transformers", "tokenizers", "accelerate", "bitsandbytes", "peft", "PI
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
     "transformers": (
-        "adapters",
-        "checkpoints",
-        "repeats",
-        "lmms",
-        "vllm_plugin.model",
-        "bench.targets",
-        "chat.streaming",
-        "serving.app",
-        "conversion",
-        "conversion.configs",
-        "conversion.processors",
-        "conversion.weights",
+        "adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.model", "bench.targets", "chat.streaming",
+        "serving.app", "conversion", "conversion.configs", "conversion.processors", "conversion.weights",
+    ),
+    "PIL": (
+        "pictures", "embedded.dataset", "lmms", "drawing.command", "drawing.view", "drawing.overlay",
+        "drawing.heat", "drawing.lettering", "drawing.sheet", "drawing.study", "drawing.panels",
+        "chat.conversation", "serving.request", "web.desk", "web.examples",
     ),
     "tokenizers": ("conversion.processors",),
     "safetensors": ("conversion.weights", "vllm_plugin.renamed"),
@@ -73,7 +70,7 @@ HOSTS = {
     "gradio": ("web.page",),
     "fastapi": ("serving.app",),
     "openai": (),
-}
+}  # fmt: skip
 
 
 def name_of(file):

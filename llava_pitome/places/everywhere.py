@@ -82,7 +82,12 @@ class Merging:
         """Has every merge from now on shown: its place, its layer (0 at the prefix), and what it did.
 
         None ends it. Watching changes nothing; under torch.compile it is not supported.
+
+        Raises:
+            RuntimeError: somebody else is watching.
         """
+        if show is not None and self.tower.merger.watch is not None:
+            raise RuntimeError("these merges are being watched already; end that first")
         watched = {"tower": (self.tower, len(self.tower.blocks)), "prefix": (self.prefix, 0)}
         if self.decoder is not None:
             watched["decoder"] = (self.decoder, len(self.decoder.llm.blocks))
