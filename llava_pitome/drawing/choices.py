@@ -4,6 +4,7 @@ Numbers and names alone, so that what does not fit is refused before a model is 
 """
 
 import argparse
+from typing import Any
 
 from llava_pitome import checkpoints
 from llava_pitome.config import MergeConfig, asked
@@ -38,13 +39,25 @@ def configs(options: argparse.Namespace, patches: int, count: int) -> dict[str, 
     found = []
     for method in options.method or [None]:
         name = method or (options.merging or {}).get("method", MergeConfig.method)
-        place = METHODS[name].places[0] if name in METHODS else PLACES[0]  # `asked` refuses what is unknown
-        named = amount
-        if place != PLACES[0] and not placed:
-            left = MergeConfig(**amount).tokens_at(patches, count)
-            named = {place: {LAYER: left} if place == "decoder" else left}
+        named = amount if placed or name not in METHODS else at_home(name, amount, patches, count)
         found.append(asked(options.recipe, named | {"method": method}, options.merging))
     return _named(found, "" if options.recipe == "paper" else options.recipe, patches, count)
+
+
+def at_home(method: str, amount: dict[str, Any], patches: int, count: int) -> dict[str, Any]:
+    """How far a method merges in the place its authors have it, as fields of MergeConfig.
+
+    Args:
+        method: a name in METHODS.
+        amount: ratio or tokens of the tower, whose number of tokens another place leaves, too.
+        patches: of an image.
+        count: tower layers up to the feature layer.
+    """
+    place = METHODS[method].places[0]
+    if place == PLACES[0]:
+        return amount
+    left = MergeConfig(**amount).tokens_at(patches, count)
+    return {place: {LAYER: left} if place == "decoder" else left}
 
 
 def _named(found: list[MergeConfig], how: str, patches: int, count: int) -> dict[str, MergeConfig]:

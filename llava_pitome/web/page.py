@@ -8,6 +8,7 @@ import gradio as gr
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.drawing import panels
+from llava_pitome.drawing.choices import at_home
 from llava_pitome.drawing.panels import Point
 from llava_pitome.drawing.study import Study
 from llava_pitome.methods import METHODS
@@ -112,7 +113,7 @@ def launch(page: gr.Blocks, host: str, port: int, megabytes: int, wait: bool = T
 
 def _asked(desk: Desk, path: str | None, words: str, name: str, keep: float, both: bool) -> Iterator[tuple]:
     """What changes on the page while an answer is worked out."""
-    config = at_home(name, keep, desk.patches, desk.feature)
+    config = _config(desk, name, keep)
     picture = open_picture(path) if path else None
     same = gr.skip()
     yield "", "", "", "", gr.update(visible=both), None, same
@@ -170,16 +171,12 @@ def _line(found: Answer) -> str:
 
 def _amount(desk: Desk, name: str, keep: float) -> str:
     """How many tokens the choices leave."""
-    config = at_home(name, keep, desk.patches, desk.feature)
+    config = _config(desk, name, keep)
     tokens = config.tokens_at(desk.patches, desk.feature)
     inside = min(config.decoder.values(), default=tokens)
     return f"{min(tokens, inside)} image tokens of {desk.patches}, merged in the {METHODS[name].places[0]}"
 
 
-def at_home(name: str, keep: float, patches: int, feature: int) -> MergeConfig:
-    """A method in the place its authors merge in, down to what the tower's ratio leaves."""
-    place = METHODS[name].places[0]
-    if place == "tower":
-        return MergeConfig(ratio=keep, method=name)
-    left = MergeConfig(ratio=keep).tokens_at(patches, feature)
-    return MergeConfig(method=name, **{place: {1: left} if place == "decoder" else left})
+def _config(desk: Desk, name: str, keep: float) -> MergeConfig:
+    """A method in the place its authors have it."""
+    return MergeConfig(method=name, **at_home(name, {"ratio": keep}, desk.patches, desk.feature))
