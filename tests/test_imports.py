@@ -47,7 +47,15 @@ HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "
          "tqdm", "rich", "vllm", "gradio", "matplotlib", "safetensors", "triton"}  # fmt: skip
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
-    "transformers": ("adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.model", "bench.targets"),
+    "transformers": (
+        "adapters",
+        "checkpoints",
+        "repeats",
+        "lmms",
+        "vllm_plugin.chat",
+        "vllm_plugin.model",
+        "bench.targets",
+    ),
     "lmms_eval": ("lmms",),
     "vllm": ("vllm_plugin.choose", "vllm_plugin.model"),
     "triton": KERNELS,

