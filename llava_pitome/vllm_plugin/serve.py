@@ -82,6 +82,7 @@ def main(words: list[str]) -> int:
     sys.stdout.flush()
     if options["dry_run"]:
         return 0
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its authors
     os.execv(sys.executable, arguments)
 
 
@@ -93,22 +94,29 @@ def command(options: dict[str, Any]) -> list[str]:
     """
     path = options["model"]
     config = _config(path)
-    if twice := [word for word in options["vllm"] if word.split("=")[0].replace("_", "-") in OURS]:
+    further = [word.split("=")[0].replace("_", "-") for word in options["vllm"]]
+    if twice := [word for word in further if word in OURS]:
         raise ValueError(f"vllm={twice[0]!r} is not allowed: this command sets it, see its keys")
     if options["port"] > 65535:
         raise ValueError(f"port={options['port']} is not allowed: 1 to 65535")
     cuda = torch.cuda.is_available()
     if options["dtype"] == "float16" and not cuda:
         raise ValueError("dtype='float16' is not allowed without CUDA, being slow there; allowed: bfloat16")
-    cache = options["cache"] or (None if cuda else 1)
-    words = ["--model", _folder(options), "--served-model-name", path, "--dtype", options["dtype"]]
+    words = ["--served-model-name", path, "--dtype", options["dtype"]]
     words += ["--host", "127.0.0.1", "--port", str(options["port"])]
     words += ["--hf-overrides", json.dumps({FIELD: _values(options, config)})]
     words += ["--allowed-media-domains", *(options["domains"] or (NOWHERE,))]
+    cache = options["cache"] or (None if cuda else 1)
     words += ["--kv-cache-memory-bytes", str(cache << 30)] if cache else []
-    template = None if "--chat-template" in options["vllm"] else chat.template(checkpoints.whole(path))
-    words += ["--chat-template", template] if template else []
-    return words + list(options["vllm"])
+    if "--chat-template" not in further:
+        template = chat.template(checkpoints.whole(path))
+        words += ["--chat-template", template] if template else []
+    return [
+        "--model",
+        _folder(options),
+        *words,
+        *options["vllm"],
+    ]  # the copy last: nothing is refused behind it
 
 
 def _config(path: str) -> Any:
