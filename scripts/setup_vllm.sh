@@ -36,7 +36,7 @@ if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
   exit 1
 fi
 
-echo "setup_vllm: making $VENV for a $kind machine (some minutes, 3 GB)" >&2
+echo "setup_vllm: making $VENV for a $kind machine (three to eight minutes, 3 GB)" >&2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 try_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >"$log" 2>&1; }

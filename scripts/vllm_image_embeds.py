@@ -4,8 +4,8 @@
 
 This package does nothing inside vLLM here: its plugin is off, and vLLM has not even a tower, since no picture
 is allowed as pixels. Four ways to merge make features of four lengths. Each length is a call of its own: vLLM
-0.32 takes features of different lengths one after the other, but not in the same step. Prints each answer beside
-transformers' own; exits with 1 where two differ.
+0.32 takes features of different lengths one after the other, but not in the same step. Prints each answer
+beside transformers' own; exits with 1 where two differ.
 """
 
 import os

@@ -53,7 +53,7 @@ HEAVY = {"transformers", "tokenizers", "accelerate", "bitsandbytes", "peft", "PI
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
     "transformers": (
-        "adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.model", "bench.targets", "chat.streaming",
+        "adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.chat", "vllm_plugin.model", "bench.targets", "chat.streaming",
         "serving.app", "conversion", "conversion.configs", "conversion.processors", "conversion.weights",
     ),
     "PIL": (

@@ -161,10 +161,24 @@ def test_what_cannot_be_served_raises_before_anything_starts(values, says):
         model_config(hf_overrides={"token_merging": values})
 
 
-def test_options_for_vllms_own_tower_are_refused():
-    options = {"hf_overrides": overrides(MergeConfig(ratio=0.9)), "mm_encoder_attn_backend": "TORCH_SDPA"}
-    with pytest.raises(ValueError, match="mm_encoder_attn_backend"), engine(**options):
+@pytest.mark.parametrize(
+    "option, says",
+    [
+        ({"mm_encoder_attn_backend": "TORCH_SDPA"}, "mm_encoder_attn_backend"),
+        ({"enable_lora": True}, "LoRA is not supported"),
+    ],
+)
+def test_options_that_the_tower_cannot_follow_are_refused(option, says):
+    with (
+        pytest.raises(ValueError, match=says),
+        engine(hf_overrides=overrides(MergeConfig(ratio=0.9)), **option),
+    ):
         pass
+
+
+def test_transformers_own_model_inside_vllm_is_refused():
+    with pytest.raises(ValueError, match=NAME):
+        model_config(hf_overrides=overrides(MergeConfig(ratio=0.9)), model_impl="transformers")
 
 
 def test_merged_features_go_into_an_unmodified_vllm():

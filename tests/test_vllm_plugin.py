@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 from llava_pitome import MergeConfig, embedded
 from llava_pitome.checkpoints import configuration
 from llava_pitome.options import parse
-from llava_pitome.vllm_plugin import renamed, supported
+from llava_pitome.vllm_plugin import chat, renamed, supported
 from llava_pitome.vllm_plugin.serve import OPTIONS, command, main
 
 
@@ -84,9 +85,12 @@ def test_the_command_says_how_to_merge():
     assert served("recipe=released", "ratio=0.8") == MergeConfig.recipe("released", ratio=0.8).to_dict()
 
 
-def test_the_command_takes_up_what_a_checkpoint_was_saved_with(model, tmp_path):
+def test_the_command_takes_up_what_a_checkpoint_was_saved_with(model, processor, tmp_path):
     model.config.token_merging = MergeConfig(tokens=5).to_dict()
     model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no processor that can be loaded"):
+        words(f"model={tmp_path}")
+    processor.save_pretrained(tmp_path)
     assert served(f"model={tmp_path}") == MergeConfig(tokens=5).to_dict()
     assert served(f"model={tmp_path}", "tokens=7") == MergeConfig(tokens=7).to_dict()
     assert served(f"model={tmp_path}", "plain=true", f"output={tmp_path}/copies") is None
@@ -108,8 +112,8 @@ def test_the_server_listens_here_alone_and_fetches_nothing_unless_told():
         (["ratio=2"], "ratio='2' is not allowed"),
         (["rato=0.9"], "did you mean 'ratio'?"),
         (["port=70000"], "port=70000 is not allowed"),
-        (["vllm=--port=1"], "vllm='--port=1' is not allowed"),
-        (["vllm=--hf_overrides {}"], "vllm='--hf_overrides' is not allowed"),
+        (["vllm=--port=1"], "vllm='--port' is not allowed"),
+        (["vllm=--hf_overrides {}"], "vllm='--hf-overrides' is not allowed"),
         (["plain=true", "ratio=0.9"], "plain=true serves without merging"),
         (["recipe=best", "tokens=20"], "is not supported under vLLM"),
         (["ratio=0.9", 'merging={"ratio": 0.8}'], "ratio stands in merging and beside it"),
@@ -119,6 +123,17 @@ def test_the_server_listens_here_alone_and_fetches_nothing_unless_told():
 def test_what_is_not_allowed_ends_the_command_with_2(given, says, capsys):
     assert main([*given, "dry_run=true"]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_chats_start_with_the_token_that_the_tokenizer_starts_texts_with(tmp_path):
+    found = words()
+    template = found[found.index("--chat-template") + 1]
+    processor = AutoProcessor.from_pretrained(embedded.PATH)
+    assert template == "<s>" + processor.chat_template
+    assert "--chat-template" not in words("vllm=--chat-template other.jinja")[:-2]
+    processor.chat_template = template
+    processor.save_pretrained(tmp_path)
+    assert chat.template(str(tmp_path)) is None  # it writes it itself
 
 
 def test_an_adapter_is_refused(tmp_path, capsys):

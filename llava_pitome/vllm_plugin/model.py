@@ -64,7 +64,6 @@ class MergingLlava(LlavaForConditionalGeneration):
             "vision_tower.embeddings.position_ids": None,
         }
     )
-    supports_tower_connector_lora = False  # vLLM adapts its own layers only
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         """Builds vLLM's model, with another tower.
@@ -98,6 +97,8 @@ class MergingLlava(LlavaForConditionalGeneration):
 
 def _check(vllm_config: VllmConfig) -> None:
     """Raises ValueError for what vLLM's tower could do and transformers' cannot."""
+    if vllm_config.lora_config is not None:
+        raise ValueError("LoRA is not supported where tokens merge: merge the adapter into its model first")
     multimodal = vllm_config.model_config.get_multimodal_config()
     asked = {
         "mm_encoder_attn_backend": multimodal.mm_encoder_attn_backend,

@@ -6,6 +6,7 @@ compare with it, such a checkpoint is copied.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def write(folder: Path, into: Path) -> Path:
     for file in folder.iterdir():
         if file.suffix == ".safetensors":
             weights = {_old(name): x for name, x in load_file(file).items()}
-            save_file(weights, into / file.name, metadata={"format": "pt"})
+            partial = into / f"{file.name}.{os.getpid()}.part"
+            save_file(weights, partial, metadata={"format": "pt"})
+            partial.replace(into / file.name)  # a server that reads an older copy keeps it
         elif file.name == INDEX:
             index = json.loads(file.read_text())
             index["weight_map"] = {_old(name): part for name, part in index["weight_map"].items()}

