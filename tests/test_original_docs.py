@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import originals
 import pytest
 
 from llava_pitome import MergeConfig, cli
@@ -18,17 +17,11 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    original = originals.make_original(originals.make_tower(tmp_path / "tower"))
-    return originals.save(original, originals.make_vocabulary(tmp_path), tmp_path / "original")
-
-
 @pytest.mark.parametrize("block", blocks("python"))
-def test_the_python_of_the_page_runs(folder, block):
+def test_the_python_of_the_page_runs(original_folder, block):
     assert NAME in block
     names = {}
-    exec(block.replace(NAME, str(folder)), names)
+    exec(block.replace(NAME, str(original_folder)), names)
     if "processor" in names:
         assert names["model"].config.token_merging == MergeConfig(ratio=0.9).to_dict()
     else:
@@ -36,11 +29,11 @@ def test_the_python_of_the_page_runs(folder, block):
         assert not hasattr(names["model"].config, "token_merging")
 
 
-def test_the_commands_of_the_page_run_or_are_those_of_the_set_up(folder, tmp_path, monkeypatch):
+def test_the_commands_of_the_page_run_or_are_those_of_the_set_up(original_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setup, project = (ROOT / "scripts/setup.sh").read_text(), (ROOT / "pyproject.toml").read_text()
     for line in "".join(blocks("bash")).splitlines():
-        words = shlex.split(line.replace(NAME, str(folder)))
+        words = shlex.split(line.replace(NAME, str(original_folder)))
         if words[0] == "llava-pitome":
             assert cli.main(words[1:]) == 0
         elif "--no-deps" in words:
