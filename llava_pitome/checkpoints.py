@@ -37,21 +37,24 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     if adapted:  # a revision is the adapter's
         hub = _shared(hub)
         options = {k: v for k, v in options.items() if k not in HUB} | hub
-    options["dtype"] = _dtype(options.get("dtype"), config_of(path, **hub))
+    config, raw = _read(path, hub)
+    options["dtype"] = _dtype(options.get("dtype"), config)
     if quantization is not None:
         options |= _quantized(quantization, options)
-    model, processor = _whole_model(path, hub, options)
+    model, processor = _whole_model(path, raw, hub, options)
     processor.tokenizer.padding_side = "left"  # generate continues at the right end of every row
     if adapted:
         model = _adapted(model, given, own)
     return model.eval(), processor
 
 
-def _whole_model(path: str, hub: dict[str, Any], options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """A model and its processor, of a checkpoint of either package."""
+def _whole_model(
+    path: str, raw: dict[str, Any] | None, hub: dict[str, Any], options: dict[str, Any]
+) -> tuple[nn.Module, Any]:
+    """A model and its processor; `raw` is the config.json of an original checkpoint."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    if (raw := original(path, hub)) is not None:
+    if raw is not None:
         options = {k: v for k, v in options.items() if k not in HUB}
         return conversion.load(path, raw, hub, _shared(hub), **options)
     model = LlavaForConditionalGeneration.from_pretrained(path, **options)
@@ -63,13 +66,13 @@ def convert(path: str, dtype: str) -> tuple[nn.Module, Any]:
 
     Args:
         path: its folder or hub id.
-        dtype: of the weights; "auto" is the one that they were saved in, on CPUs too.
+        dtype: of the weights, a name in DTYPES; "auto" is the one that they were saved in, on CPUs too.
 
     Raises:
         ValueError: the path is not there, or holds no checkpoint of the original package.
     """
-    config = configuration(path)
-    if (raw := original(path, {})) is None:
+    config, raw = _reached(path)
+    if raw is None:
         raise ValueError(f"{path} holds a model of type {config.model_type!r}, not of the original package")
     return conversion.load(path, raw, {}, {}, dtype=dtype if dtype == "auto" else _dtype(dtype, config))
 
@@ -80,22 +83,20 @@ def config_of(path: str, **hub: Any) -> Any:
     Raises:
         ValueError: a checkpoint that is no LLaVA, or of a kind that is not supported.
     """
-    from transformers import AutoConfig
+    return _read(path, hub)[0]
 
-    if (raw := original(path, hub)) is not None:
-        return conversion.config(raw, _shared(hub))
+
+def _read(path: str, hub: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """The LlavaConfig of a checkpoint and, where it is of the original package, its config.json."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    raw, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    if conversion.is_original(raw):
+        return conversion.config(raw, _shared(hub)), raw
     config = AutoConfig.from_pretrained(path, **hub)
     if config.model_type != "llava":
         raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {llava.SUPPORTED}.")
-    return config
-
-
-def original(path: str, hub: dict[str, Any]) -> dict[str, Any] | None:
-    """The config.json of a checkpoint of the original package; None for any other."""
-    from transformers import PreTrainedConfig
-
-    raw, _ = PreTrainedConfig.get_config_dict(path, **hub)
-    return raw if conversion.is_original(raw) else None
+    return config, None
 
 
 def _shared(hub: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +138,20 @@ def counts(path: str) -> tuple[int, int]:
     return (vision.image_size // vision.patch_size) ** 2, layers
 
 
+def configuration(path: str) -> Any:
+    """The LlavaConfig of the whole model that a path means, also of the original package.
+
+    Raises:
+        ValueError: there is none, or it is no LLaVA.
+    """
+    return _reached(whole(path))[0]
+
+
+def is_original(path: str) -> bool:
+    """Whether a checkpoint is one of the original package."""
+    return _reached(whole(path))[1] is not None
+
+
 def merging(path: str) -> dict[str, Any] | None:
     """How a checkpoint or adapter was saved to merge, as a config's dict; None where it was not."""
     from transformers import AutoConfig
@@ -145,14 +160,10 @@ def merging(path: str) -> dict[str, Any] | None:
     return found or getattr(AutoConfig.from_pretrained(whole(path)), "token_merging", None)
 
 
-def configuration(path: str) -> Any:
-    """The LlavaConfig of the whole model that a path means, also of the original package.
-
-    Raises:
-        ValueError: there is none, or it is no LLaVA.
-    """
+def _reached(path: str) -> tuple[Any, dict[str, Any] | None]:
+    """As `_read`, with a ValueError where the path leads nowhere."""
     try:
-        return config_of(whole(path))
+        return _read(path, {})
     except OSError as error:
         raise ValueError(
             f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"

@@ -95,6 +95,38 @@ def saved(model, processor, tmp_path):
     return tmp_path / "plain"
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A folder with a CLIP tower, as an original LLaVA names one."""
+    from originals import make_tower
+
+    return make_tower(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory):
+    """A tokenizer.model."""
+    from originals import make_vocabulary
+
+    return make_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture
+def original(clip_folder):
+    """A LLaVA of the original package."""
+    from originals import make_original
+
+    return make_original(clip_folder)
+
+
+@pytest.fixture
+def original_folder(original, vocabulary, tmp_path):
+    """A checkpoint of it."""
+    from originals import save
+
+    return save(original, vocabulary, tmp_path / "original")
+
+
 REPORTED = pytest.StashKey[list[str]]()  # what a benchmark found, told at the end and not judged
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import sentencepiece
 import torch
 from conftest import SIDE, VISION
@@ -10,9 +11,12 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from PIL import Image
+from prompts import images_of
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 IMAGE, ROWS = IMAGE_TOKEN_INDEX, 340
+SHAPES = {"wide": (40, 77, 3), "tall": (90, 31, 3), "square": (48, 48, 3), "small": (7, 5, 3)}
 SENTENCES = [
     "USER: What is this? ASSISTANT: a red cat</s>",
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -23,6 +27,35 @@ TOKENIZER = {
     "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 2048, "padding_side": "right",
     "legacy": False,
 }  # fmt: skip
+PUBLISHED = {  # with the keys of published LLaVA-1.5 checkpoints, which transformers 4 wrote; sizes are of here
+    "_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"], "bos_token_id": 1,
+    "eos_token_id": 2, "freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False,
+    "hidden_act": "silu", "hidden_size": 32, "image_aspect_ratio": "pad", "initializer_range": 0.02,
+    "intermediate_size": 64, "max_length": 4096, "max_position_embeddings": 4096, "mm_hidden_size": 32,
+    "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None, "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+    "model_type": "llava", "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2,
+    "pad_token_id": 0, "pretraining_tp": 1, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float32",
+    "transformers_version": "4.31.0", "tune_mm_mlp_adapter": False, "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": False, "use_cache": True, "use_mm_proj": True, "vocab_size": ROWS,
+}  # fmt: skip
+
+
+def dialogue(*turns):
+    """The prompt that the original package makes of questions and answers, in turns."""
+    talk = conv_templates["vicuna_v1"].copy()
+    for i, turn in enumerate([*turns, None]):
+        talk.append_message(talk.roles[i % 2], turn)
+    return talk.get_prompt()
+
+
+QUESTION = "<image>\nWhat is this?"
+PROMPTS = [
+    dialogue(QUESTION),
+    dialogue("<image>\n<image>\nIs it a cat or a dog?"),
+    dialogue(QUESTION, "a red cat", "And that?"),
+]
 
 
 def make_tower(folder, seed=0):
@@ -88,14 +121,6 @@ def sharded(folder, rename=lambda name: name, count=3):
     return folder
 
 
-def dialogue(*turns):
-    """The prompt that the original package makes of questions and answers, in turns."""
-    talk = conv_templates["vicuna_v1"].copy()
-    for i, turn in enumerate([*turns, None]):
-        talk.append_message(talk.roles[i % 2], turn)
-    return talk.get_prompt()
-
-
 def given(model, folder, prompts, images=None):
     """What the original package calls its model with, padded on the left."""
     tokenizer = AutoTokenizer.from_pretrained(folder, config=LlamaConfig(), use_fast=False)
@@ -113,3 +138,22 @@ def generate(model, inputs, count=6, **options):
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False} | options
     inputs = dict(inputs)
     return model.generate(inputs.pop("input_ids"), **inputs, **options)
+
+
+def make_pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)) for shape in SHAPES.values()]
+
+
+def asked(processor, prompts, pictures):
+    images = [images_of(prompt, pictures) for prompt in prompts]
+    return processor(images=images, text=prompts, return_tensors="pt", padding=True)
+
+
+def flat(prompts, pictures):
+    return [image for prompt in prompts for image in images_of(prompt, pictures)]
+
+
+def answer(model, inputs, **options):
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]

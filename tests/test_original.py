@@ -18,16 +18,6 @@ CONFIGS = [*RECIPES, BEST, MergeConfig(decoder={1: 0.5}, method="fastv")]
 PROMPTS = [[1, 5, IMAGE, 6, 7, 8], [1, IMAGE, 9, IMAGE], [1, IMAGE, 4], [1, 5, 9]]  # as ids
 
 
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return originals.make_tower(tmp_path_factory.mktemp("tower"))
-
-
-@pytest.fixture
-def original(tower):
-    return originals.make_original(tower)
-
-
 @pytest.fixture
 def pixels():
     """A picture for each <image>, and one for the prompt without, which the package passes over."""
@@ -60,6 +50,20 @@ def test_a_batch_answers_as_its_rows_alone(original, pixels, config):
             logits = original(**alone).logits[0]
             torch.testing.assert_close(together[row, -len(logits) :], logits, rtol=0, atol=2e-4)
             assert torch.equal(answers[row], generate(original, alone)[0])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_prompts_may_be_padded_on_the_right(original, pixels, config):
+    original.config.tokenizer_padding_side = "right"
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in PROMPTS])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in PROMPTS])
+    with merge_tokens(original, config), torch.no_grad():
+        together = original(input_ids=ids, attention_mask=mask, images=pixels).logits
+        first = original(**padded(PROMPTS[:1], pixels[:1])).logits[0]
+        second = original(**padded(PROMPTS[1:2], pixels[1:3])).logits[0]
+    for row, logits in enumerate((first, second)):
+        torch.testing.assert_close(together[row, : len(logits)], logits, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -119,8 +123,8 @@ def test_merging_changes_the_answer(original, pixels):
 
 
 @pytest.mark.parametrize("config", [MergeConfig(ratio=0.8), BEST, MergeConfig(prefix=0.3, decoder={0: 0.5})])
-def test_the_class_token_may_be_among_the_features(tower, pixels, config):
-    original = originals.make_original(tower, mm_vision_select_feature="cls_patch")
+def test_the_class_token_may_be_among_the_features(clip_folder, pixels, config):
+    original = originals.make_original(clip_folder, mm_vision_select_feature="cls_patch")
     inputs = padded(PROMPTS[:2], pixels[:3])
     with merge_tokens(original, config) as merging, torch.no_grad():
         out = original(**padded(PROMPTS[:1], pixels[:1])).logits

@@ -1,11 +1,13 @@
 """The processor of an original checkpoint: the same ids and pixels as the original package makes."""
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 from llava_pitome import embedded
 
 IMAGE, PAD = "<image>", "<pad>"
+READERS = ("sentencepiece", "google.protobuf")  # of a tokenizer.model
 PICTURES = (  # settings of CLIP's image processor
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
     "do_normalize", "image_mean", "image_std", "do_convert_rgb",
@@ -22,6 +24,9 @@ def build(path: str, raw: dict[str, Any], config: Any, hub: dict[str, Any], towe
         config: the LlavaConfig made of it.
         hub: where its files come from.
         tower_hub: the same for its tower's.
+
+    Raises:
+        ValueError: what reads its tokenizer is not installed.
     """
     from transformers import CLIPImageProcessorPil, LlavaProcessor
     from transformers.models.llava import LlavaImageProcessorPil
@@ -44,7 +49,14 @@ def build(path: str, raw: dict[str, Any], config: Any, hub: dict[str, Any], towe
 def _tokenizer(path: str, config: Any, hub: dict[str, Any]) -> Any:
     """The checkpoint's tokenizer with <image>, and with <pad> where it has none."""
     from transformers import AddedToken, AutoTokenizer
+    from transformers.utils import cached_file
 
+    ready = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if ready is None and not all(map(find_spec, READERS)):
+        raise ValueError(
+            f"the tokenizer.model of {path} is read with {' and '.join(READERS)}, which are not both "
+            "installed: pip install 'llava-pitome[original]'"
+        )
     tokenizer = AutoTokenizer.from_pretrained(path, config=config, **hub)
     splits = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     if splits.get("type") == "Metaspace":

@@ -128,7 +128,7 @@ def _config(path: str) -> Any:
     if path != embedded.NAME and adapters.base(path) is not None:
         raise ValueError(f"model={path!r} is an adapter; merge it into its model first, and serve that")
     config = checkpoints.configuration(path)
-    if checkpoints.original(checkpoints.whole(path), {}) is not None:
+    if checkpoints.is_original(path):
         raise ValueError(
             f"model={path!r} is of the original package: `llava-pitome convert` writes a folder to serve"
         )
