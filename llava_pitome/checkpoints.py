@@ -154,10 +154,8 @@ def is_original(path: str) -> bool:
 
 def merging(path: str) -> dict[str, Any] | None:
     """How a checkpoint or adapter was saved to merge, as a config's dict; None where it was not."""
-    from transformers import AutoConfig
-
     found = None if path == embedded.NAME else adapters.merging(path)
-    return found or getattr(AutoConfig.from_pretrained(whole(path)), "token_merging", None)
+    return found or getattr(configuration(path), "token_merging", None)
 
 
 def _reached(path: str) -> tuple[Any, dict[str, Any] | None]:

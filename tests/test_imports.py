@@ -53,9 +53,9 @@ HEAVY = {"transformers", "tokenizers", "accelerate", "bitsandbytes", "peft", "PI
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
     "transformers": (
-        "adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.chat", "vllm_plugin.model", "bench.targets",
-        "chat.streaming", "serving.app", "conversion", "conversion.configs", "conversion.processors",
-        "conversion.weights",
+        "adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.chat", "vllm_plugin.model",
+        "bench.targets", "chat.streaming", "serving.app", "conversion", "conversion.configs",
+        "conversion.processors", "conversion.weights",
     ),
     "PIL": (
         "pictures", "embedded.dataset", "lmms", "drawing.command", "drawing.view", "drawing.overlay",
