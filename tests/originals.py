@@ -27,7 +27,7 @@ TOKENIZER = {
     "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 2048, "padding_side": "right",
     "legacy": False,
 }  # fmt: skip
-PUBLISHED = {  # the keys of published LLaVA-1.5 checkpoints, as transformers 4 wrote them; sizes are ours
+PUBLISHED = {  # keys as published LLaVA-1.5 checkpoints have them, written by transformers 4; sizes of here
     "_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"], "bos_token_id": 1,
     "eos_token_id": 2, "freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False,
     "hidden_act": "silu", "hidden_size": 32, "image_aspect_ratio": "pad", "initializer_range": 0.02,

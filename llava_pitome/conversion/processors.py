@@ -20,7 +20,7 @@ def build(path: str, raw: dict[str, Any], config: Any, hub: dict[str, Any], towe
     Args:
         path: its folder or hub id.
         raw: its config.json; where that says image_aspect_ratio="pad", pictures are padded to squares with
-            their mean colour, as the original does.
+            CLIP's mean colour, as the original does.
         config: the LlavaConfig made of it.
         hub: where its files come from.
         tower_hub: the same for its tower's.
