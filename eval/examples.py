@@ -11,14 +11,12 @@ from PIL import Image
 from rows import TOWER, Row
 
 from llava_pitome import MergeConfig, load, merge_tokens
-from llava_pitome.draw import overlay
+from llava_pitome.drawing.history import watching
+from llava_pitome.drawing.overlay import overlay
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
-from llava_pitome.merging import trace
-from llava_pitome.methods import METHODS
 
 SCALE = 2  # screen pixels a picture pixel
-GONE = 0.25  # brightness of patches that are dropped
 
 
 class Answer(NamedTuple):
@@ -118,29 +116,11 @@ def _drawn(
     if config is None or not (config.merges_in_tower or config.merges_in_prefix):
         return [_large(picture) for picture in seen]
     pixels = processor.image_processor(list(seen), return_tensors="pt")["pixel_values"]
-    with merge_tokens(model, config) as merging, torch.no_grad():
+    with merge_tokens(model, config) as merging, watching(merging) as watch, torch.no_grad():
         model.model.get_image_features(pixel_values=pixels.to(model.dtype))
-        plans = merging.plans()
-    slots = trace(plans)
-    found = [overlay(picture, slot, SCALE) for picture, slot in zip(seen, slots)]
-    if METHODS[config.method].kept is not None and len(plans) == 1:
-        found = [_darkened(drawn, kept) for drawn, kept in zip(found, _stay(plans[0]))]
-    return found
-
-
-def _stay(plan: Any) -> np.ndarray:
-    """(B, N) which patches are not dropped."""
-    stays = torch.zeros(plan.slot.shape, dtype=torch.bool).scatter(1, plan.kept.cpu(), True)
-    return stays.numpy()
-
-
-def _darkened(drawn: Image.Image, stays: np.ndarray) -> Image.Image:
-    """The picture (side x side patches) with those that do not stay in the dark."""
-    side = round(len(stays) ** 0.5)
-    light = np.where(stays.reshape(side, side), 1.0, GONE)
-    step = drawn.width // side
-    pixels = np.asarray(drawn, float) * light.repeat(step, 0).repeat(step, 1)[..., None]
-    return Image.fromarray(pixels.round().astype(np.uint8))
+        states = [watch.history(i).after("prefix") for i in range(len(seen))]
+    step = seen[0].width // round(patches**0.5) * SCALE
+    return [overlay(p, state.slot, step, dropped=state.dropped) for p, state in zip(seen, states)]
 
 
 def _small(picture: Image.Image, config: MergeConfig, patches: int) -> Image.Image:

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from llava_pitome import MergeConfig, load, merge_tokens
-from llava_pitome.draw import overlay, strip
+from llava_pitome.drawing.overlay import overlay
+from llava_pitome.drawing.sheet import strip
 from llava_pitome.embedded.render import render
-from llava_pitome.embedded.scenes import scene
+from llava_pitome.embedded.scenes import PATCH, scene
 from llava_pitome.merging import trace
 from llava_pitome.options import Option, parse, share, whole
 
@@ -35,7 +36,7 @@ def main(words: list[str]) -> int:
     for method in SHOWN:
         with merge_tokens(model, MergeConfig(options["ratio"], method=method)) as merging, torch.no_grad():
             model.model.get_image_features(pixel_values=pixels)
-            drawn.append(overlay(picture, trace(merging.plans())[0], SCALE))
+            drawn.append(overlay(picture, trace(merging.plans())[0], PATCH * SCALE))
     Path(options["output"]).parent.mkdir(parents=True, exist_ok=True)
     strip(drawn).save(options["output"], optimize=True)
     return 0

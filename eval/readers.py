@@ -35,3 +35,22 @@ def counts(text: str) -> tuple[int, ...]:
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise ValueError(text)
     return numbers
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """Reads whole numbers from 1: 1,8,32."""
+    numbers = tuple(int(word) for word in text.split(","))
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
+
+
+def servers(text: str) -> dict[str, str]:
+    """Reads names and addresses: plain=http://127.0.0.1:8000,merged=http://127.0.0.1:8001."""
+    found: dict[str, str] = {}
+    for word in text.split(","):
+        name, _, url = word.partition("=")
+        if not name or name in found or not url.startswith(("http://", "https://")):
+            raise ValueError(word)
+        found[name] = url.rstrip("/").removesuffix("/v1")
+    return found

@@ -83,11 +83,9 @@ def sizes(path: str, attention: str, built_in: bool) -> Sizes:
     Raises:
         ValueError: the path is no LLaVA, or cannot be reached.
     """
-    from transformers import AutoConfig
-
     try:
         checkpoints.counts(path)
-        config = AutoConfig.from_pretrained(checkpoints.whole(path))
+        config = checkpoints.config_of(checkpoints.whole(path))
     except ValueError:
         if not built_in or path not in BUILT_IN:
             raise

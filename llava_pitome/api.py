@@ -44,7 +44,7 @@ def apply(
         model: see `llava.SUPPORTED`.
         config: how to merge; saved as `model.config.token_merging`.
         processor: the model's processor, which then writes as many <image> placeholders as tokens arrive.
-            Without it the caller has to.
+            Without it the caller has to. The original package's models need none, and none is allowed.
         kernels: True lets this package's kernels compute what they are known to be faster at
             (docs/performance.md); False leaves everything to the model's own attention and plain PyTorch;
             "triton" adds the kernels for CUDA, which need triton and a model on a GPU; methods and orders
@@ -60,6 +60,11 @@ def apply(
     llava.check(parts, config)
     _check_kernels(parts, kernels)
     if processor is not None:
+        if parts.whole is not None and parts.whole.image_token is None:
+            raise ValueError(
+                f"{type(parts.model).__name__} puts merged tokens where <image> stands by itself, whatever "
+                f"their number; leave processor={type(processor).__name__} out"
+            )
         placeholders.check(processor, parts.patch_size)
     merging = Merging(parts, config, kernels, language.find(parts, config))
     remove(model)  # from here on nothing can fail
@@ -87,6 +92,12 @@ def remove(model: nn.Module) -> None:
     else:
         setattr(model.config, FIELD, applied.before)
     _forget_compiled()
+
+
+def applied(model: nn.Module) -> MergeConfig | None:
+    """How a model merges now; None where it does not."""
+    found = _applied.get(llava.unwrap(model))
+    return found.merging.config if found is not None else None
 
 
 def _check_kernels(parts: llava.Parts, kernels: bool | str) -> None:

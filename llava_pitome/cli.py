@@ -1,13 +1,26 @@
-"""The command line: `llava-pitome bench`, also `python -m llava_pitome bench`."""
+"""The command line: `llava-pitome chat`, `web`, `draw`, ..., also as `python -m llava_pitome chat`."""
 
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 
 from llava_pitome.bench import command as bench
+from llava_pitome.chat import command as chat
+from llava_pitome.conversion import command as convert
+from llava_pitome.drawing import command as draw
+from llava_pitome.serving import command as serve
+from llava_pitome.web import command as web
 
-COMMANDS: dict[str, tuple[Callable, Callable]] = {"bench": (bench.describe, bench.run)}
+COMMANDS: dict[str, tuple[ModuleType, str]] = {  # each with the extra that it needs
+    "chat": (chat, "models"),
+    "web": (web, "web"),
+    "serve": (serve, "serve"),
+    "draw": (draw, "models"),
+    "bench": (bench, "bench"),
+    "convert": (convert, "models"),
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -16,13 +29,17 @@ def main(words: Sequence[str] | None = None) -> int:
         "llava-pitome", description="LLaVA with its visual tokens merged by PiToMe."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (describe, _) in COMMANDS.items():
-        describe(commands, name)
+    for name, (command, _) in COMMANDS.items():
+        command.describe(commands, name)
     options = parser.parse_args(words)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("llava_pitome").setLevel(logging.INFO)
+    command, extra = COMMANDS[options.command]
     try:
-        return COMMANDS[options.command][1](options)
+        return command.run(options)
     except ValueError as error:
-        sys.stderr.write(f"llava-pitome {options.command}: {error}\n")
-        return 2
+        reason = str(error)
+    except ModuleNotFoundError as error:
+        reason = f"needs {error.name}, which is not installed: pip install 'llava-pitome[{extra}]'"
+    sys.stderr.write(f"llava-pitome {options.command}: {reason}\n")
+    return 2

@@ -9,6 +9,7 @@ from typing import Any
 from llava_pitome import validation
 from llava_pitome.counts import Counts
 from llava_pitome.recipes import RECIPES
+from llava_pitome.validation import AMOUNTS
 
 VERSION = 1  # of the saved form
 
@@ -152,3 +153,28 @@ class MergeConfig(Counts):
         if self.early_method is not None and depth < self.early_depth:
             return self.early_method, {}
         return self.method, self.parameters
+
+
+def asked(recipe: str, named: dict[str, Any], merging: dict[str, Any] | None) -> MergeConfig | None:
+    """The config that someone asks for by a recipe and what changes it; None where nothing is to merge.
+
+    Args:
+        recipe: a name in RECIPES.
+        named: fields that have an option of their own; None: not given.
+        merging: further fields.
+
+    Raises:
+        ValueError: it says how to merge but not how far, a field is given twice, or `MergeConfig` refuses.
+    """
+    merging, named = merging or {}, {k: v for k, v in named.items() if v is not None}
+    if twice := named.keys() & merging.keys():
+        raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
+    changes = merging | named
+    if changes.keys() & set(AMOUNTS):
+        return MergeConfig.recipe(recipe, **changes)
+    if changes or recipe != "paper":
+        raise ValueError(
+            f"recipe={recipe!r} with {changes} says how to merge but not how far: give one of "
+            f"{', '.join(AMOUNTS)}"
+        )
+    return None

@@ -9,24 +9,28 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.places.blocks import Block, Parts
 from llava_pitome.places.llm import Llm
 
-KINDS = ("llama", "mistral", "qwen2")  # model types whose layers are known to be what the hooks take them for
+KINDS = (
+    "LlamaModel",
+    "MistralModel",
+    "Qwen2Model",
+)  # whose layers are known to be what the hooks take them for
 KERNELS = ("sdpa", "eager")  # attention kernels that take a mask of their own for every layer
 SUPPORTED = "language models built like Llama (Llama, Vicuna, Mistral without a sliding window, Qwen2)"
 
 
 def find(parts: Parts, config: MergeConfig) -> Llm | None:
     """The language model of a LLaVA, where a config changes something inside it; None elsewhere."""
-    if parts.llm is None or not config.reaches_llm:
+    if parts.whole is None or not config.reaches_llm:
         return None
-    inner, llm = parts.model.model, parts.llm
+    llm = parts.whole.llm
     tokens = partial(config.tokens_at, layers=parts.feature)
     return Llm(
-        outer=inner,
+        outer=parts.whole.outer,
         model=llm,
         blocks=tuple(_block(layer) for layer in llm.layers),
         norm=llm.norm,
         rotary=llm.rotary_emb,
-        image_token=parts.model.config.image_token_id,
+        image_token=parts.whole.image_token,
         front=parts.front,
         image_tokens=partial(_image_tokens, parts.patch_size, parts.front, tokens),
         cached_keys=_cached_keys,
@@ -35,10 +39,9 @@ def find(parts: Parts, config: MergeConfig) -> Llm | None:
     )
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises ValueError unless merging knows its way inside the model's language model."""
-    llm = model.model.language_model
-    if llm.config.model_type not in KINDS:
+def check_model(model: nn.Module, llm: nn.Module) -> None:
+    """Raises ValueError unless merging knows its way inside a model's language model."""
+    if not {c.__name__ for c in type(llm).__mro__} & set(KINDS):
         raise ValueError(
             f"tokens cannot merge inside a {type(llm).__name__}; supported are {SUPPORTED}. Merge in the "
             "tower or at the prefix instead"

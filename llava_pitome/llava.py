@@ -1,17 +1,21 @@
-"""Where the parts of a LLaVA are: the only file that knows transformers' attribute names."""
+"""Where the parts of a LLaVA are: the only file that knows transformers' attribute names.
+
+Those of the original package are in `original`.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from llava_pitome import language
+from llava_pitome import language, original
 from llava_pitome.config import MergeConfig
-from llava_pitome.places.blocks import Block, Parts
+from llava_pitome.places.blocks import Block, Parts, Whole
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and kin); "
-    "also wrapped by peft, torch.compile or DistributedDataParallel, or such a tower alone"
+    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and kin), "
+    "or the original package's LlavaLlamaForCausalLM; also wrapped by peft, torch.compile or "
+    "DistributedDataParallel, or such a tower alone"
 )
 CLASS_TOKENS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}  # by the tower's class
 MASKED = ("sdpa", "eager")  # attention kernels that take an additive mask
@@ -24,10 +28,8 @@ def find(model: nn.Module) -> Parts:
         ValueError: the model is not supported, or it reads features from several layers.
     """
     model = unwrap(model)
-    names = [c.__name__ for c in type(model).__mro__]
-    tower = model
-    if "LlavaForConditionalGeneration" in names:
-        tower = unwrap(model.model.vision_tower)
+    whole = _whole(model)
+    tower = model if whole is None else unwrap(whole.tower)
     kind = next((c.__name__ for c in type(tower).__mro__ if c.__name__ in CLASS_TOKENS), None)
     if kind is None:
         found = type(model).__name__ + (f" with a {type(tower).__name__} tower" if tower is not model else "")
@@ -35,16 +37,32 @@ def find(model: nn.Module) -> Parts:
     layers = getattr(tower, "vision_model", tower).encoder.layers
     blocks = tuple(_block(layer) for layer in layers)
     feature = len(blocks)
-    if tower is not model:
-        feature = feature_layers(model.config.vision_feature_layer, len(blocks))
+    if whole is not None:
+        feature = feature_layers(whole.feature_layer, len(blocks))
     sdpa = partial(_is_sdpa, tower.config)
     size, patch = tower.config.image_size, tower.config.patch_size
     patches, class_tokens = (size // patch) ** 2, CLASS_TOKENS[kind]
-    if tower is model:
-        return Parts(model, tower, blocks, feature, class_tokens, patch, patches, sdpa, 0, None, None)
-    front = class_tokens if model.config.vision_feature_select_strategy == "full" else 0
-    projector, llm = model.model.multi_modal_projector, model.model.language_model
-    return Parts(model, tower, blocks, feature, class_tokens, patch, patches, sdpa, front, projector, llm)
+    front = class_tokens if whole is not None and whole.first_read else 0
+    return Parts(model, tower, blocks, feature, class_tokens, patch, patches, sdpa, front, whole)
+
+
+def _whole(model: nn.Module) -> Whole | None:
+    """What a LLaVA has around its tower; None for other models."""
+    names = [c.__name__ for c in type(model).__mro__]
+    if original.MODEL in names:
+        return original.whole(model)
+    if "LlavaForConditionalGeneration" not in names:
+        return None
+    inner, config = model.model, model.config
+    return Whole(
+        tower=inner.vision_tower,
+        feature_layer=config.vision_feature_layer,
+        first_read=config.vision_feature_select_strategy == "full",
+        projector=inner.multi_modal_projector,
+        llm=inner.language_model,
+        outer=inner,
+        image_token=config.image_token_id,
+    )
 
 
 def _is_sdpa(config: Any) -> bool:
@@ -82,22 +100,27 @@ def check(parts: Parts, config: MergeConfig) -> None:
             f"take; load the model with {' or '.join(map(repr, MASKED))}, or set proportional=False"
         )
     inside = config.decoder or config.reaches_llm
-    if parts.llm is None:
+    if parts.whole is None:
         if inside or config.merges_in_prefix:
             raise ValueError("a vision tower alone has no projector and no language model to merge in")
         return
-    strategy = parts.model.config.vision_feature_select_strategy
-    if (inside or config.merges_in_prefix) and strategy == "default" and not parts.class_tokens:
+    check_front(config, parts.whole.first_read, parts.class_tokens)
+    if not inside:
+        return
+    llm = parts.whole.llm
+    config.llm_lengths(tokens, llm.config.num_hidden_layers)
+    language.check_kernel(llm)
+    language.check_model(parts.model, llm)
+
+
+def check_front(config: MergeConfig, first_read: bool, class_tokens: int) -> None:
+    """Raises ValueError where a model that drops a tower's first token drops one that is to merge."""
+    behind = config.decoder or config.reaches_llm or config.merges_in_prefix
+    if behind and not first_read and not class_tokens:
         raise ValueError(
             "vision_feature_select_strategy='default' drops the first patch of a tower without class token; "
             "set it to 'full', in the processor too, to merge behind the tower"
         )
-    if not inside:
-        return
-    text = parts.model.config.text_config
-    config.llm_lengths(tokens, text.num_hidden_layers)
-    language.check_kernel(parts.llm)
-    language.check_model(parts.model)
 
 
 def _block(layer: nn.Module) -> Block:
@@ -127,8 +150,13 @@ def feature_layers(index: int | list[int], count: int) -> int:
 def stages(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a LLaVA that an answer passes through, one after the other."""
     parts = find(model)
-    inner = parts.model.model
-    return {"tower": parts.tower, "projector": inner.multi_modal_projector, "llm": inner.language_model}
+    return {"tower": parts.tower, "projector": parts.whole.projector, "llm": parts.whole.llm}
+
+
+def encode(model: nn.Module, pixels: Tensor) -> None:
+    """Sends pictures (I, 3, H, W) through tower and projector, for what hooks see of it."""
+    model = unwrap(model)
+    model.model.get_image_features(pixel_values=pixels.to(model.device, model.dtype))
 
 
 def cached(cache: Any) -> list[Tensor]:
@@ -167,7 +195,7 @@ class Shapes(NamedTuple):
 def shapes(model: nn.Module) -> Shapes:
     """The sizes of a LLaVA, from its config."""
     parts = find(model)
-    vision, text = parts.tower.config, parts.model.config.text_config
+    vision, text = parts.tower.config, parts.whole.llm.config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shapes(
         parts.class_tokens, 3 * parts.patch_size**2, vision.num_hidden_layers, vision.hidden_size,

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from llava_pitome.api import load, remove
 from llava_pitome.checkpoints import DTYPES
-from llava_pitome.config import MergeConfig
+from llava_pitome.config import asked
 from llava_pitome.measure import counted, literature
 from llava_pitome.repeats import encode_once
-from llava_pitome.validation import AMOUNTS
 
 MANIFEST = ModelManifest("llava_pitome", simple_class_path="llava_pitome.lmms.LlavaPitome")
 IGNORED = (
@@ -81,7 +80,7 @@ class LlavaPitome(lmms):
             raise ValueError(f"batch_size={batch_size!r} is not allowed: it must be a whole number from 1")
         options.pop("max_batch_size", None)  # lmms-eval gives it to every model; it only goes with "auto"
         self.batch_size = int(batch_size)
-        self.merging = _config(recipe, {"ratio": ratio, "tokens": tokens, "method": method}, merging or {})
+        self.merging = asked(recipe, {"ratio": ratio, "tokens": tokens, "method": method}, merging)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
@@ -195,19 +194,6 @@ class LlavaPitome(lmms):
                 file.write(
                     "\n" + json.dumps(entry)
                 )  # the newline first: a stopped run may have left half a line
-
-
-def _config(recipe: str, named: dict[str, Any], merging: dict[str, Any]) -> MergeConfig | None:
-    """The config that the arguments ask for; None where they ask for none."""
-    changes = merging | {k: v for k, v in named.items() if v is not None}
-    if changes.keys() & set(AMOUNTS):
-        return MergeConfig.recipe(recipe, **changes)
-    if changes or recipe != "paper":
-        raise ValueError(
-            f"recipe={recipe!r} with {changes} says how to merge but not how far: give one of "
-            f"{', '.join(AMOUNTS)}"
-        )
-    return None
 
 
 def _kind(request: Instance) -> tuple[str, str]:

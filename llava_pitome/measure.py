@@ -33,8 +33,17 @@ class Flops(NamedTuple):
 
 
 def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
-    """Runs the prompt once and counts the matrix products and attentions that really ran."""
+    """Runs the prompt once and counts the matrix products and attentions that really ran.
+
+    Raises:
+        ValueError: the original package's model, which is not told apart by part.
+    """
     parts = llava.find(model)
+    if parts.whole is None or parts.whole.image_token is None:
+        raise ValueError(
+            f"FLOPs are counted of a LlavaForConditionalGeneration, not of a {type(parts.model).__name__}; "
+            "load makes one of an original checkpoint"
+        )
     quantized: list[int] = []  # matrix products inside bitsandbytes, all in the language model
     hooks = [
         module.register_forward_hook(

@@ -8,6 +8,7 @@ VENV=${VENV:-.venv} # below the checkout, or an absolute path
 FLOOR=${FLOOR:-false}
 TORCH=2.13.0
 LMMS_EVAL=0.7.3
+LLAVA_TORCH=1.2.2.post1
 FLOOR_TRANSFORMERS=5.17.0
 
 python=
@@ -80,4 +81,5 @@ install "torch==$TORCH" -c "$constraints" # nothing more to do where one of the 
 install setuptools -c "$constraints"
 install --no-build-isolation -e ".[test]" -c "$constraints"
 install --no-deps "lmms-eval==$LMMS_EVAL" # its dependencies hold a torchvision that breaks a CPU torch
+install --no-deps "llava-torch==$LLAVA_TORCH" # the original LLaVA, for tests alone; it asks for a torch of 2023
 echo "$stamp" >"$VENV/stamp"

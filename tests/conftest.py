@@ -15,8 +15,9 @@ from transformers import (
 )
 
 LAYERS, PATCHES, SIDE, PATCH = 8, 36, 48, 8
-collect_ignore = [  # what has a script of its own: scripts/test_triton.sh, scripts/test_training.sh
-    "test_kernels_triton.py", "test_lora_processes.py"
+collect_ignore = [  # what scripts of their own run: test_triton, test_training, test_vllm, test_web
+    "test_kernels_triton.py", "test_lora_processes.py", "test_vllm_offline.py", "test_vllm_server.py",
+    "test_web_page.py",
 ]  # fmt: skip
 WORDS = [
     "<unk>", "<s>", "</s>", "<pad>", "<image>",
@@ -92,6 +93,38 @@ def saved(model, processor, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")
     return tmp_path / "plain"
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A folder with a CLIP tower, as an original LLaVA names one."""
+    from originals import make_tower
+
+    return make_tower(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory):
+    """A tokenizer.model."""
+    from originals import make_vocabulary
+
+    return make_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture
+def original(clip_folder):
+    """A LLaVA of the original package."""
+    from originals import make_original
+
+    return make_original(clip_folder)
+
+
+@pytest.fixture
+def original_folder(original, vocabulary, tmp_path):
+    """A checkpoint of it."""
+    from originals import save
+
+    return save(original, vocabulary, tmp_path / "original")
 
 
 REPORTED = pytest.StashKey[list[str]]()  # what a benchmark found, told at the end and not judged

@@ -33,25 +33,45 @@ ORDER = (
     ("places.prefix",),
     ("places.decoder",),
     ("places.everywhere",),
-    ("language", "processor"),
+    ("language", "processor", "original"),
     ("llava",),
     ("embedded.scenes",),
     ("embedded.questions", "embedded.render"),
     ("embedded", "adapters"),
+    ("conversion.configs", "conversion.processors", "conversion.weights"),
+    ("conversion",),
     ("checkpoints",),
-    ("api",),
+    ("api", "options", "pictures"),
+    ("commands", "drawing.history"),
+    ("drawing.choices",),
     ("",),  # the package itself: names alone
 )
-HEAVY = {"transformers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "datasets", "pyarrow",
-         "pandas", "lmms_eval", "loguru",
-         "tqdm", "rich", "vllm", "gradio", "matplotlib", "safetensors", "triton"}  # fmt: skip
+HEAVY = {"transformers", "tokenizers", "accelerate", "bitsandbytes", "peft", "PIL", "numpy", "datasets",
+         "pyarrow", "pandas", "lmms_eval", "loguru",
+         "tqdm", "rich", "vllm", "gradio", "fastapi", "uvicorn", "matplotlib", "safetensors",
+         "triton", "llava"}  # fmt: skip
 KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Triton
 HOSTS = {
-    "transformers": ("adapters", "checkpoints", "repeats", "lmms", "vllm", "bench.targets"),
+    "transformers": (
+        "adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.chat", "vllm_plugin.model",
+        "bench.targets", "chat.streaming", "serving.app", "conversion", "conversion.configs",
+        "conversion.processors", "conversion.weights",
+    ),
+    "PIL": (
+        "pictures", "embedded.dataset", "lmms", "drawing.command", "drawing.view", "drawing.overlay",
+        "drawing.heat", "drawing.lettering", "drawing.sheet", "drawing.study", "drawing.panels",
+        "chat.conversation", "serving.request", "web.desk", "web.examples",
+    ),
+    "tokenizers": ("conversion.processors",),
+    "safetensors": ("conversion.weights", "vllm_plugin.renamed"),
+    "llava": (),  # the original package: its classes are known by name
     "lmms_eval": ("lmms",),
-    "vllm": ("vllm",),
+    "vllm": ("vllm_plugin.choose", "vllm_plugin.model"),
     "triton": KERNELS,
-}
+    "gradio": ("web.page",),
+    "fastapi": ("serving.app",),
+    "openai": (),
+}  # fmt: skip
 
 
 def name_of(file):

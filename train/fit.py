@@ -87,12 +87,10 @@ def arguments(options: dict[str, Any], output: Path) -> Any:
 
 def _half(options: dict[str, Any]) -> bool:
     """Whether passes are computed in bfloat16; what learns is in float32 all the same."""
-    from transformers import AutoConfig
-
     checkpoints.counts(options["model"])  # raises for what is no LLaVA
     if options["dtype"] != "auto":
         return options["dtype"] == "bfloat16"
-    saved = AutoConfig.from_pretrained(checkpoints.whole(options["model"])).dtype
+    saved = checkpoints.config_of(checkpoints.whole(options["model"])).dtype
     return not str(saved).endswith("float32")
 
 

@@ -52,6 +52,8 @@ class Method(NamedTuple):
         weighted: to parent and how much of each token counts (B, N), where that is not all of it.
         mixed: to parent and what survivors are made of (B or 1, M, N), where that is no average.
         triton: as `parents`, on a GPU; its file is imported when it is called.
+        energy: from (metric (B, N, D), depth=..., **parameters) to the energy (B, N) that it ranks tokens by;
+            None where it goes by none.
         halves: pairs tokens up, so that at most half of them can go at once.
         keeps_norm: stretches averages to the longest of their tokens.
         needs: names in GIVEN.
@@ -65,6 +67,7 @@ class Method(NamedTuple):
     weighted: Callable[..., tuple[Tensor, Tensor]] | None = None
     mixed: Callable[..., tuple[Tensor, Tensor]] | None = None
     triton: Callable[..., Tensor] | None = None
+    energy: Callable[..., Tensor] | None = None
     halves: bool = True
     keeps_norm: bool = False
     needs: tuple[str, ...] = ()
@@ -94,7 +97,7 @@ def _pitome_in_triton(
 
 
 METHODS: dict[str, Method] = {
-    "pitome": Method(pitome.parents, ordered=pitome.ordered, triton=_pitome_in_triton),
+    "pitome": Method(pitome.parents, ordered=pitome.ordered, triton=_pitome_in_triton, energy=pitome.score),
     "tome": Method(tome.parents),
     "random": Method(random.parents),
     "tofu": Method(weighted=tofu.weighted, keeps_norm=True),

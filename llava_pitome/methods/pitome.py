@@ -75,6 +75,14 @@ def ordered(
     return here.scatter(1, a, closest), rank
 
 
+def score(metric: Tensor, *, candidates: float | None = 2.0, split: str = "energy", **energy) -> Tensor:
+    """The energy (B, N) by which `parents` tells crowded tokens from lonely ones, to be looked at.
+
+    Takes what `parents` takes; `candidates` and `split` are what is made of energies, and change none.
+    """
+    return mean_energy(F.normalize(metric, dim=-1), *resolved(**energy))
+
+
 def _pool(count: int, remove: int, candidates: float | None) -> int:
     """How many tokens may merge."""
     if candidates is None:

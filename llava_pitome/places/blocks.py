@@ -36,6 +36,29 @@ class Block(NamedTuple):
     mlp: nn.Module
 
 
+class Whole(NamedTuple):
+    """What a LLaVA has around the blocks of its tower.
+
+    Attributes:
+        tower: the vision tower's module, under any wrapper of its own.
+        feature_layer: which of the tower's hidden states are the features; several where it is a list.
+        first_read: whether their first token is among what the projector is given.
+        projector: the module behind the tower.
+        llm: the language model, without its head.
+        outer: what is called with prompts and pictures, around both.
+        image_token: the id that stands in a prompt once for every image token; None where a prompt has one
+            mark for each picture, in whose place the model puts what the projector made.
+    """
+
+    tower: nn.Module
+    feature_layer: int | list[int]
+    first_read: bool
+    projector: nn.Module
+    llm: nn.Module
+    outer: nn.Module
+    image_token: int | None
+
+
 class Parts(NamedTuple):
     """The parts of a model that merging needs.
 
@@ -49,8 +72,7 @@ class Parts(NamedTuple):
         patches: patches of an image at the tower's own size.
         sdpa: tells whether the tower's attention is left to torch, so that a kernel may be chosen for it.
         front: class tokens among an image's features, 0 or 1.
-        projector: the module behind the tower; None for a tower alone.
-        llm: the language model; None for a tower alone.
+        whole: what is around the tower; None for a tower alone.
     """
 
     model: nn.Module
@@ -62,8 +84,7 @@ class Parts(NamedTuple):
     patches: int
     sdpa: Callable[[], bool]
     front: int
-    projector: nn.Module | None
-    llm: nn.Module | None
+    whole: Whole | None
 
 
 class Slot(NamedTuple):

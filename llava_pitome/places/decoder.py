@@ -33,7 +33,11 @@ from llava_pitome.places.prefix import grid
 
 
 class DecoderMerging:
-    """The hooks on a language model, and what the last forward pass left."""
+    """The hooks on a language model, and what the last forward pass left.
+
+    Attributes:
+        merger: what merges, wherever it is.
+    """
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class DecoderMerging:
         """
         self.llm, self.config, self.arrivals, self.patches = llm, config, arrivals, patches
         self.layers = config.merging_layers
-        self._merger = Merger(config, 0, triton)
+        self.merger = Merger(config, 0, triton)
         self._looks = [
             Looking(llm.blocks[i], wanted(config.method, config.metric == "keys"), 0, self._has_images)
             for i in self.layers
@@ -132,6 +136,8 @@ class DecoderMerging:
         self._images = None
         given = _named(module, args, kwargs)
         self.llm.check(given)
+        if self.llm.image_token is None:
+            return
         each = self.llm.image_tokens(given, self.patches())
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         if ids is None and (each is not None or getattr(cache, pasts.NAME, None) is None):
@@ -154,8 +160,11 @@ class DecoderMerging:
         memory = None if cache is None else pasts.recall(cache, self._firsts, self._way, batch)
         real = None if given is None or length == 1 else given[:, -length:].bool()
         now = Pass(len(self._firsts), length, memory)
-        if self._images is not None and bool(self._images[0].any()):
-            is_image, each = self._images
+        images = self._images
+        if self.llm.image_token is None and kwargs.get("inputs_embeds") is not None:
+            images = self.arrivals.found(hidden)
+        if images is not None and bool(images[0].any()):
+            is_image, each = images
             real = real if real is None else real.to(hidden.device)
             prompt = prompts.find(is_image.to(hidden.device), each, self.llm.front, real)
             seen = 0 if cache is None else cache.get_seq_length()
@@ -203,7 +212,7 @@ class DecoderMerging:
         length = schedule.left(x.shape[1], config.decoder[i], f"decoder[{i}]")
         way = (config.method, config.parameters, i / len(self.llm.blocks))
         offers = self._asked[s]._replace(prompt=prompt).offers(source)
-        merged, slot = self._merger.merge(x, metric, length, now.slots[s], now.slots[s + 1], way, offers)
+        merged, slot = self.merger.merge(x, metric, length, now.slots[s], now.slots[s + 1], way, offers)
         short = prompts.shorten(prompt, slot.merge)
         now.enter(s + 1, short.after, slot, config.llm_proportional)
         return prompts.replace(hidden, short, merged)

@@ -1,5 +1,6 @@
 """All places of one model together: what `apply` puts on it and `remove` takes off."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from llava_pitome.places.arrivals import Arrivals
 from llava_pitome.places.blocks import Parts
 from llava_pitome.places.decoder import DecoderMerging
 from llava_pitome.places.llm import Llm
+from llava_pitome.places.merger import Sight
 from llava_pitome.places.prefix import PrefixMerging
 from llava_pitome.places.shrink import Shrinking
 from llava_pitome.places.tower import TowerMerging
@@ -49,9 +51,9 @@ class Merging:
         if config.resize is not None:
             self.shrinking = Shrinking(parts.tower, parts.patch_size, config.resize)
         if config.merges_in_prefix:
-            self.prefix = PrefixMerging(parts.projector, self.tower, parts.front, config, triton)
+            self.prefix = PrefixMerging(parts.whole.projector, self.tower, parts.front, config, triton)
         if llm is not None:
-            self.arrivals = Arrivals(parts.projector, parts.front, self.sizes, self.plans)
+            self.arrivals = Arrivals(parts.whole.projector, parts.front, self.sizes, self.plans)
             self.decoder = DecoderMerging(llm, config, self.arrivals, self.patches, triton)
 
     @property
@@ -76,6 +78,23 @@ class Merging:
         """
         return self.tower.plans() + (self.prefix.plans() if self.prefix is not None else [])
 
+    def watch(self, show: Callable[[str, int, Sight], None] | None) -> None:
+        """Has every merge from now on shown: its place, its layer (0 at the prefix), and what it did.
+
+        None ends it. Watching changes nothing; under torch.compile it is not supported.
+
+        Raises:
+            RuntimeError: somebody else is watching.
+        """
+        if show is not None and self.tower.merger.watch is not None:
+            raise RuntimeError("these merges are being watched already; end that first")
+        watched = {"tower": (self.tower, len(self.tower.blocks)), "prefix": (self.prefix, 0)}
+        if self.decoder is not None:
+            watched["decoder"] = (self.decoder, len(self.decoder.llm.blocks))
+        for place, (part, layers) in watched.items():
+            if part is not None:
+                part.merger.watch = None if show is None else partial(_shown, show, place, layers)
+
     def sizes(self) -> Tensor | None:
         """Patches (I, n) of each token that reached the language model; None where nothing merged."""
         slot = self.prefix.slot if self.prefix is not None else self.tower.slots[-1]
@@ -84,6 +103,11 @@ class Merging:
     def patches(self) -> int:
         """Patches of each picture that the tower was last given; 0 before there was one."""
         return self.tower.patches
+
+
+def _shown(show: Callable[[str, int, Sight], None], place: str, layers: int, sight: Sight) -> None:
+    """Tells a merge's layer by its depth l_i / l."""
+    show(place, round(sight.depth * layers), sight)
 
 
 def installed(model: nn.Module) -> list[Place]:

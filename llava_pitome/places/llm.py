@@ -17,7 +17,8 @@ class Llm(NamedTuple):
         blocks: its layers.
         norm: the norm behind the last one.
         rotary: from hidden states and position_ids (B or 1, T) to the angles that turn queries and keys.
-        image_token: the id of the image placeholder.
+        image_token: the id of the image placeholder; None where prompts reach the model without: images are
+            then found by what they hold.
         front: tokens in front of each image's patches that never merge.
         image_tokens: from what `outer` is called with, and the patches of the pictures encoded last, to the
             tokens of each image; None: no picture.
@@ -31,7 +32,7 @@ class Llm(NamedTuple):
     blocks: tuple[Block, ...]
     norm: nn.Module
     rotary: nn.Module
-    image_token: int
+    image_token: int | None
     front: int
     image_tokens: Callable[[dict, int], int | None]
     cached_keys: Callable[[Any, int, int], Tensor]

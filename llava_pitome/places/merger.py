@@ -4,7 +4,7 @@ Shapes: B images, T tokens with those in front, N without them, M after the merg
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llava_pitome.config import MergeConfig
 from llava_pitome.folding import Choice, fold
 from llava_pitome.matching import choose
-from llava_pitome.merging import Plan, full_precision, plan, widen
+from llava_pitome.merging import Plan, full_precision, narrow, plan, widen
 from llava_pitome.methods import METHODS
 from llava_pitome.places.blocks import Slot
 
@@ -23,8 +23,32 @@ ANOTHER_PASS = (
 Offers = Mapping[str, Callable[[], Any]]  # what a place can tell of methods' GIVEN, worked out when asked
 
 
+class Sight(NamedTuple):
+    """One merge, as whoever watches is shown it; tokens in front are left out.
+
+    Attributes:
+        metric: (B, N, C) what similarity was measured on, float32 at least.
+        plan: where every token went.
+        dropped: (B, N) True for tokens that left nothing behind.
+        method: who chose, a name in METHODS.
+        parameters: the method's own.
+        depth: of this merge in [0, 1], as the method was told.
+    """
+
+    metric: Tensor
+    plan: Plan
+    dropped: Tensor
+    method: str
+    parameters: dict[str, Any]
+    depth: float
+
+
 class Merger:
-    """Merges as a config says."""
+    """Merges as a config says.
+
+    Attributes:
+        watch: is shown every merge; None: nobody watches, and nothing is worked out for it.
+    """
 
     def __init__(self, config: MergeConfig, front: int, triton: bool):
         """Prepares merging.
@@ -35,6 +59,7 @@ class Merger:
             triton: let kernels written in Triton compute, where they can.
         """
         self.config, self.front, self.triton = config, front, triton
+        self.watch: Callable[[Sight], None] | None = None
 
     def merge(
         self,
@@ -67,8 +92,23 @@ class Merger:
         choice, laid = self._choose(metric.detach(), length, sizes, way, offers)
         if recomputing() and not (last and last.merge and torch.equal(last.merge.slot, laid.slot)):
             raise RuntimeError(ANOTHER_PASS)
+        if self.watch is not None:
+            self.watch(self._sight(metric.detach(), choice, laid, way))
         merged, sizes = fold(x, sizes, laid, choice, self.config.size_weighted, self._triton_now)
         return merged, Slot(sizes, laid, self.front)
+
+    def _sight(
+        self, metric: Tensor, choice: Choice, laid: Plan, way: tuple[str, dict[str, Any], float]
+    ) -> Sight:
+        """A merge as it is shown."""
+        front = self.front
+        gone = torch.ones_like(choice.parent, dtype=torch.bool).scatter(1, laid.kept, False)
+        nothing = choice.prunes if choice.weight is None else choice.weight == 0
+        return Sight(self._wide(metric), narrow(laid, front), (gone & nothing)[:, front:], *way)
+
+    def _wide(self, metric: Tensor) -> Tensor:
+        """What methods are given of a metric (B, T, C)."""
+        return metric[:, self.front :].to(torch.promote_types(metric.dtype, torch.float32))
 
     @torch.no_grad()
     def _choose(
@@ -84,7 +124,7 @@ class Merger:
         front = self.front
         offers = {"size": lambda: sizes[:, front:], **offers}
         given = {name: offers[name]() for name in METHODS[method].needs}
-        metric = metric[:, front:].to(torch.promote_types(metric.dtype, torch.float32))
+        metric = self._wide(metric)
         with full_precision(metric.device.type):
             choice = choose(
                 metric,

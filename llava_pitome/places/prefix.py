@@ -26,6 +26,7 @@ class PrefixMerging:
 
     Attributes:
         slot: what is known of the tokens that reach the language model; None before the first pass.
+        merger: what merges.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class PrefixMerging:
         self.by_keys = (config.prefix_metric or ("features", "keys")[METHODS[config.method].keys]) == "keys"
         last = tower.blocks[tower.feature - 1]
         self._look = Looking(last, wanted(config.method, self.by_keys), tower.class_tokens, _always)
-        self._merger = Merger(config, front, triton)
+        self.merger = Merger(config, front, triton)
         self._handles: list[RemovableHandle] = []
         self.slot: Slot | None = None
 
@@ -78,7 +79,7 @@ class PrefixMerging:
             "class_attention": self._class_attention,
             "grid": partial(grid, self.tower.patches, self.config),
         }
-        merged, self.slot = self._merger.merge(output, metric, length, here, self.slot, way, offers)
+        merged, self.slot = self.merger.merge(output, metric, length, here, self.slot, way, offers)
         return merged
 
     def _arriving(self, output: Tensor) -> Slot:

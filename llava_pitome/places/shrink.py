@@ -31,10 +31,11 @@ class Shrinking:
 
     def _shrink(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         pixels = args[0] if args else kwargs["pixel_values"]
-        smaller = self._smaller(pixels)
+        smaller = self.smaller(pixels)
         kwargs = kwargs | {"interpolate_pos_encoding": True}
         return ((smaller, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": smaller})
 
-    def _smaller(self, pixels: Tensor) -> Tensor:
+    def smaller(self, pixels: Tensor) -> Tensor:
+        """Pictures (I, 3, H, W) at the size that the tower is given."""
         small = F.interpolate(pixels.float(), self.size, mode="bicubic", antialias=True, align_corners=False)
         return small.to(pixels.dtype)

@@ -30,6 +30,7 @@ class TowerMerging:
 
     Attributes:
         slots: one per block up to the feature layer, and one behind it.
+        merger: what merges, wherever it is.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class TowerMerging:
         """
         self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
         self.kernels = kernels
-        self._merger = Merger(config, class_tokens, kernels == "triton")
+        self.merger = Merger(config, class_tokens, kernels == "triton")
         self._sdpa = sdpa
         self._looks = [self._look(i, block) for i, block in enumerate(blocks[:feature])]
         self._inside = [
@@ -183,7 +184,7 @@ class TowerMerging:
         metric = x if self.config.metric == "hidden" else seen.key()
         offers = {"class_attention": partial(seen.class_attention, sizes)}
         length, here, last = self._lengths[i + 1], self.slots[i], self.slots[i + 1]
-        merged, self.slots[i + 1] = self._merger.merge(x, metric, length, here, last, self._way(i), offers)
+        merged, self.slots[i + 1] = self.merger.merge(x, metric, length, here, last, self._way(i), offers)
         return merged
 
     def _idle(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

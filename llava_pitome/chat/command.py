@@ -1,0 +1,74 @@
+"""`llava-pitome chat`: its options, and where the lines come from."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from llava_pitome import commands
+from llava_pitome.api import applied
+from llava_pitome.config import MergeConfig
+from llava_pitome.options import whole
+from llava_pitome.pictures import open_picture
+from llava_pitome.validation import AMOUNTS
+
+
+def describe(parsers: Any, name: str) -> None:
+    """Adds the command and its options to a parser's subparsers."""
+    parser = parsers.add_parser(
+        name,
+        help="talk with a LLaVA in the terminal",
+        description="A conversation with a LLaVA about pictures, in the terminal or from a pipe: a question "
+        "a line. /help there lists what else a line can do.",
+    )
+    commands.describe_model(parser)
+    commands.describe_merging(parser)
+    add = parser.add_argument
+    add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    add("--max-new-tokens", type=commands.reader(whole(1), "a whole number from 1"), default=512,
+        help="length of an answer at most (512)")  # fmt: skip
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws (0)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Holds the conversation.
+
+    Raises:
+        ValueError: options that do not go together, a picture that cannot be opened, or, from a pipe, a line
+            that cannot be done.
+    """
+    from llava_pitome.chat.conversation import Conversation
+    from llava_pitome.chat.terminal import Terminal
+
+    commands.check_model(options)
+    config = commands.config(options)
+    pictures = [open_picture(name) for name in options.image]
+    model, processor = commands.load(options, config)
+    conversation = Conversation(model, processor, options.max_new_tokens, options.temperature)
+    for picture in pictures:
+        conversation.show(picture)
+    interactive = sys.stdin.isatty()
+    terminal = Terminal(conversation, applied(model), partial(_changed, options))
+    if interactive:
+        terminal.say(f"{options.model}: a question a line; /help lists commands\n")
+    terminal.hold(_typed() if interactive else sys.stdin, interactive)
+    return 0
+
+
+def _changed(options: argparse.Namespace, **amount: Any) -> MergeConfig:
+    """The config that the options ask for, going as far as `amount` says instead."""
+    merging = {k: v for k, v in (options.merging or {}).items() if k not in AMOUNTS}
+    return MergeConfig.recipe(options.recipe, **merging, method=options.method, **amount)
+
+
+def _typed() -> Iterator[str]:
+    """Lines as a person types them, with the editing and history of the terminal, until Ctrl-D or Ctrl-C."""
+    import readline  # noqa: F401  # input() uses it once it is there
+
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            sys.stdout.write("\n")
+            return

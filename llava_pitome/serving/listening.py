@@ -1,0 +1,23 @@
+"""Where a server listens."""
+
+import socket
+
+
+def port(text: str) -> int:
+    """Reads the number of a port."""
+    if not 0 <= int(text) <= 65535:
+        raise ValueError(text)
+    return int(text)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error

@@ -1,0 +1,192 @@
+"""A chat request, checked whole before any work starts: what is asked, its pictures, its settings."""
+
+import base64
+import binascii
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llava_pitome.pictures import open_picture
+from llava_pitome.serving.limits import Limits
+from llava_pitome.serving.remote import fetch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ROLES = ("system", "user", "assistant")
+SAMPLING = {  # by field: the least and the most
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "frequency_penalty": (0, 2),
+    "seed": (0, 2**63 - 1),
+}
+WITHOUT_EFFECT = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+}  # on answers
+READ = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", *SAMPLING}
+AS_IT_IS = {  # fields with the only value that is served
+    "n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "tools": [], "functions": [],
+    "tool_choice": "none", "function_call": "none", "logit_bias": {}, "parallel_tool_calls": True,
+    "response_format": {"type": "text"}, "modalities": ["text"],
+    "stop": [],  # transformers 5.23 looks the words up in the processor, which has none
+}  # fmt: skip
+CHARACTERS = 16  # a token is rarely longer
+
+
+class Refused(ValueError):
+    """A request that is answered with a 4xx and this reason.
+
+    Attributes:
+        status: the HTTP status.
+    """
+
+    def __init__(self, reason: str, status: int = 400):
+        """Keeps the reason for the client."""
+        super().__init__(reason)
+        self.status = status
+
+
+def check(body: Any, limits: Limits) -> None:
+    """Raises Refused for a request with anything in it that would fail later or be ignored.
+
+    Pictures are not opened yet.
+    """
+    if not isinstance(body, dict):
+        raise Refused("the request must be a JSON object")
+    for key, value in body.items():
+        if key in READ | WITHOUT_EFFECT or value is None:
+            continue
+        if key not in AS_IT_IS:
+            raise Refused(f"{key!r} is not supported")
+        if value != AS_IT_IS[key]:
+            raise Refused(f"{key}={str(value)[:100]} is not supported; allowed is {AS_IT_IS[key]}")
+    _settings(body, limits)
+    _messages(body.get("messages"), limits)
+
+
+def _settings(body: dict[str, Any], limits: Limits) -> None:
+    """Checks how the answer is to be made."""
+    for key, (least, most) in SAMPLING.items():
+        value = body.get(key)
+        whole = key == "seed"
+        if value is not None and not (_number(value, whole) and least <= value <= most):
+            kind = "a whole number" if whole else "a number"
+            raise Refused(f"{key}={value!r} is not allowed: it must be {kind} in [{least}, {most}]")
+    for key in ("max_tokens", "max_completion_tokens"):
+        value = body.get(key)
+        if value is not None and not (_number(value, True) and 1 <= value <= limits.answer):
+            raise Refused(
+                f"{key}={value!r} is not allowed: it must be a whole number in [1, {limits.answer}]"
+            )
+    if body.get("top_p") == 0:
+        raise Refused("top_p=0 is not allowed: it must be above 0")
+    if not isinstance(body.get("stream"), bool | None):
+        raise Refused(f"stream={body['stream']!r} is not allowed: it must be true or false")
+    streaming = body.get("stream_options")
+    if streaming is not None and not (isinstance(streaming, dict) and streaming.keys() <= {"include_usage"}):
+        raise Refused("stream_options may hold include_usage alone")
+
+
+def _messages(messages: Any, limits: Limits) -> None:
+    """Checks the form of the conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise Refused("messages must be a list with at least one message")
+    characters = pictures = 0
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise Refused(f"messages[{i}] must be an object whose role is one of {', '.join(ROLES)}")
+        if odd := message.keys() - {"role", "content", "name"}:
+            raise Refused(f"messages[{i}] holds {sorted(odd)[0]!r}, which is not supported")
+        for part in parts(message, i):
+            characters += len(part.get("text", ""))
+            pictures += part["type"] == "image_url"
+            if part["type"] == "image_url" and message["role"] != "user":
+                raise Refused(f"messages[{i}]: only a user's messages may hold pictures")
+    if messages[-1]["role"] != "user":
+        raise Refused("the last message must be a user's")
+    if characters > CHARACTERS * limits.prompt:
+        raise Refused(f"{characters} characters of text are too many for a prompt of {limits.prompt} tokens")
+    if pictures > limits.pictures:
+        raise Refused(f"{pictures} pictures are too many: at most {limits.pictures} are allowed in a request")
+
+
+def parts(message: dict[str, Any], i: int) -> list[dict[str, Any]]:
+    """The parts of a message, a text being one part.
+
+    Raises:
+        Refused: a part that is no text and no picture.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not content:
+        raise Refused(f"messages[{i}].content must be a text, or a list of parts")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            continue
+        if kind != "image_url":
+            raise Refused(f"messages[{i}]: a part must be of type 'text' or 'image_url', not {kind!r}")
+        address = part.get("image_url")
+        if not isinstance(address, dict) or not isinstance(address.get("url"), str):
+            raise Refused(f"messages[{i}]: image_url must be an object with a text under 'url'")
+    return content
+
+
+def opened(
+    messages: list[dict[str, Any]], limits: Limits, read: Callable[..., bytes] = fetch
+) -> list[dict[str, Any]]:
+    """The conversation as processors take it, its pictures opened.
+
+    Raises:
+        Refused: a picture that cannot be had or is too large.
+    """
+    conversation = []
+    for i, message in enumerate(messages):
+        content = [
+            part if part["type"] == "text"
+            else {"type": "image", "image": _picture(part["image_url"]["url"], limits, read)}
+            for part in parts(message, i)
+        ]  # fmt: skip
+        conversation.append({"role": message["role"], "content": content})
+    return conversation
+
+
+def _picture(url: str, limits: Limits, read: Callable[..., bytes]) -> "Image.Image":
+    """The picture of an address, or of base64 data."""
+    try:
+        if url.startswith("data:"):
+            raw = _decoded(url)
+        elif not limits.urls:
+            raise Refused("this server fetches no pictures: send them as data:image/...;base64,...")
+        else:
+            raw = read(url, limits.picture, limits.seconds)
+        if len(raw) > limits.picture:
+            raise Refused(f"a picture has {len(raw)} bytes; at most {limits.picture} are allowed", 413)
+        return open_picture(raw, limits.pixels)
+    except Refused:
+        raise
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _decoded(url: str) -> bytes:
+    """The bytes of data:image/...;base64,..."""
+    head, comma, data = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise Refused("a data: address must be of the form data:image/...;base64,...")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise Refused(f"the picture is no base64: {error}") from error
+
+
+def _number(value: Any, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return math.isfinite(value)

@@ -1,0 +1,52 @@
+"""`llava-pitome web`: its options, and the page's life."""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llava_pitome import commands
+from llava_pitome.options import share, whole
+from llava_pitome.serving.listening import listening, port
+
+RATIO = 0.9  # where the slider stands
+HOST = "127.0.0.1"
+
+
+def describe(parsers: Any, name: str) -> None:
+    """Adds the command and its options to a parser's subparsers."""
+    parser = parsers.add_parser(
+        name,
+        help="a web page to ask about pictures and see what merges",
+        description="A page on this machine alone: ask about a picture, with and without merging, and look "
+        "at its tokens layer by layer.",
+    )
+    commands.describe_model(parser)
+    add = parser.add_argument
+    add("--ratio", type=commands.reader(share, "a number in (0, 1]"), default=RATIO,
+        help="where the slider stands at first (0.9)")  # fmt: skip
+    add("--port", type=commands.reader(port, "in [0, 65535]"), default=7860, help="(7860)")
+    add("--max-new-tokens", type=commands.reader(whole(1), "a whole number from 1"), default=256,
+        help="length of an answer at most (256)")  # fmt: skip
+    add("--max-upload-mb", type=commands.reader(whole(1), "a whole number from 1"), default=16,
+        help="megabytes of a picture at most (16)")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves the page until it is ended.
+
+    Raises:
+        ValueError: options that cannot be served, or a port that is taken.
+    """
+    from llava_pitome.web import examples
+    from llava_pitome.web.desk import Desk
+    from llava_pitome.web.page import build, launch
+
+    commands.check_model(options)
+    listening(HOST, options.port).close()  # a port that is taken is known before a model is loaded
+    model, processor = commands.load(options, None)
+    desk = Desk(model, processor, options.max_new_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        page = build(desk, examples.write(Path(folder)), options.ratio)
+        launch(page, HOST, options.port, options.max_upload_mb)
+    return 0

@@ -1,0 +1,116 @@
+"""The command that measures servers, against one that is written here."""
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
+
+import random_model
+import throughput
+from transformers import LlavaConfig
+
+
+class Server(ThreadingHTTPServer):
+    """Answers every question at once, notes what it was asked, and how much at a time."""
+
+    def __init__(self, tokens, fails=False):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.tokens, self.fails, self.bodies, self.lock = tokens, fails, [], threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.say(200, {"data": [{"id": "small"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.bodies.append(body)
+        usage = {"prompt_tokens": self.server.tokens, "completion_tokens": body["max_tokens"]}
+        self.say(400 if self.server.fails else 200, {"usage": usage, "error": "no room"})
+
+    def say(self, status, what):
+        data = json.dumps(what).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    started = []
+
+    def start(*args, **options):
+        started.append(Server(*args, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def run(tmp_path, servers, *words):
+    small = ["requests=5", "rounds=2", "concurrency=1,3", "warmup=1", "side=16", f"output={tmp_path}"]
+    return throughput.main([f"servers={servers}", *small, *words])
+
+
+def test_every_server_is_asked_as_often_and_never_twice_about_one_picture(serve, tmp_path, capsys):
+    plain, merged = serve(200), serve(60)
+    assert run(tmp_path, f"plain={plain.url},merged={merged.url}/v1/", 'body={"ignore_eos": true}') == 0
+    rows = json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    assert [(row["server"], row["concurrency"]) for row in rows] == [
+        ("plain", 1), ("merged", 1), ("plain", 3), ("merged", 3)
+    ]  # fmt: skip
+    assert {row["server"]: row["prompt_tokens"] for row in rows} == {"plain": 200, "merged": 60}
+    assert all(len(row["rates"]) == 2 and row["requests_per_second"] > 0 for row in rows)
+    bodies = plain.bodies + merged.bodies
+    assert len(plain.bodies) == len(merged.bodies) == 1 + 2 * 2 * 5
+    assert all(b["ignore_eos"] and b["model"] == "small" for b in bodies)
+    shown = [b["messages"][0]["content"][0]["image_url"]["url"] for b in bodies]
+    assert len(set(shown)) == len(shown)
+    table = (tmp_path / "throughput.md").read_text()
+    assert table == capsys.readouterr().out
+    assert table.splitlines()[2].startswith("| 1 | plain | ") and "| 1.00 |" in table.splitlines()[2]
+
+
+def test_a_request_that_is_refused_ends_the_run_with_the_reason(serve, tmp_path):
+    with pytest.raises(RuntimeError, match=r"answers 400: .*no room"):
+        run(tmp_path, f"one={serve(1, fails=True).url}")
+    assert not (tmp_path / "throughput.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([], "servers= is missing"),
+        (["servers=here"], "servers='here' is not allowed"),
+        (["servers=a=http://127.0.0.1:9", "concurrency=0"], "concurrency='0' is not allowed"),
+        (["servers=a=http://127.0.0.1:9"], "no OpenAI-compatible server answers at http://127.0.0.1:9"),
+    ],
+)
+def test_what_cannot_be_measured_ends_the_command_with_2(words, says, capsys):
+    assert throughput.main(words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_random_models_processor_cuts_the_patches_that_its_tower_sees():
+    config = LlavaConfig()
+    processor = random_model.fitting(config)
+    sizes = processor._get_num_multimodal_tokens(image_sizes=[(500, 300)])
+    vision = config.vision_config
+    assert sizes["num_image_tokens"] == [(vision.image_size // vision.patch_size) ** 2]
