@@ -37,7 +37,7 @@ def build(desk: Desk, examples: Sequence[tuple[Path, str]], ratio: float) -> gr.
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(
-                    type="filepath", sources=["upload", "clipboard"], label="Picture", height=320,
+                    type="filepath", sources=["upload", "clipboard"], label="Picture", height=240,
                     elem_id="picture", image_mode=None,
                 )  # fmt: skip
                 question = gr.Textbox(label="Question", elem_id="question", max_length=2000, submit_btn=False)
@@ -54,7 +54,12 @@ def build(desk: Desk, examples: Sequence[tuple[Path, str]], ratio: float) -> gr.
                 amount = gr.Markdown(_amount(desk, MergeConfig.method, ratio), elem_id="amount")
                 compare = gr.Checkbox(label="Answer without merging too", elem_id="compare")
                 asked = gr.Button("Ask", variant="primary", elem_id="ask")
-                gr.Examples([[str(p), q] for p, q in examples], [picture, question], label="Examples")
+                gr.Examples(
+                    [[str(p), q] for p, q in examples],
+                    [picture, question],
+                    label="Examples",
+                    examples_per_page=3,
+                )
             with gr.Column():
                 with gr.Row():
                     with gr.Column(min_width=200):
@@ -146,8 +151,9 @@ def _look(seen: Study | None, layer: int) -> tuple[Any, Any, str]:
         return panels.plain(seen, SIZE).picture, None, f"the picture: {seen.history.patches} patches"
     tokens = panels.tokens(seen, point, SIZE)
     energy = panels.energy(seen, point, SIZE, borrowed=True)
+    before = seen.history.merge(point.place, point.layer).before.tokens
     said = f"{point.head}: **{tokens.caption}** of {seen.history.patches} patches"
-    return tokens.picture, energy.picture, said + (f" (energy: {energy.caption})" if energy.picture else "")
+    return tokens.picture, energy.picture, f"{said}; energy of the {before} in front"
 
 
 def _points(seen: Study) -> list[Point | None]:
