@@ -66,6 +66,12 @@ def make_processor(tower: str = "clip") -> LlavaProcessor:
     )
 
 
+@pytest.fixture(autouse=True)
+def truncated_pictures_raise(monkeypatch):
+    """As pillow has it by itself; importing lmms-eval, as some tests do, turns it off for the whole process."""
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
+
+
 @pytest.fixture
 def model() -> LlavaForConditionalGeneration:
     return make_model()
