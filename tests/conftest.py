@@ -68,7 +68,7 @@ def make_processor(tower: str = "clip") -> LlavaProcessor:
 
 @pytest.fixture(autouse=True)
 def truncated_pictures_raise(monkeypatch):
-    """As pillow has it by itself; importing lmms-eval, as some tests do, turns it off for the whole process."""
+    """As pillow has it by itself; lmms-eval, which some tests import, changes that for the process."""
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
 
 
