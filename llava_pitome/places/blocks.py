@@ -44,8 +44,8 @@ class Whole(NamedTuple):
         feature_layer: which of the tower's hidden states are the features; several where it is a list.
         first_read: whether their first token is among what the projector is given.
         projector: the module behind the tower.
-        llm: the language model, without its head.
-        outer: what is called with prompts and pictures, around both.
+        llm: the language model, without its head; None where it is not transformers'.
+        outer: what is called with prompts and pictures, around both; None as for `llm`.
         image_token: the id that stands in a prompt once for every image token; None where a prompt has one
             mark for each picture, in whose place the model puts what the projector made.
     """
@@ -54,8 +54,8 @@ class Whole(NamedTuple):
     feature_layer: int | list[int]
     first_read: bool
     projector: nn.Module
-    llm: nn.Module
-    outer: nn.Module
+    llm: nn.Module | None
+    outer: nn.Module | None
     image_token: int | None
 
 

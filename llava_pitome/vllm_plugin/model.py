@@ -34,6 +34,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from llava_pitome import llava
 from llava_pitome.config import MergeConfig
+from llava_pitome.places.blocks import Whole
 from llava_pitome.places.everywhere import Merging
 from llava_pitome.vllm_plugin import supported
 
@@ -122,7 +123,16 @@ def _tower(config: Any) -> nn.Module:
 def _merging(tower: nn.Module, projector: nn.Module, config: Any, merging: MergeConfig) -> Merging:
     """The hooks, as `apply` makes them."""
     front = supported.class_tokens(config) if config.vision_feature_select_strategy == "full" else 0
-    parts = llava.find(tower)._replace(feature=supported.features(config), front=front, projector=projector)
+    around = Whole(  # the language model is vLLM's own and stays as it is
+        tower=tower,
+        feature_layer=config.vision_feature_layer,
+        first_read=config.vision_feature_select_strategy == "full",
+        projector=projector,
+        llm=None,
+        outer=None,
+        image_token=config.image_token_id,
+    )
+    parts = llava.find(tower)._replace(feature=supported.features(config), front=front, whole=around)
     return Merging(parts, merging, True, None)
 
 
