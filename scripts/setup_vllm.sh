@@ -9,6 +9,13 @@ VENV=.venv.vllm
 PINS=constraints-vllm.txt
 TORCH=$(sed -n 's/^torch==//p' "$PINS")
 
+case "$PWD" in
+  *\ *)
+    echo "setup_vllm: vLLM compiles code with the paths of its own packages, which fails where they hold a space:" \
+      "'$PWD' is not allowed; move the checkout to a path without one" >&2
+    exit 2
+    ;;
+esac
 kind=cpu
 if [ -e /dev/nvidia0 ] || [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; then kind=gpu; fi
 stamp="$kind $(cat pyproject.toml "$PINS" scripts/setup_vllm.sh scripts/vllm/sitecustomize.py | cksum) $PWD"
