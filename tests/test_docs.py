@@ -1,5 +1,7 @@
-"""What docs/chat.md, docs/draw.md and docs/serving.md tell to run, run as it stands there."""
+"""What the how-to pages in docs tell to run, run as it stands there; scripts/test_docs.sh runs this."""
 
+import ast
+import os
 import re
 import shlex
 import subprocess
@@ -14,8 +16,10 @@ from PIL import Image
 
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
+from llava_pitome.methods import METHODS
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 COMMAND = [sys.executable, "-m", "llava_pitome"]
 ENDLESS = {"web": "http://127.0.0.1:7860", "serve": "http://127.0.0.1:8000/health"}  # by command
 
@@ -27,6 +31,67 @@ def blocks(page: str, language: str) -> list[str]:
 
 def lines(page: str) -> list[str]:
     return "".join(blocks(page, "bash")).splitlines()
+
+
+def shell(line: str, output: Path) -> str:
+    """What a line writes, typed at the top of the checkout, with `output` in the place of its own output."""
+    typed = line.replace("output/", f"{shlex.quote(str(output))}/").replace(".venv/bin/", "")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "VENV": str(Path(sys.executable).parents[1])}
+    done = subprocess.run(
+        ["bash", "-c", typed], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """A folder for all that the pages' commands write; later ones read what earlier ones wrote."""
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.mark.parametrize("line", lines("evaluate.md"))
+def test_evaluations_of_the_page_end_well(output, line):
+    assert shell(line, output)
+
+
+def test_the_evaluations_wrote_what_the_page_says(output):
+    assert (output / "quick/results.json").exists()
+    assert (output / "small/report/report.html").exists()
+
+
+@pytest.mark.parametrize("line", lines("training.md"))
+def test_trainings_of_the_page_end_well(output, line):
+    shell(line, output)
+
+
+def test_the_trainings_wrote_adapters_that_load_and_become_plain(output, monkeypatch):
+    for name in ("torchrun", "deepspeed", "zero3", "own"):
+        assert (output / name / "adapter_model.safetensors").exists()
+    monkeypatch.chdir(output.parent)
+    output.rename("output")
+    (block,) = blocks("training.md", "python")
+    try:
+        exec(block, {})
+        assert (output.parent / "plain/model.safetensors").exists()
+    finally:
+        (output.parent / "output").rename(output)
+
+
+@pytest.mark.parametrize("page", ["add_a_method.md", "add_a_place.md"])
+def test_what_is_added_works_as_the_page_says(page, capsys):
+    before = dict(METHODS)
+    names: dict = {}
+    try:
+        for block in blocks(page, "python"):
+            exec(block, names)
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
+    if page == "add_a_method.md":
+        lengths = ast.literal_eval(capsys.readouterr().out)
+        assert lengths[-1] == 65 and lengths == sorted(lengths, reverse=True)
 
 
 @pytest.fixture
