@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 2**26  # 67 million, 8192 x 8192: what phones take fits, and is 192 MiB in colour
+LONGEST = 50  # times the shorter side; processors stretch that side to the tower's, and the other with it
 # what browsers and cameras write; no format whose reader starts other programs, such as EPS
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
 BROKEN = (  # the first four were met when files were damaged, the others stand in pillow's readers
@@ -35,7 +36,7 @@ def open_picture(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> 
 
     Raises:
         ValueError: there is no such file, it cannot be read, is no picture in one of FORMATS, is truncated or
-            damaged, or has too many pixels; the message names the file and the reason.
+            damaged, has too many pixels, or is too narrow; the message names the file and the reason.
         RuntimeError: another package told pillow to fill truncated pictures up.
     """
     from PIL import Image, ImageFile
@@ -104,6 +105,10 @@ def _check(found: "Image.Image", name: str, max_pixels: int) -> None:
         )
     if not width * height:
         raise ValueError(f"{name} has no pixels: it is {width} x {height}")
+    if max(width, height) > LONGEST * min(width, height):
+        raise ValueError(
+            f"{name} is too narrow: {width} x {height}; one side may be {LONGEST} times the other at most"
+        )
 
 
 def _decoded(found: "Image.Image", name: str) -> "Image.Image":

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from llava_pitome import MergeConfig, apply, load, merge_tokens
+from llava_pitome.chat import command
 from llava_pitome.chat import terminal as terminals
 from llava_pitome.chat.conversation import Conversation
 from llava_pitome.chat.terminal import Terminal
@@ -89,6 +90,25 @@ def test_an_answer_that_is_left_early_is_kept_as_far_as_it_was_read(embedded):
         model.generation_config.eos_token_id = before
     assert talk.turns[1]["content"][0]["text"] == piece.strip()
     assert talk.numbers.answer_tokens < 400
+
+
+def test_an_answer_that_is_interrupted_is_kept_as_far_as_it_was_read(held, monkeypatch):
+    def interrupted(text):
+        held.out.write(text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(held, "say", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        held.take("Is there a circle?")
+    assert len(held.conversation.turns) == 2 and len(held.record) == 1
+    assert held.record[0]["answer"] == held.conversation.turns[1]["content"][0]["text"] != ""
+
+
+def test_a_saved_way_to_merge_stays_when_only_the_amount_changes():
+    saved = MergeConfig(ratio=0.8, method="tome", llm_proportional=True)
+    changed = command._changed(saved, tokens=20)
+    assert changed == MergeConfig(tokens=20, method="tome", llm_proportional=True)
+    assert command._changed(None, ratio=0.7) == MergeConfig(ratio=0.7)
 
 
 def test_an_error_in_generation_reaches_who_reads_and_changes_nothing(talk, monkeypatch):

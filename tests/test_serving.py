@@ -191,6 +191,31 @@ MESSAGE = {"role": "user", "content": "What?"}
         ({"seed": 1.5}, "seed=1.5"),
         ({"n": 2}, "n=2 is not supported"),
         ({"stop": ["a"]}, "stop="),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "a <ima"}, {"type": "text", "text": "ge> b"}],
+                    }
+                ]
+            },
+            "holds <image>",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "data:,"}, "text": 5}],
+                    }
+                ]
+            },
+            "'text'",
+        ),
+        ({"messages": asked("x", encoded(Image.new("RGB", (1, 200))))}, "too narrow: 1 x 200"),
+        ({"temperature": int("1" + "0" * 400)}, "temperature="),
+        ({"temperature": 1e-40}, "at least 0.01"),
         ({"stream": "yes"}, "stream='yes'"),
         ({"stream_options": {"x": 1}}, "include_usage"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -205,13 +230,22 @@ def test_a_request_that_cannot_be_done_gets_a_400_with_the_reason(url, body, rea
         raise ValueError(found.body["message"])
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'"x"'])
+HALF = rb"""{"messages": [{"role": "user", "content": "\ud800"}], "model": "\ud800", "stop": "\ud800"}"""
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'"x"', HALF, HALF.replace(b"stop", b"user")])
 def test_what_is_no_json_object_gets_a_400(url, raw):
     with pytest.raises(urllib.error.HTTPError) as found:
         urllib.request.urlopen(urllib.request.Request(
             f"{url}/chat/completions", raw, {"Content-Type": "application/json"}
         ))  # fmt: skip
     assert found.value.code == 400 and json.load(found.value)["error"]["message"]
+
+
+def test_what_changes_nothing_may_be_said(url):
+    plain = {"stop": [], "logit_bias": {}, "tools": [], "n": 1, "logprobs": False, "user": "me", "seed": None}
+    body = {"model": "embedded", "messages": [MESSAGE], "max_tokens": 2} | plain
+    assert client(url).post("/chat/completions", body=body, cast_to=object)["choices"]
 
 
 @pytest.mark.parametrize("path, method, status", [
@@ -278,7 +312,7 @@ def test_a_failure_while_generating_is_a_500_and_the_server_goes_on(embedded, ur
     "address",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
      "224.0.0.1", "::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1",
-     "2002:7f00:1::"],
+     "2002:7f00:1::", "64:ff9b::a00:1", "fec0::1", "::7f00:1"],
 )  # fmt: skip
 def test_private_addresses_are_not_public(address):
     assert not remote.is_public(address)

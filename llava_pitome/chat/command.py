@@ -49,17 +49,17 @@ def run(options: argparse.Namespace) -> int:
     for picture in pictures:
         conversation.show(picture)
     interactive = sys.stdin.isatty()
-    terminal = Terminal(conversation, applied(model), partial(_changed, options))
+    terminal = Terminal(conversation, applied(model), partial(_changed, applied(model)))
     if interactive:
         terminal.say(f"{options.model}: a question a line; /help lists commands\n")
     terminal.hold(_typed() if interactive else sys.stdin, interactive)
     return 0
 
 
-def _changed(options: argparse.Namespace, **amount: Any) -> MergeConfig:
-    """The config that the options ask for, going as far as `amount` says instead."""
-    merging = {k: v for k, v in (options.merging or {}).items() if k not in AMOUNTS}
-    return MergeConfig.recipe(options.recipe, **merging, method=options.method, **amount)
+def _changed(begun: MergeConfig | None, **amount: Any) -> MergeConfig:
+    """How the model merged at first, going as far as `amount` says instead."""
+    kept = {k: v for k, v in begun.to_dict().items() if k not in AMOUNTS} if begun else {}
+    return MergeConfig.from_dict(kept | amount)
 
 
 def _typed() -> Iterator[str]:

@@ -75,7 +75,7 @@ class Conversation:
                 if piece:
                     pieces.append(piece)
                     yield piece
-        except GeneratorExit:
+        except (GeneratorExit, KeyboardInterrupt):
             self._keep(asked, pictures, pieces, inputs, stream)
             raise
         self._keep(asked, pictures, pieces, inputs, stream)

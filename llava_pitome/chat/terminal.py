@@ -90,13 +90,22 @@ class Terminal:
             for piece in answer:
                 pieces.append(piece)
                 self.say(piece)
+        except KeyboardInterrupt:
+            answer.close()
+            self._note(question, pieces)
+            raise
         finally:
             answer.close()
+        self.say(f"\n[{self.conversation.numbers.line()}]\n")
+        self._note(question, pieces)
+
+    def _note(self, question: str, pieces: list[str]) -> None:
+        """Keeps an answer, or what there is of it, for /save."""
         numbers = self.conversation.numbers
-        self.say(f"\n[{numbers.line()}]\n")
         self.record.append(
             {
-                "question": question, "answer": "".join(pieces).strip(), "numbers": numbers._asdict(),
+                "question": question, "answer": "".join(pieces).strip(),
+                "numbers": numbers._asdict() if numbers else None,
                 "token_merging": self.config.to_dict() if self.config else None,
             }
         )  # fmt: skip

@@ -17,7 +17,7 @@ from transformers.cli.serving.utils import GenerationState, Modality
 
 from llava_pitome.serving.guard import CHAT, HEALTH, MODELS, Guard, error
 from llava_pitome.serving.limits import Limits
-from llava_pitome.serving.request import Refused, check, opened, parts
+from llava_pitome.serving.request import READ, Refused, check, opened, parts
 
 
 class OneModel(ModelManager):
@@ -63,13 +63,15 @@ class MergingChat(ChatCompletionHandler):
         check(body, self._limits)
         self._no_placeholders(body["messages"])
         messages = await asyncio.to_thread(opened, body["messages"], self._limits)
-        return await super().handle_request(body | {"messages": messages}, request_id)
+        asked = {k: v for k, v in body.items() if k in READ and v is not None}  # the rest changes nothing
+        return await super().handle_request(asked | {"messages": messages}, request_id)
 
     def _no_placeholders(self, messages: list[dict[str, Any]]) -> None:
         """Raises Refused for texts with the placeholder of an image in them."""
         token = self.model_manager.processor.image_token
         for i, message in enumerate(messages):
-            if any(token in part.get("text", "") for part in parts(message, i)):
+            texts = [part["text"] for part in parts(message, i) if part["type"] == "text"]
+            if token in "".join(texts):  # a template may put them together
                 raise Refused(
                     f"messages[{i}] holds {token}, which stands for a picture: send image_url parts"
                 )
@@ -163,7 +165,8 @@ def _explain(app: FastAPI) -> None:
 
     @app.exception_handler(Refused)
     async def refused(_request: Request, reason: Refused) -> JSONResponse:
-        return JSONResponse(error(str(reason), reason.status), status_code=reason.status)
+        words = str(reason).encode(errors="backslashreplace").decode()  # half characters cannot be sent
+        return JSONResponse(error(words, reason.status), status_code=reason.status)
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, reason: HTTPException) -> JSONResponse:

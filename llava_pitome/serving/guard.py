@@ -11,7 +11,7 @@ Scope, Message = MutableMapping[str, Any], MutableMapping[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
 ALLOWED = {CHAT: ("POST",), MODELS: ("GET",), HEALTH: ("GET",)}
-TYPES = {413: "request_too_large", 429: "rate_limit_exceeded"}
+TYPES = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_exceeded", 500: "server_error"}
 
 
 def error(reason: str, status: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 REDIRECTS = 3
+UNICAST = ipaddress.ip_network("2000::/3")  # of IPv6, all that is routed on the internet
 PORTS = {"http": 80, "https": 443}
 REDIRECTING = (301, 302, 303, 307, 308)
 
@@ -18,8 +19,12 @@ REDIRECTING = (301, 302, 303, 307, 308)
 def is_public(address: str) -> bool:
     """Whether an IP address is one that anybody could reach: not private, local or reserved."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
-    return found.is_global and not found.is_multicast and (mapped is None or is_public(str(mapped)))
+    if not found.is_global or found.is_multicast:
+        return False
+    if found.version == 4:
+        return True
+    inside = found.ipv4_mapped or found.sixtofour
+    return found in UNICAST and (inside is None or is_public(str(inside)))
 
 
 def fetch(url: str, most: int, seconds: float, allowed: Callable[[str], bool] = is_public) -> bytes:
@@ -70,11 +75,15 @@ def _get(parts: SplitResult, most: int, until: float, allowed: Callable[[str], b
     port = parts.port or PORTS[parts.scheme]
     address = _checked(parts.hostname, port, allowed)
     sock = socket.create_connection((address, port), _left(until))
-    clock = threading.Timer(_left(until), _cut, [sock])  # also ends an answer that comes byte by byte
+    open_now = [sock]
+    clock = threading.Timer(_left(until), _cut, [open_now])  # also ends an answer that comes byte by byte
     clock.start()
     try:
         if parts.scheme == "https":
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            open_now[0] = sock  # wrapping takes the connection away from the plain one
+            sock.do_handshake()
         connection = HTTPConnection(parts.hostname, port)
         connection.sock = sock
         path = parts.path or "/"
@@ -87,10 +96,10 @@ def _get(parts: SplitResult, most: int, until: float, allowed: Callable[[str], b
         sock.close()
 
 
-def _cut(sock: socket.socket) -> None:
-    """Ends a connection that another thread waits for."""
+def _cut(open_now: list[socket.socket]) -> None:
+    """Ends the connection that another thread waits for."""
     with suppress(OSError):  # it has ended by itself
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(open_now[0], socket.SHUT_RDWR)
 
 
 HEADERS = {"Accept": "image/*", "User-Agent": "llava_pitome", "Connection": "close"}

@@ -35,6 +35,7 @@ AS_IT_IS = {  # fields with the only value that is served
     "response_format": {"type": "text"}, "modalities": ["text"],
     "stop": [],  # transformers 5.23 looks the words up in the processor, which has none
 }  # fmt: skip
+COLDEST = 0.01  # below, scores overflow
 CHARACTERS = 16  # a token is rarely longer
 
 
@@ -85,6 +86,10 @@ def _settings(body: dict[str, Any], limits: Limits) -> None:
             )
     if body.get("top_p") == 0:
         raise Refused("top_p=0 is not allowed: it must be above 0")
+    if 0 < (body.get("temperature") or 0) < COLDEST:
+        raise Refused(
+            f"temperature={body['temperature']} is not allowed: it must be 0, or at least {COLDEST}"
+        )
     if not isinstance(body.get("stream"), bool | None):
         raise Refused(f"stream={body['stream']!r} is not allowed: it must be true or false")
     streaming = body.get("stream_options")
@@ -103,7 +108,7 @@ def _messages(messages: Any, limits: Limits) -> None:
         if odd := message.keys() - {"role", "content", "name"}:
             raise Refused(f"messages[{i}] holds {sorted(odd)[0]!r}, which is not supported")
         for part in parts(message, i):
-            characters += len(part.get("text", ""))
+            characters += len(part["text"]) if part["type"] == "text" else 0
             pictures += part["type"] == "image_url"
             if part["type"] == "image_url" and message["role"] != "user":
                 raise Refused(f"messages[{i}]: only a user's messages may hold pictures")
@@ -123,19 +128,38 @@ def parts(message: dict[str, Any], i: int) -> list[dict[str, Any]]:
     """
     content = message.get("content")
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+        content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
         raise Refused(f"messages[{i}].content must be a text, or a list of parts")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            continue
-        if kind != "image_url":
-            raise Refused(f"messages[{i}]: a part must be of type 'text' or 'image_url', not {kind!r}")
-        address = part.get("image_url")
-        if not isinstance(address, dict) or not isinstance(address.get("url"), str):
-            raise Refused(f"messages[{i}]: image_url must be an object with a text under 'url'")
-    return content
+    return [_part(part, i) for part in content]
+
+
+def _part(part: Any, i: int) -> dict[str, Any]:
+    """One part of a message.
+
+    Raises:
+        Refused: it is no text and no picture, or holds more than that.
+    """
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "image_url"):
+        raise Refused(f"messages[{i}]: a part must be of type 'text' or 'image_url', not {kind!r}")
+    if odd := part.keys() - {"type", kind}:
+        raise Refused(f"messages[{i}]: a part of type {kind!r} may not hold {sorted(odd)[0]!r}")
+    held = part.get(kind)
+    if kind == "text":
+        if not isinstance(held, str) or not _is_unicode(held):
+            raise Refused(f"messages[{i}]: a part of type 'text' must hold a text under 'text'")
+        return part
+    if not isinstance(held, dict) or not isinstance(held.get("url"), str):
+        raise Refused(f"messages[{i}]: image_url must be an object with a text under 'url'")
+    if held.keys() - {"url", "detail"} or held.get("detail", "auto") not in ("auto", None):
+        raise Refused(f"messages[{i}]: image_url may hold 'url', and as 'detail' only 'auto'")
+    return part
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no half characters, which no tokenizer takes."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def opened(
@@ -189,4 +213,4 @@ def _decoded(url: str) -> bytes:
 def _number(value: Any, whole: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
-    return math.isfinite(value)
+    return isinstance(value, int) or math.isfinite(value)

@@ -25,7 +25,7 @@ def describe(parsers: Any, name: str) -> None:
     add = parser.add_argument
     add("--ratio", type=commands.reader(share, "a number in (0, 1]"), default=RATIO,
         help="where the slider stands at first (0.9)")  # fmt: skip
-    add("--port", type=commands.reader(port, "in [0, 65535]"), default=7860, help="(7860)")
+    add("--port", type=commands.reader(port, "in [0, 65535]"), default=7860, help="0 takes a free one (7860)")
     add("--max-new-tokens", type=commands.reader(whole(1), "a whole number from 1"), default=256,
         help="length of an answer at most (256)")  # fmt: skip
     add("--max-upload-mb", type=commands.reader(whole(1), "a whole number from 1"), default=16,
@@ -43,10 +43,11 @@ def run(options: argparse.Namespace) -> int:
     from llava_pitome.web.page import build, launch
 
     commands.check_model(options)
-    listening(HOST, options.port).close()  # a port that is taken is known before a model is loaded
+    with listening(HOST, options.port) as sock:  # a port that is taken is known before a model is loaded
+        number = sock.getsockname()[1]
     model, processor = commands.load(options, None)
     desk = Desk(model, processor, options.max_new_tokens)
     with tempfile.TemporaryDirectory() as folder:
         page = build(desk, examples.write(Path(folder)), options.ratio)
-        launch(page, HOST, options.port, options.max_upload_mb)
+        launch(page, HOST, number, options.max_upload_mb)
     return 0

@@ -44,7 +44,7 @@ def build(desk: Desk, examples: Sequence[tuple[Path, str]], ratio: float) -> gr.
                 with gr.Row():
                     method = gr.Dropdown(sorted(METHODS), value=MergeConfig.method, label="Method")
                     share = gr.Slider(
-                        0.7,
+                        min(0.7, ratio),
                         1.0,
                         ratio,
                         step=0.005,
