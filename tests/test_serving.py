@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 import uvicorn
-from openai import APIStatusError, OpenAI
+from openai import APIError, APIStatusError, OpenAI
 from PIL import Image
 
 from llava_pitome import MergeConfig, load
@@ -143,6 +143,19 @@ def test_a_temperature_draws_and_none_does_not(url):
     assert len(answers()) == len(answers(temperature=0)) == 1
     assert len(answers(temperature=2)) > 1
     assert len(answers(temperature=2, seed=3)) == 1
+
+
+def test_a_seed_is_a_requests_own_also_among_others(url):
+    def answer(seed: int) -> str:
+        said = client(url).chat.completions.create(
+            model="embedded", messages=asked("How many?", encoded(scene(7))), max_tokens=8, temperature=2,
+            seed=seed,
+        )  # fmt: skip
+        return said.choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(answer, [3, 4] * 4))
+    assert len(set(answers[::2])) == len(set(answers[1::2])) == 1
 
 
 def test_models_says_how_it_merges(url):
@@ -296,6 +309,24 @@ def test_more_requests_than_the_queue_holds_are_turned_away_and_the_others_answe
             answers = list(pool.map(answer, [address] * 4))
         assert answers.count("429") == 1 and len(set(answers)) == 2
         assert answer(address) in answers  # the places are free again
+
+
+def test_a_failure_in_a_stream_is_told_in_words(embedded, url, monkeypatch):
+    def fails(**_):
+        raise RuntimeError('device "cuda:0"\nfailed')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embedded[0], "generate", fails)
+        pieces = client(url).chat.completions.create(model="embedded", messages=[MESSAGE], stream=True)
+        with pytest.raises(APIError, match="generating failed"):
+            list(pieces)
+
+
+def test_a_stream_ends_as_clients_expect(url):
+    body = json.dumps({"messages": [MESSAGE], "stream": True, "max_tokens": 2}).encode()
+    request = urllib.request.Request(f"{url}/chat/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        assert response.read().endswith(b"\n\ndata: [DONE]\n\n")
 
 
 def test_a_failure_while_generating_is_a_500_and_the_server_goes_on(embedded, url, monkeypatch):

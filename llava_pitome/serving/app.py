@@ -2,9 +2,13 @@
 
 import asyncio
 import copy
+import json
 import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -18,6 +22,8 @@ from transformers.cli.serving.utils import GenerationState, Modality
 from llava_pitome.serving.guard import CHAT, HEALTH, MODELS, Guard, error
 from llava_pitome.serving.limits import Limits
 from llava_pitome.serving.request import READ, Refused, check, opened, parts
+
+FAILED = 'data: {"error": "'  # how transformers begins it, with a text behind that may hold anything
 
 
 class OneModel(ModelManager):
@@ -50,6 +56,35 @@ class OneModel(ModelManager):
                  "token_merging": merging}]  # fmt: skip
 
 
+class Seeded:
+    """A model that begins to generate with a seed, in the thread that generates."""
+
+    def __init__(self, model: nn.Module, seed: int | None):
+        """Wraps a model; None leaves the draws as they come."""
+        self._model, self._seed = model, seed
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the model's."""
+        return getattr(self._model, name)
+
+    def generate(self, **inputs: Any) -> Any:
+        """As the model's."""
+        if self._seed is not None:
+            torch.manual_seed(self._seed)
+        return self._model.generate(**inputs)
+
+
+async def _whole(parts: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream's events with errors as clients read them, and with the end that they wait for."""
+    async with aclosing(parts):
+        async for part in parts:
+            before, failed, _ = part.partition(FAILED)
+            yield before
+            if failed:
+                yield f"data: {json.dumps(error('generating failed', 500))}\n\n"
+    yield "data: [DONE]\n\n"
+
+
 class MergingChat(ChatCompletionHandler):
     """Chat completions of one merging model, whose requests are checked whole before any work."""
 
@@ -57,6 +92,7 @@ class MergingChat(ChatCompletionHandler):
         """Answers within limits."""
         super().__init__(manager, state)
         self._limits = limits
+        self._seeds: dict[str, int | None] = {}
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         """Checks a request, opens its pictures beside the other requests, and answers."""
@@ -64,7 +100,11 @@ class MergingChat(ChatCompletionHandler):
         self._no_placeholders(body["messages"])
         messages = await asyncio.to_thread(opened, body["messages"], self._limits)
         asked = {k: v for k, v in body.items() if k in READ and v is not None}  # the rest changes nothing
-        return await super().handle_request(asked | {"messages": messages}, request_id)
+        self._seeds[request_id] = asked.pop("seed", None)
+        try:
+            return await super().handle_request(asked | {"messages": messages}, request_id)
+        finally:
+            del self._seeds[request_id]
 
     def _no_placeholders(self, messages: list[dict[str, Any]]) -> None:
         """Raises Refused for texts with the placeholder of an image in them."""
@@ -101,15 +141,19 @@ class MergingChat(ChatCompletionHandler):
     def _streaming(self, request_id: str, model: nn.Module, processor: Any, model_id: str, inputs: Any,
                    gen_config: GenerationConfig, **rest: Any) -> Any:  # fmt: skip
         """Streams, where the prompt is within the limits."""
+        seeded = Seeded(model, self._seeds[request_id])
         self._fits(inputs, gen_config, model)
-        return super()._streaming(request_id, model, processor, model_id, inputs, gen_config, **rest)
+        response = super()._streaming(request_id, seeded, processor, model_id, inputs, gen_config, **rest)
+        response.body_iterator = _whole(response.body_iterator)
+        return response
 
     async def _non_streaming(self, request_id: str, model: nn.Module, processor: Any, model_id: str,
                              inputs: Any, gen_config: GenerationConfig, **rest: Any) -> Any:  # fmt: skip
         """Answers at once, where the prompt is within the limits."""
+        seeded = Seeded(model, self._seeds[request_id])
         self._fits(inputs, gen_config, model)
         return await super()._non_streaming(
-            request_id, model, processor, model_id, inputs, gen_config, **rest
+            request_id, seeded, processor, model_id, inputs, gen_config, **rest
         )
 
     def _fits(self, inputs: Any, settings: GenerationConfig, model: nn.Module) -> None:
