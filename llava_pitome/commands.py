@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_pitome import api, embedded
+from llava_pitome import api, checkpoints, embedded
 from llava_pitome.checkpoints import DTYPES
 from llava_pitome.config import MergeConfig, asked
 from llava_pitome.methods import METHODS
@@ -75,6 +75,7 @@ def check_model(options: argparse.Namespace) -> None:
 def load(options: argparse.Namespace, config: MergeConfig | None) -> tuple[nn.Module, Any]:
     """The model that the options name and its processor, merging as `config` says; see `api.load`."""
     check_model(options)
+    checkpoints.configuration(options.model)  # a clear error for a path that leads nowhere
     quantization = "4bit" if options.load_4bit else None
     place = {"device_map": str(_device(options))}
     if options.load_4bit and options.device is None:

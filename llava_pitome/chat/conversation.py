@@ -1,5 +1,6 @@
 """The turns of a conversation, and what the model is given for the next answer."""
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -54,10 +55,14 @@ class Conversation:
         """Puts a picture in front of the next question."""
         self._shown.append(picture)
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str, stop: threading.Event | None = None) -> Iterator[str]:
         """The answer's pieces as they are generated; the turn is kept as far as it was read.
 
         Where the model fails, or the question is refused, the conversation stays as it was.
+
+        Args:
+            question: of a person.
+            stop: ends the answer once it is set, with the next token.
 
         Raises:
             ValueError: an empty question, one with the image placeholder in it, or a conversation longer
@@ -67,7 +72,7 @@ class Conversation:
         asked = self._asked(question)
         pictures = self.pictures + self._shown
         inputs = self._inputs([*self.turns, asked], pictures)
-        stream = Stream(self.model, self.processor.tokenizer, inputs | self._settings(), started)
+        stream = Stream(self.model, self.processor.tokenizer, inputs | self._settings(), started, stop)
         pieces: list[str] = []
         try:
             for piece in stream.pieces():

@@ -20,7 +20,12 @@ class Stream:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, inputs: dict[str, Any], started: float | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        inputs: dict[str, Any],
+        started: float | None = None,
+        stop: threading.Event | None = None,
     ):
         """Prepares the answer; `pieces` starts it.
 
@@ -29,12 +34,13 @@ class Stream:
             tokenizer: of its processor.
             inputs: everything for `generate`, of a single prompt (1, T).
             started: when work on it began, where that was earlier than now.
+            stop: ends the generation once it is set, with the next token.
         """
         self.started = time.perf_counter() if started is None else started
         self.times: list[float] = []
         self._model, self._inputs = model, inputs
         self._text = _Timed(tokenizer, self.times)
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
 
     def pieces(self) -> Iterator[str]:
         """The answer's text as it comes; leaving early ends the generation.

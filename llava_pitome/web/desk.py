@@ -1,5 +1,6 @@
 """One model for several people: what they ask for is done one after the other, each merging as he chose."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from llava_pitome import llava
-from llava_pitome.api import applied, apply, remove
+from llava_pitome.api import apply, remove
 from llava_pitome.chat.conversation import Conversation
 from llava_pitome.chat.numbers import Numbers
 from llava_pitome.config import MergeConfig
@@ -34,12 +35,11 @@ class Answer(NamedTuple):
 class Desk:
     """Asks a model, in a thread of its own, so that nobody's merging reaches another's answer.
 
-    A person who leaves takes nothing along: his answer is finished unread.
+    The answer of a person who leaves ends with the next token.
 
     Attributes:
         patches: of a picture.
         feature: layers of the tower that can merge.
-        saved: how the model merged when it came here.
     """
 
     def __init__(self, model: nn.Module, processor: Any, max_new_tokens: int):
@@ -47,7 +47,6 @@ class Desk:
         self._model, self._processor, self._most = model, processor, max_new_tokens
         self._parts = llava.find(model)
         self.patches, self.feature = self._parts.patches, self._parts.feature
-        self.saved = applied(model)
         self._turns = ThreadPoolExecutor(1)
 
     def ask(self, picture: Image.Image | None, question: str, config: MergeConfig | None) -> Iterator[Answer]:
@@ -62,23 +61,33 @@ class Desk:
             ValueError: the question cannot be asked, or the model cannot merge so.
         """
         pieces: SimpleQueue[str | None] = SimpleQueue()
-        done = self._turns.submit(self._answer, picture, question, config, pieces)
+        left = threading.Event()
+        done = self._turns.submit(self._answer, picture, question, config, pieces, left)
         done.add_done_callback(lambda _: pieces.put(None))
         text = ""
-        while (piece := pieces.get()) is not None:
-            text += piece
-            yield Answer(text)
-        numbers = done.result()
-        yield Answer(text, numbers, self._gflops(numbers, config))
+        try:
+            while (piece := pieces.get()) is not None:
+                text += piece
+                yield Answer(text)
+            numbers = done.result()
+            yield Answer(text, numbers, self._gflops(numbers, config))
+        finally:
+            left.set()
+            done.cancel()  # a turn that has not begun
 
     def study(self, picture: Image.Image, question: str, config: MergeConfig) -> Study:
         """What becomes of the picture's patches."""
         return self._turns.submit(study, self._model, self._processor, picture, config, question).result()
 
     def _answer(
-        self, picture: Image.Image | None, question: str, config: MergeConfig | None, pieces: "SimpleQueue"
-    ) -> Numbers:
-        """Works one answer out."""
+        self,
+        picture: Image.Image | None,
+        question: str,
+        config: MergeConfig | None,
+        pieces: "SimpleQueue",
+        left: threading.Event,
+    ) -> Numbers | None:
+        """Works one answer out, as long as somebody reads it."""
         if config is None:
             remove(self._model)
         else:
@@ -86,7 +95,7 @@ class Desk:
         conversation = Conversation(self._model, self._processor, self._most)
         if picture is not None:
             conversation.show(picture)
-        for piece in conversation.ask(question):
+        for piece in conversation.ask(question, left):
             pieces.put(piece)
         return conversation.numbers
 
