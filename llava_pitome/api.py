@@ -100,6 +100,12 @@ def applied(model: nn.Module) -> MergeConfig | None:
     return found.merging.config if found is not None else None
 
 
+def image_tokens(model: nn.Module) -> int:
+    """Tokens that a picture of the tower's size has in a model's prompts, as it merges now, patches alone."""
+    parts, config = llava.find(model), applied(model)
+    return parts.patches if config is None else config.tokens_at(parts.patches, parts.feature)
+
+
 def _check_kernels(parts: llava.Parts, kernels: bool | str) -> None:
     """Raises ValueError for kernels that are unknown, or that cannot run here."""
     if not isinstance(kernels, bool) and kernels != "triton":

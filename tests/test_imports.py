@@ -60,7 +60,7 @@ HOSTS = {
     "PIL": (
         "pictures", "embedded.dataset", "lmms", "drawing.command", "drawing.view", "drawing.overlay",
         "drawing.heat", "drawing.lettering", "drawing.sheet", "drawing.study", "drawing.panels",
-        "chat.conversation", "serving.request", "web.desk", "web.examples",
+        "chat.conversation", "serving.images", "web.desk", "web.examples",
     ),
     "tokenizers": ("conversion.processors",),
     "safetensors": ("conversion.weights", "vllm_plugin.renamed"),

@@ -1,50 +1,29 @@
-"""The server: answers as offline, many at once, streaming, and what it refuses with which words."""
+"""The server: answers as offline, many at once, streaming, seeds, clients that leave, failures."""
 
-import base64
-import io
 import json
 import socket
 import threading
-import urllib.error
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import pytest
 import torch
-import uvicorn
-from openai import APIError, APIStatusError, OpenAI
+from openai import APIError, APIStatusError
 from PIL import Image
+from served import MESSAGE, asked, client, encoded, refused, scene, serving
 
 from llava_pitome import MergeConfig, load
 from llava_pitome.cli import main
-from llava_pitome.embedded import render, scenes
+from llava_pitome.embedded import scenes
 from llava_pitome.embedded.questions import HINT, ask
-from llava_pitome.serving import remote
 from llava_pitome.serving.app import build
 from llava_pitome.serving.limits import Limits
-from llava_pitome.serving.request import Refused, opened
+from llava_pitome.serving.listening import address, listening
 
 CONFIG = MergeConfig(ratio=0.9)
-
-
-@contextmanager
-def serving(app):
-    """The address of an application that is served by a thread of this process."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def client(url: str) -> OpenAI:
-    return OpenAI(base_url=url, api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +33,8 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def url(embedded):
-    with serving(build("embedded", *embedded, Limits(prompt=1000, answer=64, pictures=3))) as address:
-        yield address
-
-
-def encoded(picture: Image.Image, kind: str = "PNG") -> str:
-    data = io.BytesIO()
-    picture.save(data, kind)
-    return f"data:image/{kind.lower()};base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def scene(seed: int) -> Image.Image:
-    return Image.fromarray(render.render(scenes.scene(seed)))
-
-
-def asked(question: str, *pictures: str) -> list[dict]:
-    content = [{"type": "image_url", "image_url": {"url": p}} for p in pictures]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    with serving(build("embedded", *embedded, Limits(prompt=1000, answer=64, pictures=3))) as at:
+        yield at
 
 
 def offline(embedded, question: str, picture: Image.Image) -> str:
@@ -115,13 +79,24 @@ def test_usage_counts_merged_tokens(embedded, url):
     assert said.usage.completion_tokens <= 2
 
 
-def test_a_stream_ends_with_a_reason_and_the_usage(url):
-    pieces = list(client(url).chat.completions.create(
-        model="embedded", messages=asked("What?", encoded(scene(0))), stream=True, max_tokens=1,
-        stream_options={"include_usage": True},
+def streamed(url: str, **body) -> list:
+    return list(client(url).chat.completions.create(
+        model="embedded", messages=asked("What?", encoded(scene(0))), stream=True, max_tokens=1, **body
     ))  # fmt: skip
+
+
+def test_a_stream_ends_with_a_reason_and_no_usage_that_nobody_asked_for(url):
+    for pieces in (streamed(url), streamed(url, stream_options={"include_usage": False})):
+        assert pieces[-1].choices[0].finish_reason == "length"
+        assert all(piece.usage is None for piece in pieces)
+
+
+def test_the_usage_of_a_stream_stands_alone_at_its_end(url):
+    *pieces, last = streamed(url, stream_options={"include_usage": True})
     assert pieces[-1].choices[0].finish_reason == "length"
-    assert pieces[-1].usage.completion_tokens == 1 and pieces[-1].usage.prompt_tokens > 65
+    assert all(piece.usage is None for piece in pieces)
+    assert last.choices == [] and last.usage.completion_tokens == 1 and last.usage.prompt_tokens > 65
+    assert last.id == pieces[0].id
 
 
 def test_text_alone_and_earlier_turns_are_answered(url):
@@ -163,125 +138,10 @@ def test_models_says_how_it_merges(url):
     assert model.id == "embedded" and model.token_merging["ratio"] == 0.9
 
 
-def refused(url: str, **body) -> APIStatusError:
-    body = {"model": "embedded", "messages": asked("What?", encoded(scene(0)))} | body
-    with pytest.raises(APIStatusError) as found:
-        client(url).post("/chat/completions", body=body, cast_to=object)
-    return found.value
-
-
-MESSAGE = {"role": "user", "content": "What?"}
-
-
-@pytest.mark.parametrize(
-    "body, reason",
-    [
-        ({"messages": []}, "at least one message"),
-        ({"messages": "hello"}, "must be a list"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].*role"),
-        ({"messages": [{"role": "user"}]}, "content must be"),
-        ({"messages": [MESSAGE, {"role": "assistant", "content": "x"}]}, "last message"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "'video'"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "under 'url'",
-        ),
-        ({"messages": [{"role": "user", "content": "a <image> b"}]}, "holds <image>"),
-        ({"messages": [MESSAGE | {"tool_calls": []}]}, "tool_calls"),
-        ({"messages": [{"role": "user", "content": "a b c d " * 300}]}, r"the prompt has \d+ tokens"),
-        ({"messages": [{"role": "user", "content": "a" * 20000}]}, "20000 characters"),
-        ({"messages": asked("x", "data:image/png;base64,####")}, "no base64"),
-        ({"messages": asked("x", "data:image/png;base64,AAAA")}, "no picture"),
-        ({"messages": asked("x", "data:image/png,AAAA")}, "of the form"),
-        ({"messages": asked("x", "https://example.org/a.png")}, "fetches no pictures"),
-        ({"messages": asked("x", "/etc/passwd")}, "fetches no pictures"),
-        ({"messages": asked("x", *["data:,"] * 4)}, "4 pictures are too many"),
-        ({"temperature": 3}, r"temperature=3.*\[0, 2\]"),
-        ({"temperature": "hot"}, "temperature='hot'"),
-        ({"top_p": 0}, "top_p=0"),
-        ({"max_tokens": 65}, r"max_tokens=65.*\[1, 64\]"),
-        ({"max_completion_tokens": 1.5}, "max_completion_tokens=1.5"),
-        ({"seed": 1.5}, "seed=1.5"),
-        ({"n": 2}, "n=2 is not supported"),
-        ({"stop": ["a"]}, "stop="),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "text", "text": "a <ima"}, {"type": "text", "text": "ge> b"}],
-                    }
-                ]
-            },
-            "holds <image>",
-        ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image_url", "image_url": {"url": "data:,"}, "text": 5}],
-                    }
-                ]
-            },
-            "'text'",
-        ),
-        ({"messages": asked("x", encoded(Image.new("RGB", (1, 200))))}, "too narrow: 1 x 200"),
-        ({"temperature": int("1" + "0" * 400)}, "temperature="),
-        ({"temperature": 1e-40}, "at least 0.01"),
-        ({"stream": "yes"}, "stream='yes'"),
-        ({"stream_options": {"x": 1}}, "include_usage"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"generation_config": "{}"}, "'generation_config' is not supported"),
-        ({"model": "another"}, "pinned to 'embedded'"),
-    ],
-)
-def test_a_request_that_cannot_be_done_gets_a_400_with_the_reason(url, body, reason):
-    found = refused(url, **body)
-    assert found.status_code == 400
-    with pytest.raises(ValueError, match=reason):
-        raise ValueError(found.body["message"])
-
-
-HALF = rb"""{"messages": [{"role": "user", "content": "\ud800"}], "model": "\ud800", "stop": "\ud800"}"""
-
-
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'"x"', HALF, HALF.replace(b"stop", b"user")])
-def test_what_is_no_json_object_gets_a_400(url, raw):
-    with pytest.raises(urllib.error.HTTPError) as found:
-        urllib.request.urlopen(urllib.request.Request(
-            f"{url}/chat/completions", raw, {"Content-Type": "application/json"}
-        ))  # fmt: skip
-    assert found.value.code == 400 and json.load(found.value)["error"]["message"]
-
-
 def test_what_changes_nothing_may_be_said(url):
     plain = {"stop": [], "logit_bias": {}, "tools": [], "n": 1, "logprobs": False, "user": "me", "seed": None}
     body = {"model": "embedded", "messages": [MESSAGE], "max_tokens": 2} | plain
     assert client(url).post("/chat/completions", body=body, cast_to=object)["choices"]
-
-
-@pytest.mark.parametrize("path, method, status", [
-    ("/load_model", "POST", 404), ("/reset", "POST", 404), ("/v1/responses", "POST", 404), ("/", "GET", 404),
-    ("/v1/chat/completions", "GET", 405), ("/v1/models", "POST", 405),
-])  # fmt: skip
-def test_there_are_no_other_paths(url, path, method, status):
-    request = urllib.request.Request(url.removesuffix("/v1") + path, method=method)
-    with pytest.raises(urllib.error.HTTPError) as found:
-        urllib.request.urlopen(request)
-    assert found.value.code == status and json.load(found.value)["error"]["message"]
-
-
-def test_requests_and_pictures_over_the_limits_are_refused(embedded):
-    limits = Limits(body=80_000, picture=30_000, pixels=112 * 112)
-    with serving(build("embedded", *embedded, limits)) as address:
-        large = refused(address, messages=asked("x", encoded(scene(0).resize((113, 112)))))
-        assert large.status_code == 400 and "pixels" in large.body["message"]
-        noise = Image.effect_noise((112, 112), 80).convert("RGB")
-        heavy = refused(address, messages=asked("x", encoded(noise, "BMP")))
-        assert heavy.status_code == 413 and "30000" in heavy.body["message"]
-        long = refused(address, messages=asked("x", *[encoded(noise, "BMP")] * 2))
-        assert long.status_code == 413 and "80000 bytes" in long.body["message"]
 
 
 def test_more_requests_than_the_queue_holds_are_turned_away_and_the_others_answered(embedded, monkeypatch):
@@ -294,9 +154,9 @@ def test_more_requests_than_the_queue_holds_are_turned_away_and_the_others_answe
 
     monkeypatch.setattr(model, "generate", waits)
 
-    def answer(address: str) -> str:
+    def answer(at: str) -> str:
         try:
-            said = client(address).chat.completions.create(
+            said = client(at).chat.completions.create(
                 model="embedded", messages=asked("What?", encoded(scene(0))), max_tokens=4
             )
         except APIStatusError as error:
@@ -304,11 +164,11 @@ def test_more_requests_than_the_queue_holds_are_turned_away_and_the_others_answe
             return str(error.status_code)
         return said.choices[0].message.content
 
-    with serving(build("embedded", *embedded, Limits(queue=3))) as address:
+    with serving(build("embedded", *embedded, Limits(queue=3))) as at:
         with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(answer, [address] * 4))
+            answers = list(pool.map(answer, [at] * 4))
         assert answers.count("429") == 1 and len(set(answers)) == 2
-        assert answer(address) in answers  # the places are free again
+        assert answer(at) in answers  # the places are free again
 
 
 def test_a_failure_in_a_stream_is_told_in_words(embedded, url, monkeypatch):
@@ -339,103 +199,88 @@ def test_a_failure_while_generating_is_a_500_and_the_server_goes_on(embedded, ur
     assert client(url).chat.completions.create(model="embedded", messages=[MESSAGE]).choices
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
-     "224.0.0.1", "::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1",
-     "2002:7f00:1::", "64:ff9b::a00:1", "fec0::1", "::7f00:1"],
-)  # fmt: skip
-def test_private_addresses_are_not_public(address):
-    assert not remote.is_public(address)
+class Generating:
+    """Stands in for a model's `generate`: generates until it is told that nobody reads it."""
+
+    def __init__(self):
+        self.begun, self.ended, self.go = threading.Event(), threading.Event(), threading.Event()
+        self.calls = 0
+
+    def __call__(self, input_ids, stopping_criteria, streamer=None, **_):
+        self.calls += 1
+        self.begun.set()
+        while not self.go.is_set() and not all(done(input_ids, None).all() for done in stopping_criteria):
+            time.sleep(0.01)
+        if not self.go.is_set():
+            self.ended.set()
+        if streamer is not None:
+            streamer.end()
+        return torch.cat([input_ids, input_ids[:, :1]], 1)
 
 
-@pytest.mark.parametrize("address", ["93.184.215.14", "2606:2800:21f::1"])
-def test_public_addresses_are(address):
-    assert remote.is_public(address)
+def posted(url: str, **body) -> HTTPConnection:
+    connection = HTTPConnection(urlsplit(url).netloc)
+    body = json.dumps({"messages": [MESSAGE]} | body)
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    return connection
 
 
-class Pictures(BaseHTTPRequestHandler):
-    """/a.png is a picture, /far points there, /round to itself, /long is long, /slow never comes."""
-
-    def do_GET(self):
-        if self.path in ("/far", "/round", "/out"):
-            self.send_response(302)
-            to = {"/far": "/a.png?x=1", "/round": "/round", "/out": "file:///etc/passwd"}[self.path]
-            self.send_header("Location", to)
-            self.end_headers()
-            return
-        self.send_response(200 if self.path.split("?")[0] in ("/a.png", "/long", "/slow") else 404)
-        self.end_headers()
-        if self.path == "/slow":
-            threading.Event().wait(3.0)
-        body = base64.b64decode(encoded(scene(0)).split(",")[1])
-        try:
-            self.wfile.write(body * (100 if self.path == "/long" else 1))
-        except OSError:
-            return  # the client has had enough
-
-    def log_message(self, *_):
-        """Says nothing."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_when_its_client_leaves(embedded, url, monkeypatch, stream):
+    generating = Generating()
+    with monkeypatch.context() as patched:
+        patched.setattr(embedded[0], "generate", generating)
+        connection = posted(url, stream=stream)
+        assert generating.begun.wait(30)
+        connection.close()
+        assert generating.ended.wait(30)
+    assert client(url).chat.completions.create(model="embedded", messages=[MESSAGE]).choices
 
 
-@pytest.fixture(scope="module")
-def web():
-    server = HTTPServer(("127.0.0.1", 0), Pictures)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def until(is_so) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def anywhere(url: str, most: int, seconds: float) -> bytes:
-    return remote.fetch(url, most, seconds, allowed=lambda address: True)
+def test_who_waits_and_leaves_gives_the_place_back_and_is_never_generated_for(embedded, monkeypatch):
+    generating, guard = Generating(), build("embedded", *embedded, Limits(queue=2))
+    with serving(guard) as at, monkeypatch.context() as patched:
+        patched.setattr(embedded[0], "generate", generating)
+        first = posted(at)
+        until(lambda: generating.begun.is_set())
+        second = posted(at)
+        until(lambda: guard.answering == 2)
+        assert refused(at).status_code == 429
+        second.close()
+        until(lambda: guard.answering == 1)
+        generating.go.set()
+        assert first.getresponse().status == 200
+        first.close()
+        assert client(at).chat.completions.create(model="embedded", messages=[MESSAGE]).choices
+        assert generating.calls == 2  # of the first and the last, not of who left
 
 
-@pytest.mark.parametrize("path", ["/a.png", "/far"])
-def test_pictures_are_fetched_where_that_is_on(web, path):
-    (message,) = opened(asked("x", web + path), Limits(urls=True), anywhere)
-    assert message["content"][0]["image"].tobytes() == scene(0).tobytes()
+def test_the_command_refuses_before_a_model_is_loaded(capsys, monkeypatch):
+    def loads(*_, **__):
+        raise AssertionError("a model was loaded")
 
-
-@pytest.mark.parametrize(
-    "path, reason",
-    [("/none", "answered 404"), ("/round", "3 redirects"), ("/long", "more than 100000"), ("/out", "no http"),
-     ("/slow", "cannot be fetched")],
-)  # fmt: skip
-def test_what_cannot_be_fetched_is_refused(web, path, reason):
-    with pytest.raises(Refused, match=reason):
-        opened(asked("x", web + path), Limits(urls=True, picture=100_000, seconds=1), anywhere)
-
-
-@pytest.mark.parametrize(
-    "scheme", ["ftp://example.org/a", "file:///etc/passwd", "http://", "a.png", "http://u:p@h/"]
-)
-def test_other_addresses_are_no_pictures(scheme):
-    with pytest.raises(Refused):
-        opened(asked("x", scheme), Limits(urls=True))
-
-
-def test_private_addresses_are_never_fetched(web):
-    with pytest.raises(Refused, match="not public"):
-        opened(asked("x", f"{web}/a.png"), Limits(urls=True))
-    with pytest.raises(Refused, match="not public"):
-        opened(asked("x", web.replace("127.0.0.1", "localhost") + "/a.png"), Limits(urls=True))
-
-
-def test_the_command_refuses_before_a_model_is_loaded(capsys):
+    monkeypatch.setattr("llava_pitome.commands.load", loads)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen" in capsys.readouterr().err
     assert main(["serve", "--device", "cuda:9"]) == 2
+    assert "cuda:9" in capsys.readouterr().err
     for words in (["--port", "70000"], ["--max-queue", "0"], ["--ratio", "1.5"]):
         with pytest.raises(SystemExit) as found:
             main(["serve", *words])
         assert found.value.code == 2
+        assert words[1] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("field", ["body", "queue", "seconds"])
-def test_limits_below_one_are_refused(field):
-    with pytest.raises(ValueError, match=f"{field}=0"):
-        Limits(**{field: 0})
+@pytest.mark.parametrize("host, shown", [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])
+def test_the_address_stands_as_in_a_url(host, shown):
+    with listening(host, 0) as sock:
+        assert urlsplit(f"http://{address(sock)}").port == sock.getsockname()[1]
+        assert address(sock).startswith(shown)

@@ -1,5 +1,6 @@
 """An answer piece by piece while the model still generates, with the times that people feel."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class Stream:
                 self._model.generate,
                 **self._inputs,
                 streamer=self._text,
-                stopping_criteria=StoppingCriteriaList([_Until(self._stop)]),
+                stopping_criteria=StoppingCriteriaList([Until(self._stop)]),
             )
             done.add_done_callback(lambda _: self._text.close())  # an error ends the text, too
             try:
@@ -82,10 +83,11 @@ class _Timed(TextIteratorStreamer):
         self.text_queue.put(self.stop_signal)
 
 
-class _Until(StoppingCriteria):
+class Until(StoppingCriteria):
     """Ends generation once an event is set."""
 
-    def __init__(self, event: threading.Event):
+    def __init__(self, event: threading.Event | asyncio.Event):
+        """Looks at an event before every token."""
         self._event = event
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:

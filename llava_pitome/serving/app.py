@@ -2,28 +2,30 @@
 
 import asyncio
 import copy
-import json
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Coroutine
 from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, Modality
 
-from llava_pitome.serving.guard import CHAT, HEALTH, MODELS, Guard, error
+from llava_pitome.api import image_tokens
+from llava_pitome.chat.streaming import Until
+from llava_pitome.serving.events import whole
+from llava_pitome.serving.guard import CHAT, HEALTH, LEFT, MODELS, Guard, error
 from llava_pitome.serving.limits import Limits
-from llava_pitome.serving.request import READ, Refused, check, opened, parts
+from llava_pitome.serving.prompts import Prompts
+from llava_pitome.serving.request import Refused, check
 
-FAILED = 'data: {"error": "'  # how transformers begins it, with a text behind that may hold anything
+SETTINGS = ("temperature", "top_p", "max_tokens", "max_completion_tokens")
 
 
 class OneModel(ModelManager):
@@ -56,33 +58,33 @@ class OneModel(ModelManager):
                  "token_merging": merging}]  # fmt: skip
 
 
-class Seeded:
-    """A model that begins to generate with a seed, in the thread that generates."""
+class Left(Exception):
+    """The client is not there any more, so that nobody would read an answer."""
 
-    def __init__(self, model: nn.Module, seed: int | None):
-        """Wraps a model; None leaves the draws as they come."""
-        self._model, self._seed = model, seed
+
+class OneAnswer:
+    """The model for one request: seeded in the thread that generates, and ended when the client leaves."""
+
+    def __init__(self, model: nn.Module, seed: int | None, left: asyncio.Event):
+        """Wraps a model; a seed of None leaves the draws as they come."""
+        self._model, self._seed, self._left = model, seed, left
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the model's."""
         return getattr(self._model, name)
 
     def generate(self, **inputs: Any) -> Any:
-        """As the model's."""
+        """As the model's.
+
+        Raises:
+            Left: nobody waits for it any more.
+        """
+        if self._left.is_set():
+            raise Left
         if self._seed is not None:
             torch.manual_seed(self._seed)
-        return self._model.generate(**inputs)
-
-
-async def _whole(parts: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """A stream's events with errors as clients read them, and with the end that they wait for."""
-    async with aclosing(parts):
-        async for part in parts:
-            before, failed, _ = part.partition(FAILED)
-            yield before
-            if failed:
-                yield f"data: {json.dumps(error('generating failed', 500))}\n\n"
-    yield "data: [DONE]\n\n"
+        ends = StoppingCriteriaList([Until(self._left)])
+        return self._model.generate(**inputs, stopping_criteria=ends)
 
 
 class MergingChat(ChatCompletionHandler):
@@ -92,37 +94,32 @@ class MergingChat(ChatCompletionHandler):
         """Answers within limits."""
         super().__init__(manager, state)
         self._limits = limits
-        self._seeds: dict[str, int | None] = {}
+        self._prompts = Prompts(manager.processor, image_tokens(manager.model), limits)
 
-    async def handle_request(self, body: dict, request_id: str) -> Any:
-        """Checks a request, opens its pictures beside the other requests, and answers."""
+    async def answer(self, body: dict, request_id: str, left: asyncio.Event) -> Any:
+        """Checks a request, prepares it beside the other ones, and answers when its turn has come.
+
+        Raises:
+            Refused: it cannot be done.
+            Left: the client left first.
+        """
         check(body, self._limits)
-        self._no_placeholders(body["messages"])
-        messages = await asyncio.to_thread(opened, body["messages"], self._limits)
-        asked = {k: v for k, v in body.items() if k in READ and v is not None}  # the rest changes nothing
-        self._seeds[request_id] = asked.pop("seed", None)
-        try:
-            return await super().handle_request(asked | {"messages": messages}, request_id)
-        finally:
-            del self._seeds[request_id]
-
-    def _no_placeholders(self, messages: list[dict[str, Any]]) -> None:
-        """Raises Refused for texts with the placeholder of an image in them."""
-        token = self.model_manager.processor.image_token
-        for i, message in enumerate(messages):
-            texts = [part["text"] for part in parts(message, i) if part["type"] == "text"]
-            if token in "".join(texts):  # a template may put them together
-                raise Refused(
-                    f"messages[{i}] holds {token}, which stands for a picture: send image_url parts"
-                )
-
-    @staticmethod
-    def get_processor_inputs_from_messages(messages: list[dict], modality: Modality) -> list[dict]:
-        """The messages as they are: `opened` has put them into the processor's form."""
-        return messages
-
-    def _validate_request(self, body: dict) -> None:
-        """Nothing is left to check."""
+        name, model, processor = self._resolve_model(body)
+        inputs = await self._prompts.inputs(body["messages"])
+        if left.is_set():
+            raise Left
+        asked = {k: v for k, v in body.items() if k in SETTINGS and v is not None}
+        settings = self._build_generation_config(asked, model.generation_config)
+        self._fits(inputs["input_ids"].shape[1], settings, model)
+        answering = OneAnswer(model, body.get("seed"), left)
+        job = (request_id, answering, processor, name, inputs.to(model.device), settings)
+        manager = self.generation_state.get_manager(name)
+        if not body.get("stream"):
+            return await _unless(left, self._non_streaming(*job, gen_manager=manager))
+        response = self._streaming(*job, gen_manager=manager)
+        usage = (body.get("stream_options") or {}).get("include_usage")
+        response.body_iterator = whole(response.body_iterator, usage)
+        return response
 
     def _build_generation_config(
         self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
@@ -138,41 +135,31 @@ class MergingChat(ChatCompletionHandler):
         built.max_new_tokens = length  # None until the prompt's length is known
         return built
 
-    def _streaming(self, request_id: str, model: nn.Module, processor: Any, model_id: str, inputs: Any,
-                   gen_config: GenerationConfig, **rest: Any) -> Any:  # fmt: skip
-        """Streams, where the prompt is within the limits."""
-        seeded = Seeded(model, self._seeds[request_id])
-        self._fits(inputs, gen_config, model)
-        response = super()._streaming(request_id, seeded, processor, model_id, inputs, gen_config, **rest)
-        response.body_iterator = _whole(response.body_iterator)
-        return response
-
-    async def _non_streaming(self, request_id: str, model: nn.Module, processor: Any, model_id: str,
-                             inputs: Any, gen_config: GenerationConfig, **rest: Any) -> Any:  # fmt: skip
-        """Answers at once, where the prompt is within the limits."""
-        seeded = Seeded(model, self._seeds[request_id])
-        self._fits(inputs, gen_config, model)
-        return await super()._non_streaming(
-            request_id, seeded, processor, model_id, inputs, gen_config, **rest
-        )
-
-    def _fits(self, inputs: Any, settings: GenerationConfig, model: nn.Module) -> None:
+    def _fits(self, length: int, settings: GenerationConfig, model: nn.Module) -> None:
         """Leaves room for the answer; raises Refused for a prompt that is too long.
 
         An answer whose length the request does not name is as long as the limits and the model allow.
         """
-        length, context = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
-        if length > min(self._limits.prompt, context - 1):
-            raise Refused(
-                f"the prompt has {length} tokens; at most {min(self._limits.prompt, context - 1)} are allowed"
-            )
+        self._prompts.fits(length)
+        context = model.config.text_config.max_position_embeddings
         if settings.max_new_tokens is None:
-            settings.max_new_tokens = min(self._limits.answer, context - length)
+            settings.max_new_tokens = max(1, min(self._limits.answer, context - length))
         if length + settings.max_new_tokens > context:
             raise Refused(
                 f"the prompt has {length} tokens and {settings.max_new_tokens} are asked for; the model "
                 f"reads {context} in all"
             )
+
+
+async def _unless(left: asyncio.Event, working: Coroutine[Any, Any, Any]) -> Any:
+    """What work comes to, or Left once the client has left; the work then ends by itself."""
+    work, leaving = asyncio.create_task(working), asyncio.create_task(left.wait())
+    await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if work.done():
+        return work.result()
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody waits for it
+    raise Left
 
 
 def build(name: str, model: nn.Module, processor: Any, limits: Limits) -> Guard:
@@ -189,8 +176,8 @@ def build(name: str, model: nn.Module, processor: Any, limits: Limits) -> Guard:
     app = FastAPI(openapi_url=None)
 
     @app.post(CHAT)
-    async def chat_completions(body: dict) -> Any:
-        return await chat.handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
+    async def chat_completions(body: dict, request: Request) -> Any:
+        return await chat.answer(body, f"chatcmpl-{uuid.uuid4().hex}", request.scope[LEFT])
 
     @app.get(MODELS)
     async def models() -> dict[str, Any]:
@@ -211,6 +198,10 @@ def _explain(app: FastAPI) -> None:
     async def refused(_request: Request, reason: Refused) -> JSONResponse:
         words = str(reason).encode(errors="backslashreplace").decode()  # half characters cannot be sent
         return JSONResponse(error(words, reason.status), status_code=reason.status)
+
+    @app.exception_handler(Left)
+    async def gone(_request: Request, _reason: Left) -> Response:
+        return Response(status_code=499)  # which nobody reads
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, reason: HTTPException) -> JSONResponse:

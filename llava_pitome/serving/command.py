@@ -5,17 +5,17 @@ import sys
 from typing import Any
 
 from llava_pitome import commands, llava
-from llava_pitome.api import applied
+from llava_pitome.api import image_tokens
 from llava_pitome.options import whole
 from llava_pitome.serving.limits import Limits
-from llava_pitome.serving.listening import listening, port
+from llava_pitome.serving.listening import address, listening, port
 
 NAMES = {  # of limits, in the order of --help
     "prompt": ("--max-prompt-tokens", 1, "tokens of a prompt"),
     "answer": ("--max-new-tokens", 1, "tokens of an answer"),
     "queue": ("--max-queue", 1, "requests that are answered or wait at one time"),
     "pictures": ("--max-pictures", 1, "pictures in a request"),
-    "pixels": ("--max-pixels", 1, "pixels of a picture"),
+    "pixels": ("--max-pixels", 1, "pixels of a request's pictures together"),
     "picture": ("--max-picture-mb", 2**20, "megabytes of a picture"),
     "body": ("--max-request-mb", 2**20, "megabytes of a request"),
 }
@@ -63,16 +63,8 @@ def run(options: argparse.Namespace) -> int:
         model, processor = commands.load(options, config)
         app = build(options.name or options.model, model, processor, limits)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        address = ":".join(map(str, sock.getsockname()[:2]))
-        sys.stdout.write(f"http://{address}/v1 serves {options.model}, {_merges(model)}\n")
+        tokens = f"{image_tokens(model)} image tokens of {llava.find(model).patches} a picture"
+        sys.stdout.write(f"http://{address(sock)}/v1 serves {options.model}, {tokens}\n")
         sys.stdout.flush()
         server.run(sockets=[sock])
     return 0
-
-
-def _merges(model: Any) -> str:
-    """How many image tokens a picture has."""
-    parts = llava.find(model)
-    merging = applied(model)
-    tokens = merging.tokens_at(parts.patches, parts.feature) if merging else parts.patches
-    return f"{tokens} image tokens of {parts.patches} a picture"

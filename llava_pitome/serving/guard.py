@@ -10,6 +10,7 @@ from llava_pitome.serving.limits import Limits
 Scope, Message = MutableMapping[str, Any], MutableMapping[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
+LEFT = "llava_pitome.left"  # in the scope: an asyncio.Event that is set when the client leaves
 ALLOWED = {CHAT: ("POST",), MODELS: ("GET",), HEALTH: ("GET",)}
 TYPES = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_exceeded", 500: "server_error"}
 
@@ -20,11 +21,17 @@ def error(reason: str, status: int) -> dict[str, Any]:
 
 
 class Guard:
-    """An ASGI application that passes on to another what is within the limits."""
+    """An ASGI application that passes on to another what is within the limits.
+
+    Attributes:
+        reading: requests that are arriving now.
+        answering: requests that are being answered, or wait for it, now.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]], limits: Limits):
         """Stands in front of `app`."""
-        self._app, self._limits, self._now = app, limits, 0
+        self._app, self._limits = app, limits
+        self.reading = self.answering = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or refuses it."""
@@ -43,22 +50,54 @@ class Guard:
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One of the requests that generate."""
-        if self._now >= self._limits.queue:
-            await _refuse(send, f"{self._now} requests are being answered or wait, which is the most", 429)
+        most = self._limits.queue
+        if _announced(scope) > self._limits.body:
+            await _refuse(send, self._too_long(), 413)
             return
-        self._now += 1
+        if self.reading >= most:
+            await _refuse(send, f"{most} requests are being read, which is the most", 429)
+            return
+        self.reading += 1
         try:
-            try:
-                body = await asyncio.wait_for(_read(receive, self._limits.body), self._limits.seconds)
-            except TimeoutError:
-                await _refuse(send, f"the request took more than {self._limits.seconds} s to arrive", 408)
-                return
-            if body is None:
-                await _refuse(send, f"the request is longer than {self._limits.body} bytes", 413)
-                return
-            await self._app(scope, _again(body, receive), send)
+            body = await asyncio.wait_for(_read(receive, self._limits.body), self._limits.seconds)
+        except TimeoutError:
+            await _refuse(send, f"the request took more than {self._limits.seconds} s to arrive", 408)
+            return
         finally:
-            self._now -= 1
+            self.reading -= 1
+        if body is None:
+            await _refuse(send, self._too_long(), 413)
+        elif self.answering >= most:
+            await _refuse(send, f"{most} requests are being answered or wait, which is the most", 429)
+        else:
+            await self._answer(scope, body, receive, send)
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """A request that has arrived; the application is told when its client leaves."""
+        left, messages = asyncio.Event(), asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+
+        async def watch() -> None:
+            message = await receive()  # only that he leaves can come now
+            left.set()
+            messages.put_nowait(message)
+
+        watching = asyncio.create_task(watch())
+        self.answering += 1
+        try:
+            await self._app({**scope, LEFT: left}, messages.get, send)
+        finally:
+            self.answering -= 1
+            watching.cancel()
+
+    def _too_long(self) -> str:
+        return f"the request is longer than {self._limits.body} bytes"
+
+
+def _announced(scope: Scope) -> int:
+    """The length that a request says it has; 0 where it says none."""
+    said = dict(scope["headers"]).get(b"content-length", b"")
+    return int(said[:18]) if said.isdigit() else 0
 
 
 async def _read(receive: Receive, most: int) -> bytes | None:
@@ -74,20 +113,6 @@ async def _read(receive: Receive, most: int) -> bytes | None:
         if len(body) > most:
             return None
     return bytes(body)
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read to whom it is for, and then what else comes (that the client has left)."""
-    given = False
-
-    async def once() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return once
 
 
 async def _refuse(send: Send, reason: str, status: int) -> None:

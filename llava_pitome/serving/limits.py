@@ -8,15 +8,15 @@ class Limits:
     """Bounds on requests; every one that is crossed is answered with a 4xx that names it.
 
     Attributes:
-        body: bytes of a request, pictures in base64 among them.
+        body: bytes of a request, pictures in base64 among them; also of all pictures fetched for it.
         picture: bytes of one picture, decoded or fetched.
-        pixels: of one picture.
+        pixels: of all pictures of one request together.
         pictures: in one request.
-        prompt: tokens of a prompt, image tokens among them.
+        prompt: tokens of a prompt, image tokens among them; also texts and pictures in one request.
         answer: tokens that may be asked for.
         queue: requests that are answered or wait at one time.
         urls: whether pictures are fetched from http and https addresses; never from private ones.
-        seconds: that sending a request, or fetching a picture, may take.
+        seconds: that sending a request, or fetching all of its pictures, may take.
 
     Raises:
         ValueError: a number below 1.

@@ -21,3 +21,9 @@ def listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ValueError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
+
+
+def address(listening: socket.socket) -> str:
+    """Where a socket listens, as it stands in a URL."""
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,23 +1,14 @@
-"""A chat request, checked whole before any work starts: what is asked, its pictures, its settings."""
+"""A chat request, checked whole before any work starts: its form, its settings, how much it holds."""
 
-import base64
-import binascii
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llava_pitome.pictures import open_picture
 from llava_pitome.serving.limits import Limits
-from llava_pitome.serving.remote import fetch
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 ROLES = ("system", "user", "assistant")
 SAMPLING = {  # by field: the least and the most
     "temperature": (0, 2),
     "top_p": (0, 1),
-    "frequency_penalty": (0, 2),
     "seed": (0, 2**63 - 1),
 }
 WITHOUT_EFFECT = {
@@ -30,13 +21,14 @@ WITHOUT_EFFECT = {
 }  # on answers
 READ = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", *SAMPLING}
 AS_IT_IS = {  # fields with the only value that is served
-    "n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "tools": [], "functions": [],
-    "tool_choice": "none", "function_call": "none", "logit_bias": {}, "parallel_tool_calls": True,
-    "response_format": {"type": "text"}, "modalities": ["text"],
+    "n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0,
+    "tools": [], "functions": [], "tool_choice": "none", "function_call": "none", "logit_bias": {},
+    "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"],
     "stop": [],  # transformers 5.23 looks the words up in the processor, which has none
 }  # fmt: skip
 COLDEST = 0.01  # below, scores overflow
 CHARACTERS = 16  # a token is rarely longer
+MOST = 100  # characters of a value in a reason
 
 
 class Refused(ValueError):
@@ -63,9 +55,9 @@ def check(body: Any, limits: Limits) -> None:
         if key in READ | WITHOUT_EFFECT or value is None:
             continue
         if key not in AS_IT_IS:
-            raise Refused(f"{key!r} is not supported")
+            raise Refused(f"{said(key)} is not supported")
         if value != AS_IT_IS[key]:
-            raise Refused(f"{key}={str(value)[:100]} is not supported; allowed is {AS_IT_IS[key]}")
+            raise Refused(f"{key}={said(value)} is not supported; allowed is {AS_IT_IS[key]}")
     _settings(body, limits)
     _messages(body.get("messages"), limits)
 
@@ -77,12 +69,12 @@ def _settings(body: dict[str, Any], limits: Limits) -> None:
         whole = key == "seed"
         if value is not None and not (_number(value, whole) and least <= value <= most):
             kind = "a whole number" if whole else "a number"
-            raise Refused(f"{key}={value!r} is not allowed: it must be {kind} in [{least}, {most}]")
+            raise Refused(f"{key}={said(value)} is not allowed: it must be {kind} in [{least}, {most}]")
     for key in ("max_tokens", "max_completion_tokens"):
         value = body.get(key)
         if value is not None and not (_number(value, True) and 1 <= value <= limits.answer):
             raise Refused(
-                f"{key}={value!r} is not allowed: it must be a whole number in [1, {limits.answer}]"
+                f"{key}={said(value)} is not allowed: it must be a whole number in [1, {limits.answer}]"
             )
     if body.get("top_p") == 0:
         raise Refused("top_p=0 is not allowed: it must be above 0")
@@ -90,30 +82,46 @@ def _settings(body: dict[str, Any], limits: Limits) -> None:
         raise Refused(
             f"temperature={body['temperature']} is not allowed: it must be 0, or at least {COLDEST}"
         )
+    _streaming(body)
+
+
+def _streaming(body: dict[str, Any]) -> None:
+    """Checks whether the answer comes in pieces."""
     if not isinstance(body.get("stream"), bool | None):
-        raise Refused(f"stream={body['stream']!r} is not allowed: it must be true or false")
+        raise Refused(f"stream={said(body['stream'])} is not allowed: it must be true or false")
     streaming = body.get("stream_options")
-    if streaming is not None and not (isinstance(streaming, dict) and streaming.keys() <= {"include_usage"}):
+    if streaming is None:
+        return
+    if not isinstance(streaming, dict) or streaming.keys() - {"include_usage"}:
         raise Refused("stream_options may hold include_usage alone")
+    if not isinstance(streaming.get("include_usage"), bool | None):
+        raise Refused(
+            f"include_usage={said(streaming['include_usage'])} is not allowed: it must be true or false"
+        )
+    if not body.get("stream"):
+        raise Refused("stream_options is for requests with stream=true")
 
 
 def _messages(messages: Any, limits: Limits) -> None:
     """Checks the form of the conversation."""
     if not isinstance(messages, list) or not messages:
         raise Refused("messages must be a list with at least one message")
-    characters = pictures = 0
+    characters = pictures = held = 0
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise Refused(f"messages[{i}] must be an object whose role is one of {', '.join(ROLES)}")
-        if odd := message.keys() - {"role", "content", "name"}:
-            raise Refused(f"messages[{i}] holds {sorted(odd)[0]!r}, which is not supported")
+        if odd := message.keys() - {"role", "content"}:
+            raise Refused(f"messages[{i}] holds {said(sorted(odd)[0])}, which is not supported")
         for part in parts(message, i):
+            held += 1
             characters += len(part["text"]) if part["type"] == "text" else 0
             pictures += part["type"] == "image_url"
             if part["type"] == "image_url" and message["role"] != "user":
                 raise Refused(f"messages[{i}]: only a user's messages may hold pictures")
     if messages[-1]["role"] != "user":
         raise Refused("the last message must be a user's")
+    if held > limits.prompt:
+        raise Refused(f"{held} texts and pictures are too many for a prompt of {limits.prompt} tokens")
     if characters > CHARACTERS * limits.prompt:
         raise Refused(f"{characters} characters of text are too many for a prompt of {limits.prompt} tokens")
     if pictures > limits.pictures:
@@ -130,7 +138,7 @@ def parts(message: dict[str, Any], i: int) -> list[dict[str, Any]]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
-        raise Refused(f"messages[{i}].content must be a text, or a list of parts")
+        raise Refused(f"messages[{i}].content must be a text, or a list of at least one part")
     return [_part(part, i) for part in content]
 
 
@@ -142,9 +150,9 @@ def _part(part: Any, i: int) -> dict[str, Any]:
     """
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "image_url"):
-        raise Refused(f"messages[{i}]: a part must be of type 'text' or 'image_url', not {kind!r}")
+        raise Refused(f"messages[{i}]: a part must be of type 'text' or 'image_url', not {said(kind)}")
     if odd := part.keys() - {"type", kind}:
-        raise Refused(f"messages[{i}]: a part of type {kind!r} may not hold {sorted(odd)[0]!r}")
+        raise Refused(f"messages[{i}]: a part of type {said(kind)} may not hold {said(sorted(odd)[0])}")
     held = part.get(kind)
     if kind == "text":
         if not isinstance(held, str) or not _is_unicode(held):
@@ -159,58 +167,20 @@ def _part(part: Any, i: int) -> dict[str, Any]:
 
 def _is_unicode(text: str) -> bool:
     """Whether a text has no half characters, which no tokenizer takes."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def opened(
-    messages: list[dict[str, Any]], limits: Limits, read: Callable[..., bytes] = fetch
-) -> list[dict[str, Any]]:
-    """The conversation as processors take it, its pictures opened.
-
-    Raises:
-        Refused: a picture that cannot be had or is too large.
-    """
-    conversation = []
-    for i, message in enumerate(messages):
-        content = [
-            part if part["type"] == "text"
-            else {"type": "image", "image": _picture(part["image_url"]["url"], limits, read)}
-            for part in parts(message, i)
-        ]  # fmt: skip
-        conversation.append({"role": message["role"], "content": content})
-    return conversation
-
-
-def _picture(url: str, limits: Limits, read: Callable[..., bytes]) -> "Image.Image":
-    """The picture of an address, or of base64 data."""
     try:
-        if url.startswith("data:"):
-            raw = _decoded(url)
-        elif not limits.urls:
-            raise Refused("this server fetches no pictures: send them as data:image/...;base64,...")
-        else:
-            raw = read(url, limits.picture, limits.seconds)
-        if len(raw) > limits.picture:
-            raise Refused(f"a picture has {len(raw)} bytes; at most {limits.picture} are allowed", 413)
-        return open_picture(raw, limits.pixels)
-    except Refused:
-        raise
-    except ValueError as error:
-        raise Refused(str(error)) from error
-
-
-def _decoded(url: str) -> bytes:
-    """The bytes of data:image/...;base64,..."""
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise Refused("a data: address must be of the form data:image/...;base64,...")
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise Refused(f"the picture is no base64: {error}") from error
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _number(value: Any, whole: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
     return isinstance(value, int) or math.isfinite(value)
+
+
+def said(value: Any) -> str:
+    """What a request holds, short enough to be said back to it."""
+    whole = repr(value) if not isinstance(value, str) else repr(value[:MOST])
+    return whole if len(whole) <= MOST else whole[:MOST] + "..."

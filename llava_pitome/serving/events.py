@@ -1,0 +1,41 @@
+"""A stream's events as OpenAI's clients read them: errors, usage, and the end."""
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from llava_pitome.serving.guard import error
+
+FAILED = 'data: {"error": "'  # how transformers begins it, with a text behind that may hold anything
+USAGE = '"usage":{'  # never inside of a text, whose quotes are escaped
+DATA = "data: "
+
+
+async def whole(parts: AsyncGenerator[str, None], usage: bool | None) -> AsyncGenerator[str, None]:
+    """The events of `transformers serve`, and an end; the usage stands alone, where it was asked for."""
+    async with aclosing(parts):
+        async for part in parts:
+            before, failed, _ = part.partition(FAILED)
+            yield _without_usage(before) if USAGE in before else before
+            if failed:
+                yield _event(error("generating failed", 500))
+            elif usage and USAGE in part:
+                yield _event(_last(part) | {"choices": []})
+    yield f"{DATA}[DONE]\n\n"
+
+
+def _event(held: dict) -> str:
+    return f"{DATA}{json.dumps(held)}\n\n"
+
+
+def _last(events: str) -> dict:
+    """What the last of some events holds."""
+    return json.loads(events.rstrip().rpartition("\n\n")[2].removeprefix(DATA))
+
+
+def _without_usage(events: str) -> str:
+    """The events, the last of which has usage in it."""
+    before, gap, _ = events.rstrip().rpartition("\n\n")
+    last = _last(events)
+    del last["usage"]
+    return before + gap + _event(last)
