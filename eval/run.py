@@ -19,7 +19,7 @@ from sizes import stay_offline
 from llava_pitome import adapters, embedded
 from llava_pitome.bench.run import Load
 from llava_pitome.checkpoints import DTYPES, QUANTIZATIONS
-from llava_pitome.config import RECIPES, MergeConfig
+from llava_pitome.config import RECIPES, MergeConfig, joined
 from llava_pitome.methods import METHODS
 from llava_pitome.options import Option, boolean, fields, listed, one_of, parse, shares, whole
 from llava_pitome.validation import AMOUNTS
@@ -137,16 +137,13 @@ def config(options: dict) -> MergeConfig:
     Raises:
         ValueError: values that do not go together.
     """
-    merging = options["merging"] or {}
-    named = {k: options[k] for k in (*AMOUNTS, "method") if options[k] is not None}
-    if twice := named.keys() & merging.keys():
-        raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
-    if options["merging"] is None and not named and options["recipe"] == "paper":
+    changes = joined({k: options[k] for k in (*AMOUNTS, "method")}, options["merging"])
+    if options["merging"] is None and not changes and options["recipe"] == "paper":
         own = None if options["model"] in ("auto", embedded.NAME) else adapters.merging(options["model"])
         return MergeConfig(ratio=RATIO) if own is None else MergeConfig.from_dict(own)
-    if options["merging"] is None and not named.keys() & set(AMOUNTS):
-        named["ratio"] = RATIO
-    return MergeConfig.recipe(options["recipe"], **(merging | named))
+    if options["merging"] is None and not changes.keys() & set(AMOUNTS):
+        changes["ratio"] = RATIO
+    return MergeConfig.recipe(options["recipe"], **changes)
 
 
 def _spread(words: list[str], processes: int) -> int:

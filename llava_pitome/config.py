@@ -166,10 +166,7 @@ def asked(recipe: str, named: dict[str, Any], merging: dict[str, Any] | None) ->
     Raises:
         ValueError: it says how to merge but not how far, a field is given twice, or `MergeConfig` refuses.
     """
-    merging, named = merging or {}, {k: v for k, v in named.items() if v is not None}
-    if twice := named.keys() & merging.keys():
-        raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
-    changes = merging | named
+    changes = joined(named, merging)
     if changes.keys() & set(AMOUNTS):
         return MergeConfig.recipe(recipe, **changes)
     if changes or recipe != "paper":
@@ -178,3 +175,15 @@ def asked(recipe: str, named: dict[str, Any], merging: dict[str, Any] | None) ->
             f"{', '.join(AMOUNTS)}"
         )
     return None
+
+
+def joined(named: dict[str, Any], merging: dict[str, Any] | None) -> dict[str, Any]:
+    """The fields that someone gives by an option of their own, None where not given, and the further ones.
+
+    Raises:
+        ValueError: a field is given twice.
+    """
+    merging, named = merging or {}, {k: v for k, v in named.items() if v is not None}
+    if twice := named.keys() & merging.keys():
+        raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
+    return merging | named

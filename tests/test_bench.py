@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import make_model, make_processor
 from test_tower import images
+from transformers import LlavaConfig
 
-from llava_pitome import MergeConfig, parents
-from llava_pitome.bench import run
+from llava_pitome import MergeConfig, load, parents
+from llava_pitome.bench import run, targets
 from llava_pitome.bench.clock import timed
 from llava_pitome.bench.memory import peak
 from llava_pitome.bench.run import Load, measure
@@ -17,7 +18,7 @@ from llava_pitome.bench.summary import brief, quartiles, summarise, table
 from llava_pitome.bench.targets import Target, build, inputs
 from llava_pitome.cli import main
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -305,3 +306,32 @@ def test_the_brief_table_tells_merging_sides_only():
     row |= {"flop_ratio": {"tower": 2.86}, "efficiency": {"tower": 1}, "merging_share": 0.04321}
     assert "| 1 | 576 | 0.9 | 54 | 4.3% | 3.50 (2.86) | 2.00 |\n" in brief([row])
     assert brief([row]) == brief([row, row | {"merging": None}])
+
+
+def test_a_random_models_processor_cuts_the_patches_that_its_tower_sees():
+    processor = targets.fitting(LlavaConfig())
+    sizes = processor._get_num_multimodal_tokens(image_sizes=[(500, 300)])
+    vision = LlavaConfig().vision_config
+    assert sizes["num_image_tokens"] == [(vision.image_size // vision.patch_size) ** 2]
+
+
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_a_random_checkpoint_loads_and_answers_merged(command, tmp_path, monkeypatch, pictures):
+    monkeypatch.setattr(targets, "CLIP_L", {**targets.CLIP_L, **targets.SMALL, "num_hidden_layers": 3})
+    monkeypatch.setattr(targets, "LLAMA_7B", targets.SMALL | {"vocab_size": 32064})
+    monkeypatch.syspath_prepend(ROOT / command)
+    if command == "eval":
+        import random_model
+
+        assert random_model.main([f"output={tmp_path}"]) == 0
+    else:
+        import bench
+
+        assert bench._random(tmp_path / bench.SHAPES) == bench._random(tmp_path / bench.SHAPES)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "llava-7b-2layer"
+    model, processor = load(str(folder), MergeConfig(tokens=20))
+    inputs = processor(images=pictures[0], text="USER: <image>\nhow many? ASSISTANT:", return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 20
+    said = model.generate(**inputs.to(model.dtype), max_new_tokens=2, do_sample=False)
+    assert said.shape[1] > inputs["input_ids"].shape[1]

@@ -10,9 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
 
-import random_model
 import throughput
-from transformers import LlavaConfig
 
 
 class Server(ThreadingHTTPServer):
@@ -106,11 +104,3 @@ def test_a_request_that_is_refused_ends_the_run_with_the_reason(serve, tmp_path)
 def test_what_cannot_be_measured_ends_the_command_with_2(words, says, capsys):
     assert throughput.main(words) == 2
     assert says in capsys.readouterr().err
-
-
-def test_the_random_models_processor_cuts_the_patches_that_its_tower_sees():
-    config = LlavaConfig()
-    processor = random_model.fitting(config)
-    sizes = processor._get_num_multimodal_tokens(image_sizes=[(500, 300)])
-    vision = config.vision_config
-    assert sizes["num_image_tokens"] == [(vision.image_size // vision.patch_size) ** 2]

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import launch
 import settings
 
+from llava_pitome.bench import targets
 from llava_pitome.options import Option, folder, parse, usage, whole
 
 RUN = Path(__file__).parent / "run.py"
@@ -63,27 +64,12 @@ def main(words: list[str]) -> int:
 
 
 def _random(path: Path) -> Path:
-    """A checkpoint with random weights, and the embedded model's words."""
-    import torch
-
-    from llava_pitome import embedded
-    from llava_pitome.bench import targets
-
+    """The folder of the checkpoint with random weights, which is written where it is not there."""
     if (path / "config.json").exists():
         return path
-    from transformers import AutoProcessor
-
-    model = targets.build(SHAPES, torch.bfloat16, "cpu").model
-    processor = AutoProcessor.from_pretrained(embedded.PATH)
-    side, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
-    model.config.image_token_id = processor.image_token_id
-    processor.patch_size = patch
-    processor.image_processor.size = {"shortest_edge": side}
-    processor.image_processor.crop_size = {"height": side, "width": side}
     partial = path.with_name(f"{path.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
+    targets.write(SHAPES, partial)
     partial.replace(path)
     return path
 

@@ -7,6 +7,7 @@ from lora import LANGUAGE
 
 from llava_pitome import MergeConfig
 from llava_pitome.checkpoints import QUANTIZATIONS
+from llava_pitome.config import joined
 from llava_pitome.methods import METHODS
 from llava_pitome.options import Option, boolean, fields, folder, listed, one_of, share, whole
 from llava_pitome.recipes import RECIPES
@@ -130,11 +131,10 @@ def check(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
 
 def _merging(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
     """One config for each number of ratio= or tokens=, or the one that merging= makes of the recipe."""
+    several = {key: options[key] for key in ("ratio", "tokens") if options[key] is not None}
+    joined(several, options["merging"])  # nothing twice
     changes = options["merging"] or {}
-    given = [key for key in ("ratio", "tokens") if options[key] is not None]
-    if twice := set(given) & changes.keys():
-        raise ValueError(f"{', '.join(twice)} stands in merging and beside it; give it once")
-    amounts: list[dict[str, Any]] = [{key: number} for key in given for number in options[key]]
+    amounts: list[dict[str, Any]] = [{key: number} for key in several for number in several[key]]
     if not amounts:
         amounts = [{"ratio": RATIO}] if options["merging"] is None else [{}]
     return tuple(MergeConfig.recipe(options["recipe"], **changes, **amount) for amount in amounts)

@@ -1,18 +1,20 @@
-"""What is benchmarked: models of the real shapes with random weights, or any checkpoint.
+"""What is benchmarked: models of the real shapes with random weights, also written down, or any checkpoint.
 
 Nothing is downloaded for the former. Speed depends on shapes alone: schedules fix how many tokens merge,
 whatever the weights are.
 """
 
 import math
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llava_pitome import checkpoints, embedded, llava
 
-NAMED = ("tower", "llava-7b", "llava-7b-2layer")
+ANSWERING = ("llava-7b-2layer", "llava-7b")
+NAMED = ("tower", *ANSWERING)
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
           "projection_dim": 768}  # fmt: skip
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32064}
@@ -82,6 +84,29 @@ def inputs(target: Target, batch: int, tokens: int, text: int) -> dict[str, Tens
     ids = torch.cat([words[:, :1], images, words[:, 1:]], 1).to(model.device)
     pixels = torch.randn(batch, 3, side, side, generator=generator).to(model.device, model.dtype)
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def write(name: str, into: Path) -> None:
+    """Writes a target of a name in ANSWERING as a checkpoint in bfloat16, with a processor of its own.
+
+    What it says means nothing: its words are the embedded model's.
+    """
+    model = build(name, torch.bfloat16, "cpu").model
+    processor = fitting(model.config)
+    model.config.image_token_id = processor.image_token_id
+    model.save_pretrained(into)
+    processor.save_pretrained(into)
+
+
+def fitting(config: Any) -> Any:
+    """The embedded model's processor, with pictures as large and patches as wide as a config says."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(embedded.PATH)
+    side, processor.patch_size = config.vision_config.image_size, config.vision_config.patch_size
+    processor.image_processor.size = {"shortest_edge": side}
+    processor.image_processor.crop_size = {"height": side, "width": side}
+    return processor
 
 
 def _random(layers: int, text: dict[str, int], side: int, dtype: torch.dtype, device: str) -> nn.Module:

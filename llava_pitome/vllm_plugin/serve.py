@@ -15,7 +15,7 @@ import torch
 
 from llava_pitome import adapters, checkpoints, embedded
 from llava_pitome.api import FIELD
-from llava_pitome.config import RECIPES, MergeConfig
+from llava_pitome.config import RECIPES, MergeConfig, joined
 from llava_pitome.methods import METHODS
 from llava_pitome.options import Option, boolean, fields, folder, listed, one_of, parse, shares, usage, whole
 from llava_pitome.validation import AMOUNTS
@@ -146,11 +146,7 @@ def _folder(options: dict[str, Any]) -> str:
 
 def _values(options: dict[str, Any], config: Any) -> dict[str, Any] | None:
     """What `token_merging` is to be; None for vLLM's own LLaVA."""
-    named = {k: options[k] for k in NAMED if options[k] is not None}
-    further = options["merging"] or {}
-    if twice := named.keys() & further.keys():
-        raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
-    given = named | further
+    given = joined({k: options[k] for k in NAMED}, options["merging"])
     if options["plain"]:
         if given:
             raise ValueError(f"plain=true serves without merging; it does not go with {', '.join(given)}")
