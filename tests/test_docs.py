@@ -1,6 +1,11 @@
-"""What the how-to pages in docs tell to run, run as it stands there; scripts/test_docs.sh runs this."""
+"""What the README and the pages in docs tell to run, run as it stands there; scripts/test_docs.sh runs this.
+
+What would take hours runs with smaller numbers (SHORTER). The pages on the original package and on vLLM have
+tests of their own, test_original_docs.py and test_vllm_docs.py.
+"""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -24,18 +29,46 @@ COMMAND = [sys.executable, "-m", "llava_pitome"]
 ENDLESS = {"web": "http://127.0.0.1:7860", "serve": "http://127.0.0.1:8000/health"}  # by command
 
 
+README = "../README.md"
+SHORTER = {
+    r"scripts/eval_vqav2.sh ratio=0.9$": r"\g<0> model=embedded limit=32 output=output/first",
+    r"blank=true$": r"\g<0> limit=32 output=output/blank",
+    r"eval/sweep.py .*batch_size=96$": r"\g<0> dry_run=true",
+    r"eval/report.py$": r"\g<0> input=output/small draws=100 examples=0",
+    r"max_steps=2\d00": "max_steps=2",
+    r"scenes=16384": "scenes=64",
+    r"evaluate=true": r"\g<0> limit=32",
+    r"train/bench.py$": r"\g<0> rounds=1 steps=2 scenes=32 output=output/bench",
+    r"train/embedded.py$": r"\g<0> tower_steps=1 language_steps=1 together_steps=1 batch_size=4 validate=4 "
+    "output=output/embedded",
+    r"-m timeit": r"\g<0> -n 1 -r 1",
+    r"bench --target embedded --quick$": r"\g<0> --output output/quick_bench",
+    r"eval/picture.py$": r"\g<0> output=output/merged.png",
+}
+
+
 def blocks(page: str, language: str) -> list[str]:
+    """The page's blocks of code in a language, also those that belong to a point of a list."""
     text = (DOCS / page).read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
 
 
 def lines(page: str) -> list[str]:
-    return "".join(blocks(page, "bash")).splitlines()
+    """The page's commands, without what is said behind them."""
+    found = "".join(blocks(page, "bash")).replace("\\\n", "").splitlines()
+    return [line.partition(" # ")[0].strip() for line in found]
+
+
+def shorter(line: str) -> str:
+    for long, short in SHORTER.items():
+        line = re.sub(long, short, line)
+    return line
 
 
 def shell(line: str, output: Path) -> str:
     """What a line writes, typed at the top of the checkout, with `output` in the place of its own output."""
-    typed = line.replace("output/", f"{shlex.quote(str(output))}/").replace(".venv/bin/", "")
+    typed = shorter(line).replace("output/", f"{shlex.quote(str(output))}/").replace(".venv/bin/", "")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "VENV": str(Path(sys.executable).parents[1])}
     done = subprocess.run(
@@ -66,8 +99,37 @@ def test_trainings_of_the_page_end_well(output, line):
     shell(line, output)
 
 
+@pytest.mark.parametrize("line", lines("accuracy.md"))
+def test_the_commands_that_made_the_accuracies_run(output, line):
+    assert shell(line, output)
+
+
+def test_the_commands_that_made_the_accuracies_wrote_what_they_say(output):
+    blank = json.loads((output / "blank/results.json").read_text())
+    assert blank["options"]["blank"] and blank["options"]["limit"] == 32
+    assert (output / "small/report/report.md").exists()
+
+
+@pytest.mark.parametrize("line", lines("embedded_model.md"))
+def test_the_training_of_the_embedded_model_ends_well(output, line):
+    shell(line, output)
+    assert (output / "embedded/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("line", [line for line in lines("performance.md") if "timeit" in line])
+def test_what_is_timed_by_itself_runs(output, line):
+    assert "1 loop, best of 1" in shell(line, output)
+
+
+def test_the_bench_of_the_embedded_model_runs(output):
+    line = "llava-pitome bench --target embedded --quick"
+    assert f"`{line}`" in (DOCS / "performance.md").read_text()
+    assert "| dense |" in shell(line, output)
+
+
 def test_the_trainings_wrote_adapters_that_load_and_become_plain(output, monkeypatch):
-    for name in ("torchrun", "deepspeed", "zero3", "own"):
+    measured = ("adapters/best-tower-plain", "adapters/paper-plain")
+    for name in ("torchrun", "deepspeed", "zero3", "own", *measured):
         assert (output / name / "adapter_model.safetensors").exists()
     monkeypatch.chdir(output.parent)
     output.rename("output")
@@ -141,7 +203,7 @@ def answered(process: subprocess.Popen, address: str) -> None:
 
 
 def ends(page: str) -> list[str]:
-    return [line for line in lines(page) if line.partition(" # ")[0].split()[1] not in ENDLESS]
+    return [line for line in lines(page) if line.split()[1] not in ENDLESS]
 
 
 @pytest.mark.parametrize("line", ends("chat.md"))
@@ -179,3 +241,40 @@ def test_the_server_answers_the_pages_client(folder, capsys):
             exec(block, {})
     words = capsys.readouterr().out.split()
     assert len(words) >= 2 and 65 < int(words[-1]) < 130
+
+
+ELSEWHERE = {
+    line for page in ("evaluate.md", "training.md", "draw.md", "serving_vllm.md") for line in lines(page)
+}
+CI = (ROOT / ".ci/run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("line", [line for line in lines(README) if line not in {*ELSEWHERE, *CI}])
+def test_what_the_readme_alone_tells_to_run_runs(folder, output, line):
+    if line.startswith("bash"):
+        assert shell(line, output)
+    elif line.split()[1] in ENDLESS:
+        with running(line):
+            pass
+    else:
+        run(line)
+
+
+def test_the_readmes_picture_is_what_its_command_draws(output):
+    line = ".venv/bin/python eval/picture.py"
+    assert f"`{line}`" in (DOCS / README).read_text()
+    shell(line, output)
+    drawn, shown = (Image.open(path) for path in (output / "merged.png", ROOT / "eval/results/merged.png"))
+    assert drawn.size == shown.size and drawn.convert("RGB").tobytes() == shown.convert("RGB").tobytes()
+
+
+def test_the_readmes_python_answers_with_as_many_tokens_as_it_says():
+    (block,) = blocks(README, "python")
+    name = "llava-hf/llava-1.5-7b-hf"
+    assert name in block and "54 image tokens instead of 576" in block
+    names = {"image": Image.fromarray(render(scene(5)))}
+    exec(block.replace(name, "embedded"), names)
+    image = names["model"].config.image_token_id
+    assert (names["inputs"]["input_ids"] == image).sum() == 65  # of 196, with "embedded"
+    assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    assert names["MergeConfig"](ratio=0.9).lengths(576, 23)[-1] == 54

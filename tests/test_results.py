@@ -1,7 +1,10 @@
-"""The measured results in the repository: the bars they are held to, and the README that quotes them."""
+"""The measured results in the repository: the bars they are held to, and the pages that quote them."""
 
+import argparse
 import csv
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,14 +16,23 @@ sys.path.insert(0, str(ROOT / "train"))
 import ablate  # noqa: E402
 import bench  # noqa: E402
 import compare  # noqa: E402
+import settings  # noqa: E402
 import tables  # noqa: E402
 from rows import Row  # noqa: E402
 
+from llava_pitome.bench import command  # noqa: E402
 from llava_pitome.bench.summary import brief, summarise  # noqa: E402
 from llava_pitome.methods import METHODS as REGISTERED  # noqa: E402
+from llava_pitome.options import parse  # noqa: E402
 
 RESULTS = ROOT / "eval/results"
-README, METHODS = (ROOT / "README.md").read_text(), (ROOT / "docs/methods.md").read_text()
+README, METHODS, ACCURACY, PERFORMANCE, TRAINING = (
+    (ROOT / page).read_text()
+    for page in (
+        "README.md",
+        *(f"docs/{name}.md" for name in ("methods", "accuracy", "performance", "training")),
+    )
+)
 PEERS = [name for name in REGISTERED if name != "pitome"]
 ABLATIONS = json.loads((RESULTS / "ablations.json").read_text())
 TOKENS = (98, 59, 39, 20)  # of 196: 50, 70, 80 and 90 % of them go
@@ -47,8 +59,26 @@ def score(method: str, place: str, tokens: int | None) -> float:
     return row.score
 
 
-def test_the_readmes_table_is_the_measured_one():
-    assert tables.markdown(*tables.brief(SWEPT)) in README
+def test_the_table_of_accuracies_is_the_measured_one():
+    assert tables.markdown(*tables.brief(SWEPT)) in ACCURACY
+
+
+SHOWN = ("best:tome", "best", "sparsevlm", "tome", "pitome", "random", "resize")  # in the README
+
+
+def test_the_readmes_accuracies_are_those_of_some_rows():
+    assert tables.markdown(*tables.brief([row for row in SWEPT if row.method in SHOWN])) in README
+    assert f"seven of {len(tables.brief(SWEPT)[1])} methods" in README
+    unmerged = f"{score('unmerged', '', None):.1f}"
+    assert f"which reaches {unmerged} unmerged" in README and f"the model reaches {unmerged};" in ACCURACY
+
+
+def test_pitome_is_behind_tome_and_ahead_of_random_and_smaller_pictures_as_the_pages_say():
+    paper, tome, lot = ([score(name, "tower", n) for n in TOKENS] for name in ("pitome", "tome", "random"))
+    small = [score("resize", "input", n) for n in TOKENS]
+    behind = [f"{b - a:.1f}" for a, b in zip(paper, tome)]
+    assert f"behind ToMe, by {', '.join(behind[:-1])} and {behind[-1]} points" in ACCURACY
+    assert all(a < b and a > max(c, d) for a, b, c, d in zip(paper, tome, lot, small))
 
 
 def test_the_report_in_the_repository_is_whole():
@@ -68,7 +98,7 @@ def test_the_questions_alone_give_little_away():
     blank = json.loads((RESULTS / "blank.json").read_text())["rows"]
     assert len(blank) == 1 and blank[0]["samples"] == 3072
     assert blank[0]["accuracy"]["mean"] <= 50
-    assert f"{blank[0]['accuracy']['mean']:.1f} ± {blank[0]['accuracy']['stderr']:.1f}" in README
+    assert f"{blank[0]['accuracy']['mean']:.1f} ± {blank[0]['accuracy']['stderr']:.1f}" in ACCURACY
 
 
 def test_the_unmerged_model_meets_its_bar():
@@ -94,8 +124,36 @@ SPEED = {file.stem: json.loads(file.read_text()) for file in (RESULTS / "speed")
 
 
 @pytest.mark.parametrize("name", SPEED)
-def test_the_speeds_in_readme_and_docs_are_the_measured_ones(name):
-    assert brief(summarise(SPEED[name]["rows"])) in README + (ROOT / "docs/performance.md").read_text()
+def test_the_speeds_in_the_documents_are_the_measured_ones(name):
+    assert brief(summarise(SPEED[name]["rows"])) in PERFORMANCE
+
+
+def test_the_readmes_speeds_are_those_of_some_rows():
+    told = ("dense", *(f"{ratio}, own attention" for ratio in (0.975, 0.95, 0.9)))
+    assert brief(summarise([row for row in SPEED["llava-7b"]["rows"] if row["side"] in told])) in README
+
+
+def timings() -> list[dict]:
+    """The options of every bench command on the page on performance, the machine's own left out."""
+    parser = argparse.ArgumentParser()
+    command.describe(parser.add_subparsers(), "bench")
+    code = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"```.*?```", "", PERFORMANCE, flags=re.DOTALL))
+    code += [line.partition("#")[0] for line in PERFORMANCE.splitlines() if line.startswith("llava-pitome")]
+    found = []
+    for words in (text.split() for text in code if "llava-pitome bench" in text):
+        options = parser.parse_args(words[words.index("bench") :])
+        own = {"device", "threads", "output", "profile", "quick"} | (
+            {"kernels"} if options.kernels is None else set()
+        )
+        command._complete(options)
+        found.append({key: value for key, value in vars(options).items() if key not in own})
+    return found
+
+
+@pytest.mark.parametrize("name", SPEED)
+def test_a_command_that_times_what_was_timed_stands_on_the_page(name):
+    taken = SPEED[name]["options"]
+    assert any(all(taken[key] == value for key, value in told.items()) for told in timings())
 
 
 def test_towers_and_whole_models_were_timed():
@@ -117,8 +175,9 @@ RUNS = {name: compare.read(RESULTS / "adapters" / name) for name in (
 )}  # fmt: skip
 
 
-def test_what_training_won_stands_in_the_readme():
-    assert compare.table(RUNS) in README
+def test_what_training_won_stands_in_the_documents():
+    assert compare.table(RUNS) in TRAINING
+    assert compare.table({name: run for name, run in RUNS.items() if name.endswith("plain")}) in README
 
 
 @pytest.mark.parametrize("recipe", ["best-tower", "paper"])
@@ -130,6 +189,37 @@ def test_distilled_and_plain_adapters_were_trained_alike(recipe):
     assert {k: v for k, v in distilled["options"].items() if k not in other} == {
         k: v for k, v in plain["options"].items() if k not in other
     }
+
+
+def told(script: str) -> list[dict]:
+    """What the commands on the page on training say to a script of train."""
+    code = TRAINING.replace("\\\n", "")
+    found = re.findall(
+        rf"^\.venv/bin/python {script}( .*)?$|`\.venv/bin/python {script}( [^`]*)?`", code, re.M
+    )
+    return [dict(word.split("=", 1) for word in shlex.split("".join(groups))) for groups in found]
+
+
+def test_the_commands_on_the_page_are_those_of_the_plain_runs():
+    commands = {Path(words.pop("output")).name: words for words in told("train/run.py")}
+    assert set(commands) == {name for name in RUNS if name.endswith("plain")}
+    for name, words in commands.items():
+        for key, text in words.items():
+            assert settings.OPTIONS[key].read(text) == made(RUNS[name]["options"][key]), (name, key)
+
+
+def test_the_commands_on_the_page_are_those_of_the_timed_steps():
+    for words in told("train/bench.py"):
+        name = f"steps-{words.get('model', 'embedded')}"
+        options = parse([f"{key}={text}" for key, text in words.items()], bench.OPTIONS)
+        options.pop("output")
+        assert options == {key: made(STEPS[name]["options"][key]) for key in options}
+    assert len(told("train/bench.py")) == len(STEPS)
+
+
+def made(value):
+    """A value as options hold it, from JSON."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def before_and_after(run: str, tokens: int) -> tuple[float, float]:
@@ -150,8 +240,8 @@ STEPS = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "adapter
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_times_of_training_steps_in_the_readme_are_the_measured_ones_and_merging_is_faster(name):
-    assert bench.table(STEPS[name]["sides"]) in README
+def test_times_of_training_steps_in_the_documents_are_the_measured_ones_and_merging_is_faster(name):
+    assert bench.table(STEPS[name]["sides"]) in TRAINING
     plain, *merged = STEPS[name]["sides"].values()
     for side in merged:
         assert max(side["step_seconds"]) < min(plain["step_seconds"])
