@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup_vllm.sh
 # conftest.py leaves them out of the quick suite
-exec .venv.vllm/bin/python -m pytest --noconftest --show-capture=no tests/test_vllm_offline.py tests/test_vllm_server.py "$@"
+exec .venv.vllm/bin/python -m pytest --noconftest --show-capture=no tests/test_vllm_offline.py tests/test_vllm_server.py \
+  tests/test_vllm_docs.py "$@"

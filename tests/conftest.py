@@ -17,7 +17,7 @@ from transformers import (
 LAYERS, PATCHES, SIDE, PATCH = 8, 36, 48, 8
 collect_ignore = [  # what scripts of their own run: test_triton, test_training, test_vllm, test_web, ...
     "test_kernels_triton.py", "test_lora_processes.py", "test_vllm_offline.py", "test_vllm_server.py",
-    "test_web_page.py", "test_docs.py",
+    "test_vllm_docs.py", "test_web_page.py", "test_docs.py",
 ]  # fmt: skip
 WORDS = [
     "<unk>", "<s>", "</s>", "<pad>", "<image>",
