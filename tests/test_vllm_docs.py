@@ -129,7 +129,7 @@ def test_the_throughput_of_both_servers_is_measured_as_the_page_says(tmp_path):
     for port, free in ports.items():
         text = text.replace(port, free)
     write, *serve, measure = text.splitlines()
-    said(write)
+    said(f"{write} output={tmp_path}/random")
     with ExitStack() as servers:
         for line, port in zip(serve, ports.values(), strict=True):
             assert line.endswith(f"port={port} &")
