@@ -68,7 +68,7 @@ HOSTS = {
     "lmms_eval": ("lmms",),
     "vllm": ("vllm_plugin.choose", "vllm_plugin.model"),
     "triton": KERNELS,
-    "gradio": ("web.page",),
+    "gradio": ("web.checked", "web.launching", "web.page", "web.pressing"),
     "fastapi": ("serving.app",),
     "openai": (),
 }  # fmt: skip

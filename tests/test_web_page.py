@@ -15,7 +15,9 @@ from llava_pitome.embedded.questions import ask
 from llava_pitome.serving.listening import listening
 from llava_pitome.web import examples
 from llava_pitome.web.desk import Desk
-from llava_pitome.web.page import build, launch
+from llava_pitome.web.launching import folder, launch
+from llava_pitome.web.page import build
+from llava_pitome.web.start import Start
 
 SEED = 5
 QUESTION = ask(scenes.scene(SEED), 1)[0].text
@@ -28,13 +30,13 @@ def chromium() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    model, processor = load("embedded")
-    page = build(Desk(model, processor, 16), examples.write(tmp_path_factory.mktemp("examples")), 0.9)
-    with listening("127.0.0.1", 0) as sock:
-        port = sock.getsockname()[1]
-    yield launch(page, "127.0.0.1", port, 1, wait=False)
-    page.close()
+def address():
+    with folder() as files:
+        page = build(Desk(*load("embedded"), 16), examples.write(files), Start())
+        with listening("127.0.0.1", 0) as sock:
+            port = sock.getsockname()[1]
+        yield launch(page, "127.0.0.1", port, 1, wait=False)
+        page.close()
 
 
 @pytest.fixture(scope="module")

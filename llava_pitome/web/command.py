@@ -1,15 +1,13 @@
 """`llava-pitome web`: its options, and the page's life."""
 
 import argparse
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from llava_pitome import commands
+from llava_pitome.api import applied
 from llava_pitome.options import share, whole
 from llava_pitome.serving.listening import listening, port
 
-RATIO = 0.9  # where the slider stands
 HOST = "127.0.0.1"
 
 
@@ -23,8 +21,8 @@ def describe(parsers: Any, name: str) -> None:
     )
     commands.describe_model(parser)
     add = parser.add_argument
-    add("--ratio", type=commands.reader(share, "a number in (0, 1]"), default=RATIO,
-        help="where the slider stands at first (0.9)")  # fmt: skip
+    add("--ratio", type=commands.reader(share, "a number in (0, 1]"),
+        help="where the slider stands at first (as the model was saved to merge, or else 0.9)")  # fmt: skip
     add("--port", type=commands.reader(port, "in [0, 65535]"), default=7860, help="0 takes a free one (7860)")
     add("--max-new-tokens", type=commands.reader(whole(1), "a whole number from 1"), default=256,
         help="length of an answer at most (256)")  # fmt: skip
@@ -40,14 +38,16 @@ def run(options: argparse.Namespace) -> int:
     """
     from llava_pitome.web import examples
     from llava_pitome.web.desk import Desk
-    from llava_pitome.web.page import build, launch
+    from llava_pitome.web.launching import folder, interrupted, launch
+    from llava_pitome.web.page import build
+    from llava_pitome.web.start import start
 
     commands.check_model(options)
     with listening(HOST, options.port) as sock:  # a port that is taken is known before a model is loaded
         number = sock.getsockname()[1]
     model, processor = commands.load(options, None)
     desk = Desk(model, processor, options.max_new_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        page = build(desk, examples.write(Path(folder)), options.ratio)
-        launch(page, HOST, number, options.max_upload_mb)
+    first = start(options.ratio, applied(model), desk.patches, desk.feature)
+    with interrupted(), folder() as files:
+        launch(build(desk, examples.write(files), first), HOST, number, options.max_upload_mb)
     return 0
