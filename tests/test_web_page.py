@@ -15,7 +15,8 @@ from llava_pitome.embedded.questions import ask
 from llava_pitome.serving.listening import listening
 from llava_pitome.web import examples
 from llava_pitome.web.desk import Desk
-from llava_pitome.web.launching import folder, launch
+from llava_pitome.web.files import folder
+from llava_pitome.web.launching import launch
 from llava_pitome.web.page import build
 from llava_pitome.web.start import Start
 

@@ -1,12 +1,14 @@
 """`llava-pitome web`: its options, and the page's life."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from llava_pitome import commands
 from llava_pitome.api import applied
 from llava_pitome.options import share, whole
 from llava_pitome.serving.listening import listening, port
+from llava_pitome.web.files import folder, interrupted
 
 HOST = "127.0.0.1"
 
@@ -36,18 +38,23 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: options that cannot be served, or a port that is taken.
     """
+    commands.check_model(options)
+    with interrupted(), folder() as files:
+        _serve(options, files)
+    return 0
+
+
+def _serve(options: argparse.Namespace, files: Path) -> None:
+    """The page, with its files in a folder."""
     from llava_pitome.web import examples
     from llava_pitome.web.desk import Desk
-    from llava_pitome.web.launching import folder, interrupted, launch
+    from llava_pitome.web.launching import launch
     from llava_pitome.web.page import build
     from llava_pitome.web.start import start
 
-    commands.check_model(options)
     with listening(HOST, options.port) as sock:  # a port that is taken is known before a model is loaded
         number = sock.getsockname()[1]
     model, processor = commands.load(options, None)
     desk = Desk(model, processor, options.max_new_tokens)
     first = start(options.ratio, applied(model), desk.patches, desk.feature)
-    with interrupted(), folder() as files:
-        launch(build(desk, examples.write(files), first), HOST, number, options.max_upload_mb)
-    return 0
+    launch(build(desk, examples.write(files), first), HOST, number, options.max_upload_mb)

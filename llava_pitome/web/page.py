@@ -18,7 +18,7 @@ MERGED, PLAIN = "### Answer with merging", "### Answer without"
 
 
 def build(desk: Desk, examples: Sequence[tuple[Path, str]], start: Start) -> Checked:
-    """The page for a model, whose files are where `launching.folder` says.
+    """The page for a model, whose files are where `files.folder` says.
 
     Args:
         desk: asks the model.
