@@ -22,7 +22,7 @@ from llava_pitome.embedded.scenes import scene
 from llava_pitome.serving.listening import listening
 from llava_pitome.web import examples
 from llava_pitome.web.desk import Desk
-from llava_pitome.web.files import folder
+from llava_pitome.web.files import folder, interrupted
 from llava_pitome.web.launching import launch
 from llava_pitome.web.page import build
 from llava_pitome.web.start import Start
@@ -141,7 +141,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("words, data", BROKEN.items(), ids=["text", "nothing", "half", "bomb", "large", "svg"])
+@pytest.mark.parametrize(
+    "words, data", BROKEN.items(), ids=["text", "nothing", "half", "bomb", "large", "svg"]
+)
 def test_a_file_that_is_no_whole_picture_is_refused_in_our_words(client, words, data):
     end, found = client.call("ask", client.upload(data), COUNT, *CHOICES)
     assert end == "error" and words in found["error"] and found["error"].startswith("the picture")
@@ -297,6 +299,18 @@ def test_files_of_pages_are_where_the_user_wants_them_and_gone_afterwards(tmp_pa
     with pytest.raises(KeyError), folder() as files:
         raise KeyError
     assert "GRADIO_TEMP_DIR" not in os.environ and not files.exists()
+
+
+def test_signals_end_the_page_cleanly_but_for_those_that_are_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupted():
+            os.kill(os.getpid(), signal.SIGHUP)  # as if under nohup
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

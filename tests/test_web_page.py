@@ -144,6 +144,38 @@ def test_what_is_wrong_is_said_in_words(uploaded):
     expect(uploaded.get_by_text("the question is empty")).to_be_visible()
 
 
+PASTED = """bytes => {
+    const file = new Blob([new Uint8Array(bytes)], {type: "image/png"});
+    navigator.clipboard.read = async () => [new ClipboardItem({"image/png": file})];
+}"""
+
+
+def test_a_picture_is_pasted(page):
+    file = io.BytesIO()
+    Image.fromarray(render.render(scenes.scene(SEED))).save(file, "PNG")
+    page.evaluate(PASTED, list(file.getvalue()))
+    page.locator("#picture").get_by_label("Paste from clipboard").click()
+    expect(page.locator("#picture img")).to_be_visible()
+    page.locator("#question textarea").fill(QUESTION)
+    assert answered(page, 65) == offline(MergeConfig(ratio=0.9))
+
+
+def test_a_truncated_picture_is_refused_in_words_and_the_next_is_answered(page, tmp_path):
+    whole = tmp_path / "scene.png"
+    Image.fromarray(render.render(scenes.scene(SEED))).save(whole)
+    half = tmp_path / "half.png"
+    half.write_bytes(whole.read_bytes()[:300])
+    page.locator("#picture input[type=file]").set_input_files(half)
+    expect(page.locator("#picture img")).to_have_count(1)
+    page.locator("#question textarea").fill(QUESTION)
+    page.locator("#ask").click()
+    expect(page.get_by_text("the picture is truncated")).to_be_visible()
+    page.locator("#picture").get_by_label("Remove Image").click()
+    page.locator("#picture input[type=file]").set_input_files(whole)
+    expect(page.locator("#picture img")).to_have_count(1)
+    assert answered(page, 65) == offline(MergeConfig(ratio=0.9))
+
+
 def test_several_people_wait_for_each_other_and_all_get_their_own(browser, address, tmp_path):
     file = tmp_path / "scene.png"
     Image.fromarray(render.render(scenes.scene(SEED))).save(file)

@@ -33,10 +33,15 @@ def folder() -> Iterator[Path]:
 
 @contextmanager
 def interrupted() -> Iterator[None]:
-    """Lets a process that is asked to end clean up as it does on Ctrl-C; in its main thread."""
-    before = [(number, signal.signal(number, signal.default_int_handler)) for number in SIGNALS]
+    """Lets a process that is asked to end clean up as it does on Ctrl-C; in its main thread.
+
+    What it was told to ignore, as by nohup, stays ignored.
+    """
+    changed = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
