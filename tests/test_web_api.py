@@ -21,6 +21,7 @@ from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
 from llava_pitome.serving.listening import listening
 from llava_pitome.web import examples
+from llava_pitome.web.checked import Checked
 from llava_pitome.web.desk import Desk
 from llava_pitome.web.files import folder, interrupted
 from llava_pitome.web.launching import launch
@@ -248,6 +249,12 @@ def test_what_the_page_does_not_need_is_not_there(client, path):
     reply = client.http.post(path, json={})
     assert reply.status_code == 404 and f"this page has no POST /gradio_api/{path}" in reply.json()["detail"]
     assert client.http.get("deep_link", params={"session_hash": "a"}).status_code == 404
+
+
+def test_a_gradio_that_would_not_ask_the_check_is_refused(monkeypatch):
+    monkeypatch.delattr("gradio.Blocks.preprocess_data")
+    with pytest.raises(RuntimeError, match="where the page checks files"):
+        Checked("a page")
 
 
 def test_files_of_this_machine_are_not_served(client):
