@@ -18,6 +18,7 @@ import bench  # noqa: E402
 import compare  # noqa: E402
 import settings  # noqa: E402
 import tables  # noqa: E402
+import throughput  # noqa: E402
 from rows import Row  # noqa: E402
 
 from llava_pitome.bench import command  # noqa: E402
@@ -250,3 +251,12 @@ def test_times_of_training_steps_in_the_documents_are_the_measured_ones_and_merg
 
 def test_small_and_real_shapes_were_timed_in_training():
     assert set(STEPS) == {"steps-embedded", "steps-llava-7b-2layer"}
+
+
+def test_the_throughput_under_vllm_is_the_measured_one():
+    found = json.loads((RESULTS / "throughput-vllm.json").read_text())
+    page = (ROOT / "docs/serving_vllm.md").read_text()
+    assert throughput.table(found["rows"]) in page
+    assert found["machine"]["processor"] in page
+    assert {row["concurrency"] for row in found["rows"]} == {1, 8, 32}
+    assert {row["answer_tokens"] for row in found["rows"]} == {found["options"]["new_tokens"]}

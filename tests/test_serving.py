@@ -1,16 +1,21 @@
 """The server: answers as offline, many at once, streaming, seeds, clients that leave, failures."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+import uvicorn
 from openai import APIError, APIStatusError
 from PIL import Image
 from served import MESSAGE, asked, client, encoded, refused, scene, serving
@@ -19,7 +24,8 @@ from llava_pitome import MergeConfig, load
 from llava_pitome.cli import main
 from llava_pitome.embedded import scenes
 from llava_pitome.embedded.questions import HINT, ask
-from llava_pitome.serving.app import build
+from llava_pitome.serving.app import OneAnswer, build
+from llava_pitome.serving.ending import Server
 from llava_pitome.serving.limits import Limits
 from llava_pitome.serving.listening import address, listening
 
@@ -103,7 +109,16 @@ def test_text_alone_and_earlier_turns_are_answered(url):
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
              *asked("Is there a circle?", encoded(scene(0)))]  # fmt: skip
     assert client(url).chat.completions.create(model="embedded", messages=turns).choices[0].message.content
-    assert client(url).chat.completions.create(model="embedded", messages=turns[:1]).choices[0].message
+    said = client(url).chat.completions.create(model="embedded", messages=turns[:1]).choices[0]
+    assert isinstance(said.message.content, str) and said.finish_reason in ("stop", "length")
+
+
+def test_what_a_client_gives_back_and_says_without_effect_is_taken(url):
+    messages = asked("Is there a circle?", encoded(scene(0)))
+    messages[0]["content"][0]["image_url"]["detail"] = "low"
+    first = client(url).chat.completions.create(model="embedded", messages=messages, max_tokens=4)
+    messages += [first.choices[0].message.model_dump(), MESSAGE]
+    assert client(url).chat.completions.create(model="embedded", messages=messages, max_tokens=4).choices
 
 
 def test_a_temperature_draws_and_none_does_not(url):
@@ -131,6 +146,18 @@ def test_a_seed_is_a_requests_own_also_among_others(url):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(answer, [3, 4] * 4))
     assert len(set(answers[::2])) == len(set(answers[1::2])) == 1
+
+
+def test_a_seed_changes_nothing_for_who_gives_none(url):
+    def answer(**settings) -> str:
+        said = client(url).chat.completions.create(
+            model="embedded", messages=asked("How many?", encoded(scene(7))), max_tokens=8, temperature=2,
+            **settings,
+        )  # fmt: skip
+        return said.choices[0].message.content
+
+    answers = [(answer(seed=3), answer()) for _ in range(6)]
+    assert len({seeded for seeded, _ in answers}) == 1 < len({plain for _, plain in answers})
 
 
 def test_models_says_how_it_merges(url):
@@ -171,7 +198,7 @@ def test_more_requests_than_the_queue_holds_are_turned_away_and_the_others_answe
         assert answer(at) in answers  # the places are free again
 
 
-def test_a_failure_in_a_stream_is_told_in_words(embedded, url, monkeypatch):
+def test_a_failure_in_a_stream_is_told_in_words_and_logged(embedded, url, monkeypatch, caplog):
     def fails(**_):
         raise RuntimeError('device "cuda:0"\nfailed')
 
@@ -180,6 +207,7 @@ def test_a_failure_in_a_stream_is_told_in_words(embedded, url, monkeypatch):
         pieces = client(url).chat.completions.create(model="embedded", messages=[MESSAGE], stream=True)
         with pytest.raises(APIError, match="generating failed"):
             list(pieces)
+    assert 'device "cuda:0"' in caplog.text
 
 
 def test_a_stream_ends_as_clients_expect(url):
@@ -277,6 +305,62 @@ def test_the_command_refuses_before_a_model_is_loaded(capsys, monkeypatch):
             main(["serve", *words])
         assert found.value.code == 2
         assert words[1] in capsys.readouterr().err
+
+
+def test_pictures_of_who_left_are_not_kept_while_another_is_answered(embedded, monkeypatch):
+    pictures = []
+
+    class Recording(OneAnswer):
+        def __init__(self, model, inputs, *rest):
+            pictures.append(weakref.ref(inputs["pixel_values"]))
+            super().__init__(model, inputs, *rest)
+
+    monkeypatch.setattr("llava_pitome.serving.app.OneAnswer", Recording)
+    generating, guard = Generating(), build("embedded", *embedded, Limits(queue=4))
+    with serving(guard) as at, monkeypatch.context() as patched:
+        patched.setattr(embedded[0], "generate", generating)
+        first = posted(at, messages=asked("x", encoded(scene(0))))
+        until(lambda: generating.begun.is_set())
+        for stream in (False, True, False):
+            count = len(pictures)
+            waits = posted(at, messages=asked("x", encoded(scene(0))), stream=stream)
+            until(lambda n=count: len(pictures) > n)
+            waits.close()
+            until(lambda: guard.answering == 1)
+        until(lambda: sum(picture() is not None for picture in pictures) <= 1)
+        generating.go.set()
+        assert first.getresponse().status == 200
+        first.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_ends_says_so_to_who_waits(embedded, monkeypatch, capsys, stream):
+    generating, guard = Generating(), build("embedded", *embedded, Limits())
+    monkeypatch.setattr(embedded[0], "generate", generating)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = Server(uvicorn.Config(guard, log_level="error"), guard)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        waits = [posted(f"http://{address(listening)}", stream=stream) for _ in range(2)]
+        until(lambda: guard.answering == 2 and generating.begun.is_set())
+        server.should_exit = True
+        answers = [connection.getresponse() for connection in waits]
+        assert all(b"the server is being ended" in answer.read() for answer in answers)
+        assert {answer.status for answer in answers} == {200 if stream else 503}
+        thread.join(30)
+        assert not thread.is_alive()
+        for connection in waits:
+            connection.close()
+    assert "ending; 2 requests" in capsys.readouterr().err
+
+
+def test_the_command_ends_in_peace_when_it_is_interrupted():
+    words = [sys.executable, "-m", "llava_pitome", "serve", "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert "serves embedded" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in complaints
 
 
 @pytest.mark.parametrize("host, shown", [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])

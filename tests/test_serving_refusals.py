@@ -84,6 +84,7 @@ def url(embedded):
         ({"temperature": 1e-40}, "at least 0.01"),
         ({"stream": "yes"}, "stream='yes'"),
         ({"stream_options": {"x": 1}, "stream": True}, "include_usage"),
+        ({"stream_options": {"include_obfuscation": True}, "stream": True}, "include_obfuscation"),
         ({"stream_options": {"include_usage": "yes"}, "stream": True}, "include_usage='yes'"),
         ({"stream_options": {"include_usage": True}}, "stream=true"),
         ({"frequency_penalty": 0.5}, "frequency_penalty=0.5 is not supported"),
@@ -106,11 +107,14 @@ def test_a_request_that_cannot_be_done_gets_a_400_with_the_reason(url, body, rea
 HALF = rb"""{"messages": [{"role": "user", "content": "\ud800"}], "model": "\ud800", "stop": "\ud800"}"""
 
 
-LONG = [b"[" * 10**5, b'{"n": ' + b"1" * 5000 + b"}"]
+NAMED = rb"""{"messages": [{"role": "user", "content": "x"}], "model": "\ud800"}"""
+LONG = [b"[" * 30_000, b'{"n": ' + b"1" * 5000 + b"}"]
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[]", b"\xff", b'"x"', HALF, HALF.replace(b"stop", b"user"), *LONG], ids=range(9)
+    "raw",
+    [b"", b"{", b"[]", b"\xff", b'"x"', HALF, HALF.replace(b"stop", b"user"), NAMED, *LONG],
+    ids=range(10),
 )
 def test_what_is_no_json_object_gets_a_400(url, raw):
     with pytest.raises(urllib.error.HTTPError) as found:
@@ -172,3 +176,38 @@ def test_a_request_that_does_not_arrive_holds_no_place_and_is_given_up(embedded)
 def test_limits_below_one_are_refused(field):
     with pytest.raises(ValueError, match=f"{field}=0"):
         Limits(**{field: 0})
+
+
+def posted(url: str, raw: bytes, **headers: str) -> tuple[int, str]:
+    """The status and the reason of a request as it is."""
+    connection = HTTPConnection(urlsplit(url).netloc)
+    connection.request("POST", "/v1/chat/completions", raw, headers)
+    answer = connection.getresponse()
+    reason = json.load(answer)["error"]["message"]
+    connection.close()
+    return answer.status, reason
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_what_a_page_elsewhere_could_send_unasked_is_no_json(url, kind):
+    status, reason = posted(url, json.dumps({"messages": [MESSAGE]}).encode(), **{"Content-Type": kind})
+    assert status == 415 and kind in reason and "application/json" in reason
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"1,", b'{"a":1},'])
+def test_what_would_take_long_to_read_is_not_read(url, piece):
+    raw = b'{"n": [' + piece * 100_000 + b"0]}"
+    status, reason = posted(url, raw, **{"Content-Type": "application/json"})
+    assert status == 413 and "brackets and commas" in reason
+
+
+def test_what_a_template_refuses_is_the_clients_fault(embedded, url, monkeypatch):
+    monkeypatch.setattr(embedded[1], "chat_template", "{{ raise_exception('roles must alternate') }}")
+    found = refused(url)
+    assert found.status_code == 400 and "roles must alternate" in found.body["message"]
+
+
+def test_a_model_without_a_template_is_not_served(embedded, monkeypatch):
+    monkeypatch.setattr(embedded[1], "chat_template", None)
+    with pytest.raises(ValueError, match="no chat template"):
+        build("embedded", *embedded, Limits())

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteriaList
@@ -19,12 +18,13 @@ from transformers.cli.serving.utils import GenerationState, Modality
 
 from llava_pitome.api import image_tokens
 from llava_pitome.chat.streaming import Until
-from llava_pitome.serving.events import whole
-from llava_pitome.serving.guard import CHAT, HEALTH, LEFT, MODELS, Guard, error
+from llava_pitome.serving.events import ENDING, whole
+from llava_pitome.serving.guard import ASKED, CHAT, HEALTH, MODELS, Guard, error
 from llava_pitome.serving.limits import Limits
 from llava_pitome.serving.prompts import Prompts
-from llava_pitome.serving.request import Refused, check
+from llava_pitome.serving.request import Refused, check, read
 
+PROMPT = ("input_ids", "attention_mask")  # of a processor's inputs
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_completion_tokens")
 
 
@@ -59,15 +59,28 @@ class OneModel(ModelManager):
 
 
 class Left(Exception):
-    """The client is not there any more, so that nobody would read an answer."""
+    """Nobody is to be answered any more: the client has left, or the server ends."""
 
 
 class OneAnswer:
-    """The model for one request: seeded in the thread that generates, and ended when the client leaves."""
+    """The model for one request: it has the pictures and the seed, and ends when nobody waits for it."""
 
-    def __init__(self, model: nn.Module, seed: int | None, left: asyncio.Event):
-        """Wraps a model; a seed of None leaves the draws as they come."""
-        self._model, self._seed, self._left = model, seed, left
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], seed: int | None, left: asyncio.Event):
+        """Wraps a model.
+
+        Args:
+            model: a LLaVA.
+            inputs: of `generate` besides the prompt's tokens. They are let go when nobody waits any more:
+                what waits for its turn in transformers' queue cannot be taken back out of it.
+            seed: None leaves the draws as they come.
+            left: tells that nobody waits.
+        """
+        self._model, self._inputs, self._seed, self._left = model, inputs, seed, left
+        self._dropping = asyncio.create_task(self._drop())
+
+    async def _drop(self) -> None:
+        await self._left.wait()
+        self._inputs = {}
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the model's."""
@@ -79,12 +92,18 @@ class OneAnswer:
         Raises:
             Left: nobody waits for it any more.
         """
+        held = self._inputs
         if self._left.is_set():
             raise Left
-        if self._seed is not None:
+        device = self._model.device
+        inputs |= {key: value.to(device) for key, value in held.items()}
+        inputs |= {key: inputs[key].to(device) for key in PROMPT}
+        inputs["stopping_criteria"] = StoppingCriteriaList([Until(self._left)])
+        if self._seed is None:
+            return self._model.generate(**inputs)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self._seed)
-        ends = StoppingCriteriaList([Until(self._left)])
-        return self._model.generate(**inputs, stopping_criteria=ends)
+            return self._model.generate(**inputs)
 
 
 class MergingChat(ChatCompletionHandler):
@@ -96,29 +115,32 @@ class MergingChat(ChatCompletionHandler):
         self._limits = limits
         self._prompts = Prompts(manager.processor, image_tokens(manager.model), limits)
 
-    async def answer(self, body: dict, request_id: str, left: asyncio.Event) -> Any:
-        """Checks a request, prepares it beside the other ones, and answers when its turn has come.
+    async def answer(self, body: dict[str, Any], request_id: str, left: asyncio.Event) -> Any:
+        """Prepares a request beside the other ones, and answers when its turn has come.
+
+        Args:
+            body: a request that was checked.
+            request_id: names the answer.
+            left: tells that nobody waits for it any more.
 
         Raises:
             Refused: it cannot be done.
-            Left: the client left first.
+            Left: nobody waits for it any more.
         """
-        check(body, self._limits)
         name, model, processor = self._resolve_model(body)
-        inputs = await self._prompts.inputs(body["messages"])
-        if left.is_set():
-            raise Left
+        inputs = await _unless(left, self._prompts.inputs(body.pop("messages")), cancel=True)
         asked = {k: v for k, v in body.items() if k in SETTINGS and v is not None}
         settings = self._build_generation_config(asked, model.generation_config)
-        self._fits(inputs["input_ids"].shape[1], settings, model)
-        answering = OneAnswer(model, body.get("seed"), left)
-        job = (request_id, answering, processor, name, inputs.to(model.device), settings)
+        prompt = {key: inputs.pop(key) for key in PROMPT}
+        self._fits(prompt["input_ids"].shape[1], settings, model)
+        answering = OneAnswer(model, dict(inputs), body.get("seed"), left)
+        job = (request_id, answering, processor, name, prompt, settings)
         manager = self.generation_state.get_manager(name)
         if not body.get("stream"):
-            return await _unless(left, self._non_streaming(*job, gen_manager=manager))
+            return await _unless(left, self._non_streaming(*job, gen_manager=manager), cancel=False)
         response = self._streaming(*job, gen_manager=manager)
         usage = (body.get("stream_options") or {}).get("include_usage")
-        response.body_iterator = whole(response.body_iterator, usage)
+        response.body_iterator = whole(response.body_iterator, usage, left)
         return response
 
     def _build_generation_config(
@@ -128,6 +150,8 @@ class MergingChat(ChatCompletionHandler):
         config = copy.deepcopy(model_generation_config)
         length = body.get("max_completion_tokens") or body.get("max_tokens")
         config.do_sample = bool(body.get("temperature", 1.0 if body.get("top_p") is not None else 0))
+        if config.do_sample and config.top_k is None:
+            config.top_k = 0  # all tokens; transformers would take 50
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
             body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
@@ -151,13 +175,15 @@ class MergingChat(ChatCompletionHandler):
             )
 
 
-async def _unless(left: asyncio.Event, working: Coroutine[Any, Any, Any]) -> Any:
-    """What work comes to, or Left once the client has left; the work then ends by itself."""
+async def _unless(left: asyncio.Event, working: Coroutine[Any, Any, Any], cancel: bool) -> Any:
+    """What work comes to, or Left once nobody waits; the work is cancelled then, or else ends by itself."""
     work, leaving = asyncio.create_task(working), asyncio.create_task(left.wait())
     await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
     leaving.cancel()
     if work.done():
         return work.result()
+    if cancel:
+        work.cancel()
     work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody waits for it
     raise Left
 
@@ -170,14 +196,22 @@ def build(name: str, model: nn.Module, processor: Any, limits: Limits) -> Guard:
         model: in use, merging or not.
         processor: its processor, which `apply` was given.
         limits: what requests may ask.
+
+    Raises:
+        ValueError: the processor has no chat template.
     """
+    if not processor.chat_template:
+        raise ValueError(f"{name} has no chat template, so that no conversation can be put to it")
     manager = OneModel(name, model, processor)
     chat = MergingChat(manager, GenerationState(), limits)
     app = FastAPI(openapi_url=None)
 
     @app.post(CHAT)
-    async def chat_completions(body: dict, request: Request) -> Any:
-        return await chat.answer(body, f"chatcmpl-{uuid.uuid4().hex}", request.scope[LEFT])
+    async def chat_completions(request: Request) -> Any:
+        asked = request.scope[ASKED]
+        body = read(asked.take(), request.headers.get("content-type", ""), limits)
+        check(body, limits)
+        return await chat.answer(body, f"chatcmpl-{uuid.uuid4().hex}", asked.left)
 
     @app.get(MODELS)
     async def models() -> dict[str, Any]:
@@ -196,22 +230,21 @@ def _explain(app: FastAPI) -> None:
 
     @app.exception_handler(Refused)
     async def refused(_request: Request, reason: Refused) -> JSONResponse:
-        words = str(reason).encode(errors="backslashreplace").decode()  # half characters cannot be sent
-        return JSONResponse(error(words, reason.status), status_code=reason.status)
+        return _told(str(reason), reason.status)
 
     @app.exception_handler(Left)
-    async def gone(_request: Request, _reason: Left) -> Response:
-        return Response(status_code=499)  # which nobody reads
+    async def gone(_request: Request, _reason: Left) -> JSONResponse:  # who reads it has not left
+        return _told(ENDING, 503)
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, reason: HTTPException) -> JSONResponse:
-        return JSONResponse(error(str(reason.detail), reason.status_code), status_code=reason.status_code)
+        return _told(str(reason.detail), reason.status_code)
 
     @app.exception_handler(Exception)  # uvicorn logs it, too
     async def failed(_request: Request, reason: Exception) -> JSONResponse:
-        return JSONResponse(error(f"generating failed: {type(reason).__name__}", 500), status_code=500)
+        return _told(f"generating failed: {type(reason).__name__}", 500)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, reason: RequestValidationError) -> JSONResponse:
-        found = "; ".join(str(e["msg"]) for e in reason.errors())
-        return JSONResponse(error(f"the request must be a JSON object: {found}", 400), status_code=400)
+
+def _told(reason: str, status: int) -> JSONResponse:
+    """A refusal; half characters, which cannot be sent, are written out."""
+    return JSONResponse(error(reason.encode(errors="backslashreplace").decode(), status), status_code=status)

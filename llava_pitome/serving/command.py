@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import suppress
 from typing import Any
 
 from llava_pitome import commands, llava
@@ -10,6 +11,7 @@ from llava_pitome.options import whole
 from llava_pitome.serving.limits import Limits
 from llava_pitome.serving.listening import address, listening, port
 
+GRACE = 30  # seconds in which the token that is being worked out must come, when the server ends
 NAMES = {  # of limits, in the order of --help
     "prompt": ("--max-prompt-tokens", 1, "tokens of a prompt"),
     "answer": ("--max-new-tokens", 1, "tokens of an answer"),
@@ -52,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     import uvicorn
 
     from llava_pitome.serving.app import build
+    from llava_pitome.serving.ending import Server
 
     commands.check_model(options)
     config = commands.config(options)
@@ -62,9 +65,10 @@ def run(options: argparse.Namespace) -> int:
     with listening(options.host, options.port) as sock:  # before a model is loaded for nothing
         model, processor = commands.load(options, config)
         app = build(options.name or options.model, model, processor, limits)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
         tokens = f"{image_tokens(model)} image tokens of {llava.find(model).patches} a picture"
         sys.stdout.write(f"http://{address(sock)}/v1 serves {options.model}, {tokens}\n")
         sys.stdout.flush()
-        server.run(sockets=[sock])
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+            Server(settings, app).run(sockets=[sock])
     return 0

@@ -1,6 +1,8 @@
 """A stream's events as OpenAI's clients read them: errors, usage, and the end."""
 
+import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -9,15 +11,23 @@ from llava_pitome.serving.guard import error
 FAILED = 'data: {"error": "'  # how transformers begins it, with a text behind that may hold anything
 USAGE = '"usage":{'  # never inside of a text, whose quotes are escaped
 DATA = "data: "
+ENDING = "the server is being ended"
+log = logging.getLogger(__name__)
 
 
-async def whole(parts: AsyncGenerator[str, None], usage: bool | None) -> AsyncGenerator[str, None]:
+async def whole(
+    parts: AsyncGenerator[str, None], usage: bool | None, left: asyncio.Event
+) -> AsyncGenerator[str, None]:
     """The events of `transformers serve`, and an end; the usage stands alone, where it was asked for."""
     async with aclosing(parts):
         async for part in parts:
-            before, failed, _ = part.partition(FAILED)
+            if left.is_set():  # and still reads: the server ends
+                yield _event(error(ENDING, 503))
+                break
+            before, failed, reason = part.partition(FAILED)
             yield _without_usage(before) if USAGE in before else before
             if failed:
+                log.error("generating failed: %s", reason.strip().removesuffix('"}'))
                 yield _event(error("generating failed", 500))
             elif usage and USAGE in part:
                 yield _event(_last(part) | {"choices": []})

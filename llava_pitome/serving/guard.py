@@ -10,9 +10,10 @@ from llava_pitome.serving.limits import Limits
 Scope, Message = MutableMapping[str, Any], MutableMapping[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
 CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
-LEFT = "llava_pitome.left"  # in the scope: an asyncio.Event that is set when the client leaves
+ASKED = "llava_pitome.asked"  # in the scope of a request that generates: an Asked
 ALLOWED = {CHAT: ("POST",), MODELS: ("GET",), HEALTH: ("GET",)}
-TYPES = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_exceeded", 500: "server_error"}
+TYPES = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_exceeded", 500: "server_error",
+         503: "server_error"}  # fmt: skip
 
 
 def error(reason: str, status: int) -> dict[str, Any]:
@@ -20,18 +21,50 @@ def error(reason: str, status: int) -> dict[str, Any]:
     return {"error": {"message": reason, "type": TYPES.get(status, "invalid_request_error"), "code": status}}
 
 
+LATE = object()  # instead of a body that took too long
+
+
+class Asked:
+    """A request that has arrived.
+
+    Attributes:
+        left: set when nobody is to be answered any more: the client has left or was answered, or the server
+            ends.
+        gone: set when the client has left.
+    """
+
+    def __init__(self, body: bytes):
+        """Holds its body until it is taken."""
+        self.left, self.gone, self._body = asyncio.Event(), asyncio.Event(), body
+
+    def take(self) -> bytes:
+        """The body, once: it may be long, and the request may wait."""
+        body, self._body = self._body, b""
+        return body
+
+
 class Guard:
     """An ASGI application that passes on to another what is within the limits.
 
     Attributes:
         reading: requests that are arriving now.
-        answering: requests that are being answered, or wait for it, now.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], limits: Limits):
         """Stands in front of `app`."""
         self._app, self._limits = app, limits
-        self.reading = self.answering = 0
+        self.reading = 0
+        self._asked: set[Asked] = set()
+
+    @property
+    def answering(self) -> int:
+        """Requests that are being answered, or wait for it, now."""
+        return len(self._asked)
+
+    def close(self) -> None:
+        """Ends every answer with its next token, and lets nobody wait any longer."""
+        for asked in self._asked:
+            asked.left.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or refuses it."""
@@ -61,11 +94,12 @@ class Guard:
         try:
             body = await asyncio.wait_for(_read(receive, self._limits.body), self._limits.seconds)
         except TimeoutError:
-            await _refuse(send, f"the request took more than {self._limits.seconds} s to arrive", 408)
-            return
+            body = LATE
         finally:
             self.reading -= 1
-        if body is None:
+        if body is LATE:
+            await _refuse(send, f"the request took more than {self._limits.seconds} s to arrive", 408)
+        elif body is None:
             await _refuse(send, self._too_long(), 413)
         elif self.answering >= most:
             await _refuse(send, f"{most} requests are being answered or wait, which is the most", 429)
@@ -74,20 +108,20 @@ class Guard:
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """A request that has arrived; the application is told when its client leaves."""
-        left, messages = asyncio.Event(), asyncio.Queue()
-        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        asked = Asked(body)
 
         async def watch() -> None:
-            message = await receive()  # only that he leaves can come now
-            left.set()
-            messages.put_nowait(message)
+            await receive()  # only that he leaves can come now
+            asked.gone.set()
+            asked.left.set()
 
         watching = asyncio.create_task(watch())
-        self.answering += 1
+        self._asked.add(asked)
         try:
-            await self._app({**scope, LEFT: left}, messages.get, send)
+            await self._app({**scope, ASKED: asked}, _gone(asked.gone), send)
         finally:
-            self.answering -= 1
+            self._asked.discard(asked)
+            asked.left.set()
             watching.cancel()
 
     def _too_long(self) -> str:
@@ -113,6 +147,16 @@ async def _read(receive: Receive, most: int) -> bytes | None:
         if len(body) > most:
             return None
     return bytes(body)
+
+
+def _gone(gone: asyncio.Event) -> Receive:
+    """What else comes from a client whose body has been taken: that it has left."""
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    return receive
 
 
 async def _refuse(send: Send, reason: str, status: int) -> None:

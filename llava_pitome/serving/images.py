@@ -32,16 +32,24 @@ def is_remote(address: str) -> bool:
     return not address[:5].lower().startswith("data:")
 
 
-def fetched(messages: list[dict[str, Any]], limits: Limits, read: Read = fetch) -> dict[str, bytes]:
+def fetched(
+    messages: list[dict[str, Any]], limits: Limits, until: float, read: Read = fetch
+) -> dict[str, bytes]:
     """What the addresses of a conversation hold that are not in the request itself, each fetched once.
 
-    All of them together may take as long, and be as large, as one request.
+    All of them together may be as large as one request.
+
+    Args:
+        messages: checked.
+        limits: whether anything is fetched, and how much.
+        until: when all of them must be there, as `time.monotonic()` tells.
+        read: fetches what an address holds.
 
     Raises:
         Refused: pictures are not fetched here, or one cannot be.
     """
     found: dict[str, bytes] = {}
-    until, room = time.monotonic() + limits.seconds, limits.body
+    room = limits.body
     for address in filter(is_remote, addresses(messages)):
         if not limits.urls:
             raise Refused("this server fetches no pictures: send them as data:image/...;base64,...")
@@ -96,7 +104,7 @@ def _decoded(address: str, limits: Limits) -> bytes:
     if not comma or not head.endswith(";base64"):
         raise Refused("a data: address must be of the form data:image/...;base64,...")
     try:
-        raw = base64.b64decode(data, validate=True)
+        raw = base64.b64decode("".join(data.split()), validate=True)  # some encoders break lines
     except (binascii.Error, ValueError) as error:  # ValueError: characters that are not ASCII
         raise Refused(f"the picture is no base64: {error}") from error
     if len(raw) > limits.picture:

@@ -1,8 +1,11 @@
 """From a request's conversation to the model's inputs, beside the event loop and within bounded memory."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from jinja2 import TemplateError
 
 from llava_pitome.serving import images
 from llava_pitome.serving.limits import Limits
@@ -45,14 +48,23 @@ class Prompts:
         await loop.run_in_executor(self._preparing, self._count, messages)
         held: dict[str, bytes] = {}
         if any(map(images.is_remote, images.addresses(messages))):
-            fetching = loop.run_in_executor(
-                self._fetching, images.fetched, messages, self._limits, self._read
-            )
-            try:  # also ends the wait for a thread, and for a name server
-                held = await asyncio.wait_for(fetching, self._limits.seconds)
-            except TimeoutError as error:
-                raise Refused(f"fetching the pictures took more than {self._limits.seconds} s") from error
+            held = await self._fetched(messages)
         return await loop.run_in_executor(self._preparing, self._processed, messages, held)
+
+    async def _fetched(self, messages: list[dict[str, Any]]) -> dict[str, bytes]:
+        """The pictures that are not in the request."""
+        seconds = self._limits.seconds
+        work = self._fetching.submit(
+            images.fetched, messages, self._limits, time.monotonic() + seconds, self._read
+        )
+        try:  # also ends the wait for a thread, and for a name server
+            return await asyncio.wait_for(asyncio.wrap_future(work), seconds)
+        except TimeoutError as error:
+            if work.cancelled():  # before it began
+                raise Refused(
+                    f"too many pictures are being fetched: none of {seconds} s was free", 503
+                ) from error
+            raise Refused(f"fetching the pictures took more than {seconds} s") from error
 
     def _count(self, messages: list[dict[str, Any]]) -> None:
         """Raises Refused for a conversation that is too long, before any of its pictures is touched."""
@@ -61,7 +73,10 @@ class Prompts:
                 {"type": "image"} if part["type"] == "image_url" else part for part in parts(message, i)
             ]} for i, message in enumerate(messages)
         ]  # fmt: skip
-        text = self._processor.apply_chat_template(turns, add_generation_prompt=True)
+        try:
+            text = self._processor.apply_chat_template(turns, add_generation_prompt=True)
+        except TemplateError as error:  # some refuse an order of roles
+            raise Refused(f"the model's chat template refuses the messages: {error}") from error
         token = self._processor.image_token
         pictures = len(images.addresses(messages))
         if text.count(token) != pictures:  # parts of several texts may make one together

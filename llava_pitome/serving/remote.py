@@ -11,6 +11,9 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 REDIRECTS = 3
+WITHIN = [  # of single networks and clouds, though ipaddress (or an older one) has them as global
+    ipaddress.ip_network(net) for net in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16", "3fff::/20")
+]
 UNICAST = ipaddress.ip_network("2000::/3")  # of IPv6, all that is routed on the internet
 PORTS = {"http": 80, "https": 443}
 REDIRECTING = (301, 302, 303, 307, 308)
@@ -19,7 +22,7 @@ REDIRECTING = (301, 302, 303, 307, 308)
 def is_public(address: str) -> bool:
     """Whether an IP address is one that anybody could reach: not private, local or reserved."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    if not found.is_global or found.is_multicast:
+    if not found.is_global or found.is_multicast or any(found in net for net in WITHIN):
         return False
     if found.version == 4:
         return True
@@ -85,6 +88,7 @@ def _get(parts: SplitResult, most: int, until: float, allowed: Callable[[str], b
             open_now[0] = sock  # wrapping takes the connection away from the plain one
             sock.do_handshake()
         connection = HTTPConnection(parts.hostname, port)
+        connection.default_port = PORTS[parts.scheme]  # which is not said in the Host line
         connection.sock = sock
         path = parts.path or "/"
         connection.request("GET", path + (f"?{parts.query}" if parts.query else ""), headers=HEADERS)

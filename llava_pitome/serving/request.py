@@ -1,6 +1,8 @@
 """A chat request, checked whole before any work starts: its form, its settings, how much it holds."""
 
+import json
 import math
+import reprlib
 from typing import Any
 
 from llava_pitome.serving.limits import Limits
@@ -26,9 +28,12 @@ AS_IT_IS = {  # fields with the only value that is served
     "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"],
     "stop": [],  # transformers 5.23 looks the words up in the processor, which has none
 }  # fmt: skip
+DETAILS = (None, "auto", "low", "high")  # all the same: the tower has one size
 COLDEST = 0.01  # below, scores overflow
 CHARACTERS = 16  # a token is rarely longer
-MOST = 100  # characters of a value in a reason
+MARKS = 32  # brackets and commas around one text or picture, with much to spare
+SHORT = reprlib.Repr()  # for values in reasons
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 100
 
 
 class Refused(ValueError):
@@ -44,13 +49,36 @@ class Refused(ValueError):
         self.status = status
 
 
-def check(body: Any, limits: Limits) -> None:
+def read(raw: bytes, kind: str, limits: Limits) -> dict[str, Any]:
+    """The JSON object that a request is.
+
+    Args:
+        raw: its body.
+        kind: its Content-Type.
+        limits: how long a prompt may be.
+
+    Raises:
+        Refused: it is none, or holds far more than a prompt can.
+    """
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise Refused(f"Content-Type={said(kind)} is not allowed: it must be application/json", 415)
+    marks = sum(map(raw.count, (b"[", b"{", b",")))
+    if marks > (CHARACTERS + MARKS) * limits.prompt:  # reading it would hold everybody up
+        raise Refused(f"{marks} brackets and commas are too many for a prompt of {limits.prompt} tokens", 413)
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8, or a number of 5000 digits
+        raise Refused(f"the request is no JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise Refused("the request must be a JSON object")
+    return body
+
+
+def check(body: dict[str, Any], limits: Limits) -> None:
     """Raises Refused for a request with anything in it that would fail later or be ignored.
 
     Pictures are not opened yet.
     """
-    if not isinstance(body, dict):
-        raise Refused("the request must be a JSON object")
     for key, value in body.items():
         if key in READ | WITHOUT_EFFECT or value is None:
             continue
@@ -92,8 +120,10 @@ def _streaming(body: dict[str, Any]) -> None:
     streaming = body.get("stream_options")
     if streaming is None:
         return
-    if not isinstance(streaming, dict) or streaming.keys() - {"include_usage"}:
-        raise Refused("stream_options may hold include_usage alone")
+    if not isinstance(streaming, dict) or streaming.keys() - {"include_usage", "include_obfuscation"}:
+        raise Refused("stream_options may hold include_usage, and include_obfuscation=false")
+    if streaming.get("include_obfuscation"):
+        raise Refused("include_obfuscation is not supported; allowed is false")
     if not isinstance(streaming.get("include_usage"), bool | None):
         raise Refused(
             f"include_usage={said(streaming['include_usage'])} is not allowed: it must be true or false"
@@ -110,7 +140,7 @@ def _messages(messages: Any, limits: Limits) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise Refused(f"messages[{i}] must be an object whose role is one of {', '.join(ROLES)}")
-        if odd := message.keys() - {"role", "content"}:
+        if odd := {key for key, value in message.items() if value is not None} - {"role", "content"}:
             raise Refused(f"messages[{i}] holds {said(sorted(odd)[0])}, which is not supported")
         for part in parts(message, i):
             held += 1
@@ -160,8 +190,8 @@ def _part(part: Any, i: int) -> dict[str, Any]:
         return part
     if not isinstance(held, dict) or not isinstance(held.get("url"), str):
         raise Refused(f"messages[{i}]: image_url must be an object with a text under 'url'")
-    if held.keys() - {"url", "detail"} or held.get("detail", "auto") not in ("auto", None):
-        raise Refused(f"messages[{i}]: image_url may hold 'url', and as 'detail' only 'auto'")
+    if held.keys() - {"url", "detail"} or held.get("detail") not in DETAILS:
+        raise Refused(f"messages[{i}]: image_url may hold 'url', and as 'detail' auto, low or high")
     return part
 
 
@@ -182,5 +212,4 @@ def _number(value: Any, whole: bool) -> bool:
 
 def said(value: Any) -> str:
     """What a request holds, short enough to be said back to it."""
-    whole = repr(value) if not isinstance(value, str) else repr(value[:MOST])
-    return whole if len(whole) <= MOST else whole[:MOST] + "..."
+    return SHORT.repr(value)
