@@ -21,10 +21,14 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {  # each with the extra that it n
     "bench": (bench, "bench"),
     "convert": (convert, "models"),
 }
+INTERRUPTED = 130  # as shells have it
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command; 2 where what was asked for is not allowed, with the reason on the terminal."""
+    """Runs one command; 2 where what was asked for is not allowed, with the reason on the terminal.
+
+    130 where somebody interrupts it.
+    """
     parser = argparse.ArgumentParser(
         "llava-pitome", description="LLaVA with its visual tokens merged by PiToMe."
     )
@@ -37,6 +41,8 @@ def main(words: Sequence[str] | None = None) -> int:
     command, extra = COMMANDS[options.command]
     try:
         return command.run(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except ValueError as error:
         reason = str(error)
     except ModuleNotFoundError as error:

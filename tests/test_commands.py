@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llava_pitome import MergeConfig, commands
+from llava_pitome.cli import main
 from llava_pitome.config import asked
 
 
@@ -69,3 +70,12 @@ def test_the_model_is_loaded_as_it_is_asked_for(saved):
     assert (model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
     assert model.config.token_merging == MergeConfig(ratio=0.8).to_dict()
     assert processor.tokenizer.padding_side == "left"
+
+
+def test_who_interrupts_a_command_is_not_shown_a_traceback(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_pitome.commands.load", interrupted)
+    assert main(["serve", "--port", "0"]) == 130
+    assert "Traceback" not in capsys.readouterr().err

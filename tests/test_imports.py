@@ -54,7 +54,8 @@ KERNELS = ("kernels.matching_triton", "kernels.average_triton")  # written in Tr
 HOSTS = {
     "transformers": (
         "adapters", "checkpoints", "repeats", "lmms", "vllm_plugin.chat", "vllm_plugin.model",
-        "bench.targets", "chat.streaming", "serving.app", "conversion", "conversion.configs",
+        "bench.targets", "chat.streaming", "serving.answering", "serving.app", "conversion",
+        "conversion.configs",
         "conversion.processors", "conversion.weights",
     ),
     "PIL": (

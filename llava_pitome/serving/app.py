@@ -3,28 +3,25 @@
 import asyncio
 import copy
 import uuid
-from collections.abc import Coroutine
 from typing import Any
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from torch import nn
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, Modality
 
 from llava_pitome.api import image_tokens
-from llava_pitome.chat.streaming import Until
+from llava_pitome.serving.answering import PROMPT, Left, OneAnswer, unless
 from llava_pitome.serving.events import ENDING, whole
 from llava_pitome.serving.guard import ASKED, CHAT, HEALTH, MODELS, Guard, error
 from llava_pitome.serving.limits import Limits
 from llava_pitome.serving.prompts import Prompts
 from llava_pitome.serving.request import Refused, check, read
 
-PROMPT = ("input_ids", "attention_mask")  # of a processor's inputs
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_completion_tokens")
 
 
@@ -58,54 +55,6 @@ class OneModel(ModelManager):
                  "token_merging": merging}]  # fmt: skip
 
 
-class Left(Exception):
-    """Nobody is to be answered any more: the client has left, or the server ends."""
-
-
-class OneAnswer:
-    """The model for one request: it has the pictures and the seed, and ends when nobody waits for it."""
-
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], seed: int | None, left: asyncio.Event):
-        """Wraps a model.
-
-        Args:
-            model: a LLaVA.
-            inputs: of `generate` besides the prompt's tokens. They are let go when nobody waits any more:
-                what waits for its turn in transformers' queue cannot be taken back out of it.
-            seed: None leaves the draws as they come.
-            left: tells that nobody waits.
-        """
-        self._model, self._inputs, self._seed, self._left = model, inputs, seed, left
-        self._dropping = asyncio.create_task(self._drop())
-
-    async def _drop(self) -> None:
-        await self._left.wait()
-        self._inputs = {}
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is the model's."""
-        return getattr(self._model, name)
-
-    def generate(self, **inputs: Any) -> Any:
-        """As the model's.
-
-        Raises:
-            Left: nobody waits for it any more.
-        """
-        held = self._inputs
-        if self._left.is_set():
-            raise Left
-        device = self._model.device
-        inputs |= {key: value.to(device) for key, value in held.items()}
-        inputs |= {key: inputs[key].to(device) for key in PROMPT}
-        inputs["stopping_criteria"] = StoppingCriteriaList([Until(self._left)])
-        if self._seed is None:
-            return self._model.generate(**inputs)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._seed)
-            return self._model.generate(**inputs)
-
-
 class MergingChat(ChatCompletionHandler):
     """Chat completions of one merging model, whose requests are checked whole before any work."""
 
@@ -128,7 +77,7 @@ class MergingChat(ChatCompletionHandler):
             Left: nobody waits for it any more.
         """
         name, model, processor = self._resolve_model(body)
-        inputs = await _unless(left, self._prompts.inputs(body.pop("messages")), cancel=True)
+        inputs = await unless(left, self._prompts.inputs(body.pop("messages")), cancel=True)
         asked = {k: v for k, v in body.items() if k in SETTINGS and v is not None}
         settings = self._build_generation_config(asked, model.generation_config)
         prompt = {key: inputs.pop(key) for key in PROMPT}
@@ -137,7 +86,7 @@ class MergingChat(ChatCompletionHandler):
         job = (request_id, answering, processor, name, prompt, settings)
         manager = self.generation_state.get_manager(name)
         if not body.get("stream"):
-            return await _unless(left, self._non_streaming(*job, gen_manager=manager), cancel=False)
+            return await unless(left, self._non_streaming(*job, gen_manager=manager), cancel=False)
         response = self._streaming(*job, gen_manager=manager)
         usage = (body.get("stream_options") or {}).get("include_usage")
         response.body_iterator = whole(response.body_iterator, usage, left)
@@ -173,19 +122,6 @@ class MergingChat(ChatCompletionHandler):
                 f"the prompt has {length} tokens and {settings.max_new_tokens} are asked for; the model "
                 f"reads {context} in all"
             )
-
-
-async def _unless(left: asyncio.Event, working: Coroutine[Any, Any, Any], cancel: bool) -> Any:
-    """What work comes to, or Left once nobody waits; the work is cancelled then, or else ends by itself."""
-    work, leaving = asyncio.create_task(working), asyncio.create_task(left.wait())
-    await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-    leaving.cancel()
-    if work.done():
-        return work.result()
-    if cancel:
-        work.cancel()
-    work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody waits for it
-    raise Left
 
 
 def build(name: str, model: nn.Module, processor: Any, limits: Limits) -> Guard:

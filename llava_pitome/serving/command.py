@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
         app = build(options.name or options.model, model, processor, limits)
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
         tokens = f"{image_tokens(model)} image tokens of {llava.find(model).patches} a picture"
-        sys.stdout.write(f"http://{address(sock)}/v1 serves {options.model}, {tokens}\n")
-        sys.stdout.flush()
         with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+            sys.stdout.write(f"http://{address(sock)}/v1 serves {options.model}, {tokens}\n")
+            sys.stdout.flush()
             Server(settings, app).run(sockets=[sock])
     return 0
