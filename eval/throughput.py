@@ -45,6 +45,7 @@ OPTIONS = {
     "body": Option(
         {}, fields, "a JSON object", 'further fields of a request, such as {"ignore_eos": true} for vLLM'
     ),
+    "wait": Option(0, whole(0), "a whole number from 0", "seconds in which all servers must be up"),
     "timeout": Option(600, whole(1), "a whole number from 1", "seconds that a request may take"),
     "output": Option("output/throughput", folder, "a folder", "where throughput.json and .md go"),
 }
@@ -66,7 +67,8 @@ def main(words: list[str]) -> int:
         options = parse(words, OPTIONS)
         if options["servers"] is None:
             raise ValueError("servers= is missing: name=http://host:port with commas")
-        models = {name: model(url) for name, url in options["servers"].items()}
+        until = time.monotonic() + options["wait"]
+        models = {name: model(url, until) for name, url in options["servers"].items()}
     except ValueError as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 2
@@ -133,16 +135,23 @@ def reply(url: str, model: str, options: dict[str, Any], seed: int) -> Reply:
     return Reply(time.perf_counter() - started, usage["prompt_tokens"], usage["completion_tokens"])
 
 
-def model(url: str) -> str:
-    """The name of what a server serves.
+def model(url: str, until: float) -> str:
+    """The name of what a server serves, once it is up.
+
+    Args:
+        url: of the server.
+        until: when it must be up, as `time.monotonic()` tells.
 
     Raises:
         ValueError: nothing answers there as an OpenAI-compatible server does.
     """
-    try:
-        return call(f"{url}/v1/models", 30)["data"][0]["id"]
-    except (OSError, KeyError, IndexError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(f"no OpenAI-compatible server answers at {url}: {error}") from error
+    while True:
+        try:
+            return call(f"{url}/v1/models", 30)["data"][0]["id"]
+        except (OSError, KeyError, IndexError, RuntimeError, json.JSONDecodeError) as error:
+            if time.monotonic() > until:
+                raise ValueError(f"no OpenAI-compatible server answers at {url}: {error}") from error
+        time.sleep(1)
 
 
 def call(url: str, timeout: int, body: dict[str, Any] | None = None) -> Any:

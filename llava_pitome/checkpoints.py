@@ -35,6 +35,8 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     adapted = given not in (path, embedded.NAME)
     own = hub
     if adapted:  # a revision is the adapter's
+        import peft  # noqa: F401  # that it is missing is known before weights are read
+
         hub = _shared(hub)
         options = {k: v for k, v in options.items() if k not in HUB} | hub
     config, raw = _read(path, hub)

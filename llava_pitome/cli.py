@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {  # each with the extra that it n
     "bench": (bench, "bench"),
     "convert": (convert, "models"),
 }
+EXTRAS = {
+    "peft": "peft",
+    "bitsandbytes": "quantization",
+}  # of packages that a model may need, whatever the command
 INTERRUPTED = 130  # as shells have it
 
 
@@ -46,6 +50,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         reason = str(error)
     except ModuleNotFoundError as error:
+        extra = EXTRAS.get(error.name or "", extra)
         reason = f"needs {error.name}, which is not installed: pip install 'llava-pitome[{extra}]'"
     sys.stderr.write(f"llava-pitome {options.command}: {reason}\n")
     return 2

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def describe_merging(parser: argparse.ArgumentParser, several: bool = False) -> 
     )
     add("--recipe", choices=RECIPES, default="paper", help="how to merge (paper)")
     read, kind = (methods, "with commas between them") if several else (method, "one of them")
-    add("--method", type=read, help=f"who joins whom: {', '.join(METHODS)}; {kind} (pitome)")
+    names = f"who joins whom: {', '.join(METHODS)}; {kind} (pitome)"
+    elsewhere = 'one that does not merge in the tower needs --merging, such as \'{"decoder": {"1": 64}}\''
+    add("--method", type=read, help=names if several else f"{names}; {elsewhere}")
     further = reader(fields, "a JSON object")
     add("--merging", type=further, metavar="JSON", help="further fields of MergeConfig: '{\"prefix\": 64}'")
 
@@ -60,11 +63,15 @@ def config(options: argparse.Namespace) -> MergeConfig | None:
 
 
 def check_model(options: argparse.Namespace) -> None:
-    """Raises ValueError for a device that is not there, or a dtype it is too slow at."""
+    """Raises ValueError for a device or a package that is not there, or a dtype that is too slow."""
     count = torch.cuda.device_count()
     there = ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
     if options.device not in (None, *there):
         raise ValueError(f"--device {options.device} is not there; allowed are {', '.join(there)}")
+    if options.load_4bit and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--load-4bit needs bitsandbytes, which is not installed: pip install 'llava-pitome[quantization]'"
+        )
     if options.dtype == "float16" and _device(options).type == "cpu":
         raise ValueError(
             "--dtype float16 is hundreds of times slower than bfloat16 on CPUs; allowed: auto, bfloat16, "

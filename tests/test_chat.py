@@ -176,6 +176,7 @@ def test_lines_ask_and_commands_change_what_merges(held, tmp_path, embedded):
     [
         ("/ratio 2", "ratio=2"), ("/ratio x", "'x' is not allowed"), ("/tokens 0", "tokens=0"),
         ("/tokens 500", "does not fit"), ("/image nothing.png", "nothing.png is not there"),
+        ("/image", "needs the name"),
         ("/imag a.png", "/imag is no command"),
         ("/save", "needs the name"), ("/save /none/x", "cannot be written"),
     ],
@@ -185,6 +186,17 @@ def test_lines_that_cannot_be_done_say_why_and_change_nothing(held, line, reason
         held.hold([line], interactive=False)
     held.hold([line, "Is there a circle?"], interactive=True)
     assert reason in held.out.getvalue() and held.config == RATIO and len(held.record) == 1
+
+
+def test_an_answer_that_is_stopped_before_it_begins_has_no_numbers(held, monkeypatch):
+    def stopped(_):
+        raise KeyboardInterrupt
+        yield
+
+    held.hold(["Is there a circle?"], interactive=True)
+    monkeypatch.setattr("llava_pitome.chat.streaming.Stream.pieces", stopped)
+    held.hold(["Is there a square?"], interactive=True)
+    assert [said["numbers"] is None for said in held.record] == [False, True]
 
 
 def test_help_names_every_command(held):
@@ -207,7 +219,8 @@ def test_the_command_answers_piped_questions(monkeypatch, capsys, tmp_path):
     [
         (["--ratio", "0"], "0"), (["--image", "no.png"], "no.png is not there"),
         (["--max-new-tokens", "0"], "whole number from 1"), (["--recipe", "best"], "not how far"),
-        (["--device", "cuda:9"], "cuda:9"), (["--temperature", "-1"], "temperature=-1"),
+        (["--device", "cuda:9"], "cuda:9"), (["--temperature", "-1"], "a number from 0"),
+        (["--temperature", "inf"], "a number from 0"),
     ],
 )  # fmt: skip
 def test_the_command_refuses_before_it_talks(monkeypatch, capsys, words, reason):

@@ -79,3 +79,9 @@ def test_who_interrupts_a_command_is_not_shown_a_traceback(monkeypatch, capsys):
     monkeypatch.setattr("llava_pitome.commands.load", interrupted)
     assert main(["serve", "--port", "0"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_four_bits_without_their_package_are_refused_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"bitsandbytes.*llava-pitome\[quantization\]"):
+        commands.check_model(parsed("--load-4bit"))

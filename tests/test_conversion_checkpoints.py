@@ -1,7 +1,6 @@
 """Weights and configs of original checkpoints: what is read, what is written, and what is refused."""
 
 import json
-import pickle
 import subprocess
 import sys
 
@@ -60,9 +59,18 @@ def test_a_pickle_that_would_run_something_is_refused(folder, tmp_path):
     sharded(folder, count=1)
     shard = next(folder.glob("*.bin"))
     torch.save({"lm_head.weight": Trap(tmp_path / "trapped")}, shard)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=f"{shard.name} holds no weights, or more than weights"):
         load(str(folder))
     assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("held", [b"", b"no weights at all"])
+def test_a_damaged_file_is_named(folder, held):
+    sharded(folder, count=1)
+    shard = next(folder.glob("*.bin"))
+    shard.write_bytes(held)
+    with pytest.raises(ValueError, match=f"{shard.name} holds no weights"):
+        load(str(folder))
 
 
 def test_positions_are_spread_as_the_checkpoint_says(folder):

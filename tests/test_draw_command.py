@@ -138,6 +138,7 @@ def test_the_trained_model_is_drawn_too(capsys, tmp_path):
         (["--merging", '{"method": "x"}'], "method='x' is unknown"),
         (["--merging", '{"ratio": 0.5}', "--ratio", "0.5"], "ratio stands in merging and beside it"),
         (["--merging", '{"prefix": 9}', "--method", "fastv"], "method 'fastv' cannot merge in the prefix"),
+        (["--method", "fastv", "--question", " "], "--question ' ' is not allowed: fastv"),
         (["--ratio", "0.5,0.5"], "ratio holds 2 shares; the tower has 7 layers"),
         (["--size", "9"], "a whole number from 64 to 1024"),
         (["--device", "tpu"], "--device tpu is not there; allowed are cpu"),

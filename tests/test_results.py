@@ -260,3 +260,8 @@ def test_the_throughput_under_vllm_is_the_measured_one():
     assert found["machine"]["processor"] in page
     assert {row["concurrency"] for row in found["rows"]} == {1, 8, 32}
     assert {row["answer_tokens"] for row in found["rows"]} == {found["options"]["new_tokens"]}
+
+
+def test_no_result_names_a_path_of_the_machine_that_it_was_made_on():
+    for file in RESULTS.rglob("*.json"):
+        assert not re.search(r'"/[a-z]+/', file.read_text()), file

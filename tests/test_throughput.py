@@ -104,3 +104,21 @@ def test_a_request_that_is_refused_ends_the_run_with_the_reason(serve, tmp_path)
 def test_what_cannot_be_measured_ends_the_command_with_2(words, says, capsys):
     assert throughput.main(words) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_up_yet_is_waited_for(serve, monkeypatch):
+    server, refused = serve(tokens=7), []
+    call = throughput.call
+
+    def late(url, *rest):
+        if len(refused) < 2:
+            refused.append(url)
+            raise ConnectionRefusedError("not yet")
+        return call(url, *rest)
+
+    monkeypatch.setattr(throughput, "call", late)
+    monkeypatch.setattr(throughput.time, "sleep", lambda _: None)
+    assert throughput.model(server.url, throughput.time.monotonic() + 30) == "small"
+    refused.clear()
+    with pytest.raises(ValueError, match="not yet"):
+        throughput.model(server.url, throughput.time.monotonic() - 1)

@@ -1,6 +1,7 @@
 """`llava-pitome chat`: its options, and where the lines come from."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +29,8 @@ def describe(parsers: Any, name: str) -> None:
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     add("--max-new-tokens", type=commands.reader(whole(1), "a whole number from 1"), default=512,
         help="length of an answer at most (512)")  # fmt: skip
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws (0)")
+    add("--temperature", type=commands.reader(_temperature, "a number from 0"), default=0.0,
+        help="0 takes the likeliest token, more draws (0)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,6 +56,12 @@ def run(options: argparse.Namespace) -> int:
         terminal.say(f"{options.model}: a question a line; /help lists commands\n")
     terminal.hold(_typed() if interactive else sys.stdin, interactive)
     return 0
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise ValueError(text)
+    return value
 
 
 def _changed(begun: MergeConfig | None, **amount: Any) -> MergeConfig:

@@ -1,5 +1,6 @@
 """The turns of a conversation, and what the model is given for the next answer."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -38,8 +39,8 @@ class Conversation:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: it must be at least 1")
-        if not temperature >= 0:
-            raise ValueError(f"temperature={temperature} is not allowed: it must be at least 0")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature} is not allowed: it must be a number from 0")
         self.model, self.processor = model, processor
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.reset()
@@ -140,6 +141,7 @@ class Conversation:
         answer = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces).strip()}]}
         self.turns += [asked, answer]
         self.pictures, self._shown = pictures, []
+        self.numbers = None
         if not stream.times:
             return  # left before the first token
         ids, model = inputs["input_ids"], llava.unwrap(self.model)

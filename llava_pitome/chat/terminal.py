@@ -126,6 +126,8 @@ class Terminal:
 
 
 def _image(terminal: Terminal, argument: str) -> None:
+    if not argument:
+        raise ValueError("/image needs the name of a file")
     picture = open_picture(argument)
     terminal.conversation.show(picture)
     terminal.say(f"{argument}: {picture.width} x {picture.height} pixels, with the next question\n")

@@ -7,6 +7,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -92,7 +93,11 @@ def with_tower(state: dict[str, Tensor], tower: str | None, hub: dict[str, Any])
 
 
 def _read(path: str, hub: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a folder or hub id, file by file."""
+    """The weights of a folder or hub id, file by file.
+
+    Raises:
+        ValueError: a file is damaged, or holds anything but tensors.
+    """
     for file in _files(path, hub):
         if file.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -100,7 +105,11 @@ def _read(path: str, hub: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield from load_file(file).items()
         else:  # nothing but tensors is unpickled
             mapped = zipfile.is_zipfile(file)
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=mapped).items()
+            try:
+                held = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            except (UnpicklingError, EOFError, RuntimeError) as error:
+                raise ValueError(f"{file} holds no weights, or more than weights: {error}") from error
+            yield from held.items()
 
 
 def _files(path: str, hub: dict[str, Any]) -> list[str]:

@@ -58,6 +58,12 @@ def run(options: argparse.Namespace) -> int:
     size = checkpoints.counts(options.model)
     chosen = configs(options, *size)
     shown = layers(options.layers, chosen, *size)
+    inside = [config.method for config in chosen.values() if config.decoder]
+    if inside and not options.question.strip():
+        raise ValueError(
+            f"--question {options.question!r} is not allowed: {inside[0]} merges in the language model, "
+            "where it is read"
+        )
     from llava_pitome.api import remove
     from llava_pitome.drawing import panels
     from llava_pitome.drawing.sheet import sheet

@@ -94,7 +94,7 @@ def _points(seen: Study) -> list[Point | None]:
     for merge in seen.history.merges:
         head = {
             "tower": f"behind layer {merge.layer + 1} of the tower", "prefix": "behind the projector",
-            "decoder": f"in the language model, layer {merge.layer}",
+            "decoder": f"behind layer {merge.layer + 1} of the language model",
         }[merge.place]  # fmt: skip
         found.append(Point(head, merge.place, merge.layer))
     return found
