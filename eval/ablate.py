@@ -10,16 +10,14 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import numpy as np
-from helping import helped
-from quiz import BUDGETS, EACH, TRAINING, everyone
-from results import commit
 
+from eval.helping import helped
+from eval.quiz import BUDGETS, EACH, TRAINING, everyone
+from eval.results import commit
 from llava_pitome import MergeConfig
-from llava_pitome.bench.machine import machine
-from llava_pitome.options import Option, parse, whole
+from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.options import Option, parse, whole
 from llava_pitome.recipes import RECIPES
 
 UNSEEN = TRAINING + 1_000_000  # pictures on which nothing was chosen

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import batch
-import timing
-from combinations import Combination
-from plan import Plan
-from questions import EMBEDDED_TASK
 from rich.console import Console
 from rich.table import Table
 
+from eval import batch, timing
+from eval.combinations import Combination
+from eval.plan import Plan
+from eval.questions import EMBEDDED_TASK
 from llava_pitome import embedded
 from llava_pitome.embedded import dataset
 

@@ -5,11 +5,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from labels import INPUT, RESIZE, slug
-
+from eval.labels import INPUT, RESIZE, slug
 from llava_pitome.config import MergeConfig
-from llava_pitome.matching import parameters_of
 from llava_pitome.methods import METHODS
+from llava_pitome.methods.registry import parameters_of
 from llava_pitome.recipes import RECIPES
 
 REFERENCE, UNMERGED = "pitome", "unmerged"  # "paper" is another name of the first

@@ -13,11 +13,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import results
 import torch
-from plan import Plan
-from questions import EMBEDDED_TASK, FOLDER_TASK
 
+from eval import results
+from eval.plan import Plan
+from eval.questions import EMBEDDED_TASK, FOLDER_TASK
 from llava_pitome.embedded import dataset
 
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # what a disk says no with
@@ -52,7 +52,7 @@ def _evaluate(plan: Plan, label: str, merging) -> dict | None:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    from llava_pitome.lmms import LlavaPitome
+    from llava_pitome.integrations.lmms_eval import LlavaPitome
 
     arguments = plan.model_args(merging)
     cache, journal = plan.output / "cache", _journal(plan, merging)

@@ -5,16 +5,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from combinations import REFERENCE, UNMERGED
-from gather import EMBEDDED, Found, Sweep, pictures, scored
 from PIL import Image
-from rows import TOWER, Row
 
+from eval.combinations import REFERENCE, UNMERGED
+from eval.gather import EMBEDDED, Found, Sweep, pictures, scored
+from eval.rows import TOWER, Row
 from llava_pitome import MergeConfig, load, merge_tokens
-from llava_pitome.drawing.history import watching
-from llava_pitome.drawing.overlay import overlay
+from llava_pitome.cli.draw.overlay import overlay
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
+from llava_pitome.trace.history import watching
 
 SCALE = 2  # screen pixels a picture pixel
 

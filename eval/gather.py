@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from labels import slug
+from eval.labels import slug
 
 SWEEP, EMBEDDED = "sweep.json", "embedded_vqa"
 PICTURE = ("image_id", "imageId")  # of a question, where its task has it

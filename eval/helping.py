@@ -1,6 +1,6 @@
 """What a command says of itself when it is asked for help."""
 
-from llava_pitome.options import Option, usage
+from llava_pitome.cli.options import Option, usage
 
 
 def helped(words: list[str], doc: str | None, options: dict[str, Option]) -> bool:

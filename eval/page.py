@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from examples import Example
-from labels import spot
 from PIL import Image
-from verdicts import title
+
+from eval.examples import Example
+from eval.labels import spot
+from eval.verdicts import title
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from llava_pitome import MergeConfig, load, merge_tokens
-from llava_pitome.drawing.overlay import overlay
-from llava_pitome.drawing.sheet import strip
+from llava_pitome.cli.draw.overlay import overlay
+from llava_pitome.cli.draw.sheet import strip
+from llava_pitome.cli.options import Option, parse, share, whole
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import PATCH, scene
-from llava_pitome.merging import trace
-from llava_pitome.options import Option, parse, share, whole
+from llava_pitome.merge.plan import trace
 
 SHOWN = ("pitome", "tome", "random")
 SCALE = 3  # screen pixels a picture pixel

@@ -8,14 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-import questions
 import torch
-from labels import merges, where
-from sizes import Cost, Sizes, sizes
 
-from llava_pitome import checkpoints, embedded, llava
+from eval import questions
+from eval.labels import merges, where
+from eval.sizes import Cost, Sizes, sizes
+from llava_pitome import embedded
 from llava_pitome.config import MergeConfig
 from llava_pitome.embedded import dataset
+from llava_pitome.models import checkpoints
+from llava_pitome.models import hf_llava as llava
 
 HUB_MODEL = "llava-hf/llava-1.5-7b-hf"
 

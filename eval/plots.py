@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from combinations import REFERENCE, UNMERGED
-from labels import INPUT, RESIZE, spot
-from results import ANSWER_TYPES
-from rows import Row
-from verdicts import plain, title
+from eval.combinations import REFERENCE, UNMERGED
+from eval.labels import INPUT, RESIZE, spot
+from eval.results import ANSWER_TYPES
+from eval.rows import Row
+from eval.verdicts import plain, title
 
 MINE = {
     "color": "#D55E00",

@@ -9,13 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from helping import helped
-
-from llava_pitome.bench.targets import ANSWERING
-from llava_pitome.bench.targets import write as write_target
-from llava_pitome.options import Option, folder, one_of, parse
+from eval.helping import helped
+from llava_pitome.cli.bench.targets import ANSWERING
+from llava_pitome.cli.bench.targets import write as write_target
+from llava_pitome.cli.options import Option, folder, one_of, parse
 
 OPTIONS = {
     "name": Option(ANSWERING[0], one_of(*ANSWERING), " | ".join(ANSWERING), "which shapes; 2.1 and 14 GB"),
@@ -40,7 +37,7 @@ def main(words: list[str]) -> int:
 
 def write(name: str, into: Path) -> Path:
     """Writes the model of a name, with a processor, and returns where."""
-    from llava_pitome.vllm_plugin import renamed
+    from llava_pitome.integrations.vllm import renamed
 
     with tempfile.TemporaryDirectory(dir=into.parent if into.parent.is_dir() else None) as beside:
         write_target(name, Path(beside))

@@ -9,16 +9,12 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import batch
-import timing
-from combinations import UNMERGED, Combination
-from labels import place
-from run import OPTIONS as RUN
-from run import planned
-
-from llava_pitome.options import Option, boolean, parse, usage, whole
+from eval import batch, timing
+from eval.combinations import UNMERGED, Combination
+from eval.labels import place
+from eval.run import OPTIONS as RUN
+from eval.run import planned
+from llava_pitome.cli.options import Option, boolean, parse, usage, whole
 
 RECIPES = Path(__file__).parent / "recipes"
 OWN = {  # keys of the whole
@@ -56,7 +52,7 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         print(f"recipe: {error}", file=sys.stderr)
         return 2
-    from campaign import carry_out, show
+    from eval.campaign import carry_out, show
 
     if options["dry_run"]:
         for runs in folders.values():
@@ -72,7 +68,7 @@ def planned_runs(file: Path, further: list[str], dry: bool, output: Path) -> dic
     Raises:
         ValueError: a line that does not fit, with its number.
     """
-    from campaign import Run
+    from eval.campaign import Run
 
     every: list[str] = []
     found: dict[Path, list[Run]] = {}
@@ -98,7 +94,7 @@ def planned_runs(file: Path, further: list[str], dry: bool, output: Path) -> dic
 
 def _run(words: list[str], further: list[str], dry: bool, output: Path):
     """One run; of words with the same key the last counts."""
-    from campaign import Run
+    from eval.campaign import Run
 
     last = {word.partition("=")[0]: word for word in ("baseline=false", *words, *further)}
     line = parse([word for key, word in last.items() if key in LINE], LINE)

@@ -8,20 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import page
-import plots
-import tables
-import verdicts
-from comparison import DRAWS, LEVEL
-from examples import find
-from gather import Sweep, pictures, read
-from helping import helped
-from rows import ALPHA, Row, make
-
+from eval import page, plots, tables, verdicts
+from eval.comparison import DRAWS, LEVEL
+from eval.examples import find
+from eval.gather import Sweep, pictures, read
+from eval.helping import helped
+from eval.rows import ALPHA, Row, make
+from llava_pitome.cli.options import Option, parse, whole
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, parse, whole
 
 OPTIONS = {
     "input": Option("output/sweep", str, "a folder that eval/sweep.py has written", "what to report"),

@@ -7,13 +7,13 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from labels import slug
-from plan import Plan
 from rich.console import Console
 from rich.table import Table
 
+from eval.labels import slug
+from eval.plan import Plan
 from llava_pitome import embedded
-from llava_pitome.bench.machine import machine
+from llava_pitome.cli.bench.machine import machine
 
 PACKAGES = (
     "llava-pitome",

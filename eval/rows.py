@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from combinations import REFERENCE, UNMERGED
-from comparison import DRAWS, by_picture, holm, intervals, p_values
-from gather import Found, Sweep, pictures, scored
-from labels import home
+
+from eval.combinations import REFERENCE, UNMERGED
+from eval.comparison import DRAWS, by_picture, holm, intervals, p_values
+from eval.gather import Found, Sweep, pictures, scored
+from eval.labels import home
 
 BEST = "best"  # the recipe that a search found, another reference beside the paper's
 TOWER = "tower"

@@ -7,25 +7,22 @@ goes on where it was stopped.
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import readers
-from helping import helped
-from sizes import stay_offline
-
-from llava_pitome import adapters, embedded
-from llava_pitome.bench.run import Load
-from llava_pitome.checkpoints import DTYPES, QUANTIZATIONS
+from eval import readers
+from eval.helping import helped
+from eval.sizes import stay_offline
+from llava_pitome import embedded
+from llava_pitome.cli.bench.run import Load
+from llava_pitome.cli.options import Option, boolean, fields, listed, one_of, parse, shares, whole
 from llava_pitome.config import RECIPES, MergeConfig, joined
+from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, fields, listed, one_of, parse, shares, whole
-from llava_pitome.validation import AMOUNTS
+from llava_pitome.models import adapters
+from llava_pitome.models.checkpoints import DTYPES, QUANTIZATIONS
 
 if TYPE_CHECKING:
-    from plan import Plan
+    from eval.plan import Plan
 
 RATIO = 0.9  # where nothing says how far
 
@@ -110,7 +107,7 @@ def main(words: list[str]) -> int:
     if plan.options["dry_run"]:
         print(plan.describe())
         return 0
-    from evaluate import run
+    from eval.evaluate import run
 
     return run(plan)
 
@@ -126,7 +123,7 @@ def planned(options: dict) -> "Plan":
     elif options["dry_run"]:
         stay_offline()
     merging = config(options)
-    from plan import Plan  # the heavy libraries, once the words are known to be good
+    from eval.plan import Plan  # the heavy libraries, once the words are known to be good
 
     return Plan.make(options, merging)
 

@@ -11,14 +11,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import numpy as np
-from helping import helped
-from quiz import BUDGETS, TRAINING, everyone
 
+from eval.helping import helped
+from eval.quiz import BUDGETS, TRAINING, everyone
 from llava_pitome import MergeConfig
-from llava_pitome.options import Option, parse, whole
+from llava_pitome.cli.options import Option, parse, whole
 
 OPTIONS = {
     "start": Option(

@@ -8,11 +8,12 @@ from urllib.parse import urlparse
 
 import torch
 
-from llava_pitome import checkpoints, llava
-from llava_pitome.bench.targets import CLIP_L, LLAMA_7B, PATCH
+from llava_pitome.cli.bench.targets import CLIP_L, LLAMA_7B, PATCH
 from llava_pitome.config import MergeConfig
-from llava_pitome.measure import Flops, closed_form
-from llava_pitome.places.blocks import Parts
+from llava_pitome.flops import Flops, closed_form
+from llava_pitome.models import checkpoints
+from llava_pitome.models import hf_llava as llava
+from llava_pitome.models.parts import Parts
 
 LLAMA_13B = LLAMA_7B | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
 BUILT_IN = {  # language model and its layers, by hub id

@@ -9,19 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import batch
-import readers
-import timing
-from combinations import PLACES, SHARES, Combination, every
-from helping import helped
-from labels import RESIZE
-from run import OPTIONS as RUN
-from run import planned
-
+from eval import batch, readers, timing
+from eval.combinations import PLACES, SHARES, Combination, every
+from eval.helping import helped
+from eval.labels import RESIZE
+from eval.run import OPTIONS as RUN
+from eval.run import planned
+from llava_pitome.cli.options import Option, boolean, folder, listed, parse, whole
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, folder, listed, parse, whole
 from llava_pitome.recipes import RECIPES
 
 NAMES = (*METHODS, *(name for name in RECIPES if name != "paper"), RESIZE)
@@ -66,7 +61,7 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
-    from campaign import carry_out, show, tell_skipped
+    from eval.campaign import carry_out, show, tell_skipped
 
     if options["dry_run"]:
         show(runs)
@@ -82,7 +77,7 @@ def planned_runs(options: dict, output: Path) -> list:
     Raises:
         ValueError: whatever does not fit together.
     """
-    from campaign import Run
+    from eval.campaign import Run
 
     shared = [f"{key}={_word(options[key])}" for key in PASSED if options[key] != RUN[key].default]
     shared += ["baseline=false", f"questions={output / 'cache'}"]

@@ -4,9 +4,9 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
-from results import ANSWER_TYPES
-from rows import Difference, Row
-from verdicts import REFERENCES, late, p_value, points, reference, title
+from eval.results import ANSWER_TYPES
+from eval.rows import Difference, Row
+from eval.verdicts import REFERENCES, late, p_value, points, reference, title
 
 END_TO_END = "answer of "  # so many tokens, as the bench names it
 RAW = (

@@ -20,14 +20,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from helping import helped
-from pictures import data_url
-from readers import positives, servers
-
-from llava_pitome.bench.machine import machine
-from llava_pitome.options import Option, fields, folder, parse, whole
+from eval.helping import helped
+from eval.pictures import data_url
+from eval.readers import positives, servers
+from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.options import Option, fields, folder, parse, whole
 
 OPTIONS = {
     "servers": Option(

@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import batch
 import torch
-from helping import helped
 
-from llava_pitome import MergeConfig, checkpoints, embedded, llava
-from llava_pitome.bench.machine import machine, packages
-from llava_pitome.bench.run import Load, measure
-from llava_pitome.bench.sides import side
-from llava_pitome.bench.summary import summarise
-from llava_pitome.bench.targets import Target
-from llava_pitome.options import Option, parse, whole
+from eval import batch
+from eval.helping import helped
+from llava_pitome import MergeConfig, embedded
+from llava_pitome.cli.bench.machine import machine, packages
+from llava_pitome.cli.bench.run import Load, measure
+from llava_pitome.cli.bench.sides import side
+from llava_pitome.cli.bench.summary import summarise
+from llava_pitome.cli.bench.targets import Target
+from llava_pitome.cli.options import Option, parse, whole
+from llava_pitome.models import checkpoints
+from llava_pitome.models import hf_llava as llava
 
 ROUNDS, WARMUP, ANSWER = 9, 2, 4
 OPTIONS = {

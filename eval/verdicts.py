@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from combinations import REFERENCE, UNMERGED
-from labels import home, spot
-from rows import ALPHA, BEST, TOWER, Difference, Row
+from eval.combinations import REFERENCE, UNMERGED
+from eval.labels import home, spot
+from eval.rows import ALPHA, BEST, TOWER, Difference, Row
 
 NAMES = {REFERENCE: "PiToMe", "released": "PiToMe (released)", BEST: "PiToMe (best)"}
 REFERENCES = {"cross": (REFERENCE, TOWER), "best": (BEST, home(BEST))}  # each by the difference to it

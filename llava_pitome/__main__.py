@@ -2,6 +2,6 @@
 
 import sys
 
-from llava_pitome.cli import main
+from llava_pitome.cli.main import main
 
 sys.exit(main())

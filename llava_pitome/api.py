@@ -10,12 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from llava_pitome import checkpoints, language, llava
-from llava_pitome import processor as placeholders
 from llava_pitome.config import MergeConfig
+from llava_pitome.hooks.handle import Merging, installed
+from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.kernels import triton_is_there, triton_takes
-from llava_pitome.places.everywhere import Merging, installed
-from llava_pitome.places.tower import KERNELS
+from llava_pitome.models import checkpoints
+from llava_pitome.models import hf_language_model as language
+from llava_pitome.models import hf_llava as llava
+from llava_pitome.models import processors as placeholders
 
 FIELD = "token_merging"  # of the model's config
 

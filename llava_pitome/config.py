@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_pitome import validation
+from llava_pitome import config_validation as validation
+from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.counts import Counts
 from llava_pitome.recipes import RECIPES
-from llava_pitome.validation import AMOUNTS
 
 VERSION = 1  # of the saved form
 

@@ -2,7 +2,7 @@
 
 import math
 
-from llava_pitome import schedule
+from llava_pitome import token_schedule as schedule
 
 
 class Counts:

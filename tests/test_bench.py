@@ -9,14 +9,14 @@ from test_tower import images
 from transformers import LlavaConfig
 
 from llava_pitome import MergeConfig, load, parents
-from llava_pitome.bench import run, targets
-from llava_pitome.bench.clock import timed
-from llava_pitome.bench.memory import peak
-from llava_pitome.bench.run import Load, measure
-from llava_pitome.bench.sides import compiling, overhead, side, tower
-from llava_pitome.bench.summary import brief, quartiles, summarise, table
-from llava_pitome.bench.targets import Target, build, inputs
-from llava_pitome.cli import main
+from llava_pitome.cli.bench import run, targets
+from llava_pitome.cli.bench.clock import timed
+from llava_pitome.cli.bench.memory import peak
+from llava_pitome.cli.bench.run import Load, measure
+from llava_pitome.cli.bench.sides import compiling, overhead, side, tower
+from llava_pitome.cli.bench.summary import brief, quartiles, summarise, table
+from llava_pitome.cli.bench.targets import Target, build, inputs
+from llava_pitome.cli.main import main
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[1]
 
@@ -272,7 +272,7 @@ def test_the_bench_is_a_command_of_the_package():
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"llava-pitome": "llava_pitome.cli:main"}
+    assert project["scripts"] == {"llava-pitome": "llava_pitome.cli.main:main"}
     with pytest.raises(SystemExit) as stop:
         main(["dance"])
     assert stop.value.code == 2

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from llava_pitome import MergeConfig, apply, load, merge_tokens
-from llava_pitome.chat import command
-from llava_pitome.chat import terminal as terminals
-from llava_pitome.chat.conversation import Conversation
-from llava_pitome.chat.terminal import Terminal
-from llava_pitome.cli import main
+from llava_pitome.cli.chat import command
+from llava_pitome.cli.chat import terminal as terminals
+from llava_pitome.cli.chat.conversation import Conversation
+from llava_pitome.cli.chat.terminal import Terminal
+from llava_pitome.cli.main import main
 from llava_pitome.embedded import render, scenes
 from llava_pitome.embedded.questions import HINT, ask
 
@@ -194,7 +194,7 @@ def test_an_answer_that_is_stopped_before_it_begins_has_no_numbers(held, monkeyp
         yield
 
     held.hold(["Is there a circle?"], interactive=True)
-    monkeypatch.setattr("llava_pitome.chat.streaming.Stream.pieces", stopped)
+    monkeypatch.setattr("llava_pitome.cli.chat.streaming.Stream.pieces", stopped)
     held.hold(["Is there a square?"], interactive=True)
     assert [said["numbers"] is None for said in held.record] == [False, True]
 

@@ -5,8 +5,9 @@ import argparse
 import pytest
 import torch
 
-from llava_pitome import MergeConfig, commands
-from llava_pitome.cli import main
+from llava_pitome import MergeConfig
+from llava_pitome.cli import common as commands
+from llava_pitome.cli.main import main
 from llava_pitome.config import asked
 
 
@@ -76,7 +77,7 @@ def test_who_interrupts_a_command_is_not_shown_a_traceback(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava_pitome.commands.load", interrupted)
+    monkeypatch.setattr("llava_pitome.cli.common.load", interrupted)
     assert main(["serve", "--port", "0"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from llava_pitome import METHODS, MergeConfig
-from llava_pitome.validation import CHOICES
+from llava_pitome.config_validation import CHOICES
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from conftest import LAYERS, PATCHES
 from originals import PROMPTS, ROWS, asked, changed, make_original, sharded
 from PIL import Image
 
-from llava_pitome import MergeConfig, checkpoints, cli, load
-from llava_pitome.conversion import processors
+from llava_pitome import MergeConfig, load
+from llava_pitome.cli import main as cli
+from llava_pitome.models import checkpoints
+from llava_pitome.models.conversion import processors
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from written_out import Story
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens
 from llava_pitome.methods import Method
-from llava_pitome.methods.survivors import best
+from llava_pitome.methods._common import best
 
 FITTING = [m for m in METHODS if "decoder" in METHODS[m].places]
 CHANGES = [

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from llava_pitome import MergeConfig, load
-from llava_pitome.cli import main
+from llava_pitome.cli.main import main
+from llava_pitome.cli.web.desk import Desk
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
-from llava_pitome.web.desk import Desk
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_pitome.drawing.heat import COLD_TO_HOT, DROPPED, bar, heat, spread
-from llava_pitome.drawing.lettering import width, wrapped
-from llava_pitome.drawing.overlay import DARK, EDGE, FAINT, overlay
-from llava_pitome.drawing.sheet import EMPTY, PAPER, Panel, Row, sheet, strip
+from llava_pitome.cli.draw.heat import COLD_TO_HOT, DROPPED, bar, heat, spread
+from llava_pitome.cli.draw.lettering import width, wrapped
+from llava_pitome.cli.draw.overlay import DARK, EDGE, FAINT, overlay
+from llava_pitome.cli.draw.sheet import EMPTY, PAPER, Panel, Row, sheet, strip
 
 
 def picture(colours: list[list[int]], patch: int = 4) -> Image.Image:

@@ -7,9 +7,10 @@ import torch
 from conftest import make_model, make_processor
 from PIL import Image
 
-from llava_pitome import METHODS, MergeConfig, checkpoints
-from llava_pitome.cli import main
-from llava_pitome.drawing.choices import configs, layers
+from llava_pitome import METHODS, MergeConfig
+from llava_pitome.cli.draw.choices import configs, layers
+from llava_pitome.cli.main import main
+from llava_pitome.models import checkpoints
 
 PROMPT = "<image> what is this"
 

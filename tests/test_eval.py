@@ -311,7 +311,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
 def test_a_label_says_what_merges_where_and_counts_are_told(words, label, tokens, llm_tokens, tmp_path):
     import run
 
-    from llava_pitome.options import parse
+    from llava_pitome.cli.options import parse
 
     plan = run.planned(parse(["model=embedded", "baseline=false", f"output={tmp_path}", *words], run.OPTIONS))
     ((said, config),) = plan.runs().items()
@@ -323,7 +323,7 @@ def test_a_label_says_what_merges_where_and_counts_are_told(words, label, tokens
 def test_what_would_merge_nothing_is_the_unmerged_model():
     import run
 
-    from llava_pitome.options import parse
+    from llava_pitome.cli.options import parse
 
     for words in (["ratio=1"], ["tokens=196"], ["prefix=1.0"], ["decoder=1:196"]):
         plan = run.planned(parse(["model=embedded", "baseline=false", *words], run.OPTIONS))
@@ -334,8 +334,9 @@ def test_what_would_merge_nothing_is_the_unmerged_model():
 def test_flops_without_weights_are_those_of_the_model(text):
     import sizes
 
-    from llava_pitome import MergeConfig, llava, load
-    from llava_pitome.measure import closed_form
+    from llava_pitome import MergeConfig, load
+    from llava_pitome.flops import closed_form
+    from llava_pitome.models import hf_llava as llava
 
     model, _ = load("embedded")
     found = sizes.sizes(str(embedded.PATH), "sdpa", built_in=False)

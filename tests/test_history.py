@@ -7,13 +7,14 @@ from conftest import LAYERS, PATCH, PATCHES, SIDE, make_model, make_processor
 from PIL import Image
 from torch.nn import functional as F
 
-from llava_pitome import METHODS, MergeConfig, apply, llava, merge_tokens, remove
-from llava_pitome.drawing import panels
-from llava_pitome.drawing.history import watching
-from llava_pitome.drawing.study import study
-from llava_pitome.drawing.view import pixels, visible
-from llava_pitome.merging import trace
+from llava_pitome import METHODS, MergeConfig, apply, merge_tokens, remove
+from llava_pitome.cli.draw import panels
+from llava_pitome.merge.plan import trace
 from llava_pitome.methods import pitome
+from llava_pitome.models import hf_llava as llava
+from llava_pitome.trace.history import watching
+from llava_pitome.trace.study import study
+from llava_pitome.trace.view import pixels, visible
 
 PROMPT = "<image> what is this"
 FEATURE = LAYERS - 1

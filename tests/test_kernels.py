@@ -7,11 +7,11 @@ from test_tower import FEATURE, features, images, slow, state
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.kernels import attention as kernel
-from llava_pitome.kernels.attention import attention, pays
-from llava_pitome.llava import find
-from llava_pitome.places import tower as place
-from llava_pitome.places.everywhere import installed
+from llava_pitome.hooks import vision_tower as place
+from llava_pitome.hooks.handle import installed
+from llava_pitome.kernels import cpu_attention as kernel
+from llava_pitome.kernels.cpu_attention import attention, pays
+from llava_pitome.models.hf_llava import find
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
@@ -81,7 +81,7 @@ def counted(monkeypatch):
         return attention(*args)
 
     monkeypatch.setattr(place, "pays", lambda _x: True)
-    monkeypatch.setattr("llava_pitome.places.attention.attention", spy)
+    monkeypatch.setattr("llava_pitome.hooks.own_attention.attention", spy)
     return calls
 
 
@@ -239,7 +239,7 @@ def test_whether_the_kernel_pays_does_not_depend_on_the_batch(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     taken = []
     monkeypatch.setattr(
-        "llava_pitome.places.attention.attention", lambda *a: taken.append(a[0].shape) or a[0]
+        "llava_pitome.hooks.own_attention.attention", lambda *a: taken.append(a[0].shape) or a[0]
     )
     shapes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 16}
     tower = CLIPVisionModel(CLIPVisionConfig(**shapes, image_size=40, patch_size=4)).eval().bfloat16()

@@ -9,9 +9,11 @@ import pytest
 import torch
 from test_methods import HERE, golden, smallest, tokens, unit
 
-from llava_pitome import matching, merging, methods
+from llava_pitome import methods
 from llava_pitome.kernels import average_triton, matching_triton, triton_is_there
+from llava_pitome.merge import plan as merging
 from llava_pitome.methods import pitome
+from llava_pitome.methods import registry as matching
 
 GPU = torch.cuda.is_available()
 

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from training_runs import ALONE, ROOT, RUN, command, losses, train
 
-from llava_pitome import MergeConfig, adapters, apply, load, merge_tokens, remove
+from llava_pitome import MergeConfig, apply, load, merge_tokens, remove
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
+from llava_pitome.models import adapters
 
 
 def imported(name: str, file: Path):

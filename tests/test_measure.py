@@ -5,8 +5,8 @@ import torch
 from conftest import LAYERS, PATCHES, make_model, make_processor
 
 from llava_pitome import MergeConfig, load, merge_tokens
-from llava_pitome.llava import shapes
-from llava_pitome.measure import closed_form, counted, literature
+from llava_pitome.flops import closed_form, counted, literature
+from llava_pitome.models.hf_llava import shapes
 
 FEATURE = LAYERS - 1
 

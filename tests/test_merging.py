@@ -4,9 +4,9 @@ import torch
 from given import given
 
 from llava_pitome import METHODS, parents
-from llava_pitome.folding import Choice, fold
-from llava_pitome.matching import choose
-from llava_pitome.merging import compose, merge, narrow, plan, size_bias, trace, unmerge, widen
+from llava_pitome.merge.plan import compose, merge, narrow, plan, size_bias, trace, unmerge, widen
+from llava_pitome.merge.reduce import Choice, fold
+from llava_pitome.methods.registry import choose
 
 SIZES = ((6, 2), (17, 8), (36, 3), (49, 40))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -10,8 +10,8 @@ from given import at, given, survivors, tokens
 
 from llava_pitome import METHODS, parents
 from llava_pitome import methods as package
-from llava_pitome.matching import choose
 from llava_pitome.methods import GIVEN, PLACES, pitome
+from llava_pitome.methods.registry import choose
 
 HERE = Path(__file__).parent / "golden"
 ALL = Path(__file__).parents[2] / "shared" / "golden"  # beside the checkout, where there is one

@@ -1,6 +1,6 @@
 import pytest
 
-from llava_pitome.options import Option, boolean, folder, listed, one_of, parse, shares, whole
+from llava_pitome.cli.options import Option, boolean, folder, listed, one_of, parse, shares, whole
 
 OPTIONS = {
     "ratio": Option(0.9, shares, "a number in (0, 1]", ""),

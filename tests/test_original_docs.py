@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_pitome import MergeConfig, cli
+from llava_pitome import MergeConfig
+from llava_pitome.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/original_llava.md").read_text()

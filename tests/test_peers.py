@@ -6,10 +6,10 @@ import torch
 from given import WORDS, given, survivors, tokens
 
 from llava_pitome import METHODS, parents
-from llava_pitome.folding import fold
-from llava_pitome.matching import choose
-from llava_pitome.merging import plan
-from llava_pitome.methods import survivors as picking
+from llava_pitome.merge.plan import plan
+from llava_pitome.merge.reduce import fold
+from llava_pitome.methods import _common as picking
+from llava_pitome.methods.registry import choose
 from llava_pitome.methods.sparsevlm import density_peaks, recycling
 
 CASES = ((2, 1), (5, 3), (12, 6), (13, 12), (20, 5), (30, 22))

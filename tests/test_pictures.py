@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from llava_pitome.pictures import FORMATS, MAX_PIXELS, open_picture
+from llava_pitome.image_io import FORMATS, MAX_PIXELS, open_picture
 
 RNG = np.random.default_rng(0)
 COLOURED = Image.fromarray(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((18, 12))

@@ -8,10 +8,11 @@ from precise import alone, padded, precise, run
 from prompts import IMAGE, PROMPTS, batch, generate, single
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens, parents
-from llava_pitome.kernels.attention import attention as kernel
-from llava_pitome.merging import trace
+from llava_pitome.hooks import own_attention as attention
+from llava_pitome.hooks import vision_tower as tower
+from llava_pitome.kernels.cpu_attention import attention as kernel
+from llava_pitome.merge.plan import trace
 from llava_pitome.methods import Method, tome
-from llava_pitome.places import attention, tower
 
 FEATURE, HEADS = LAYERS - 1, 4
 FITTING = [m for m in METHODS if "prefix" in METHODS[m].places]

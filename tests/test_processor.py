@@ -6,7 +6,7 @@ import torch
 from conftest import PATCHES, SIDE, make_model, make_processor
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.processor import check, fit, unfit
+from llava_pitome.models.processors import check, fit, unfit
 
 IMAGE = 4  # the id of <image>
 

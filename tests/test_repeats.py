@@ -5,7 +5,7 @@ import torch
 from prompts import batch, generate, single
 
 from llava_pitome import MergeConfig, merge_tokens
-from llava_pitome.repeats import distinct, encode_once
+from llava_pitome.models.image_dedup import distinct, encode_once
 
 CONFIGS = [
     None,

@@ -21,10 +21,10 @@ import tables  # noqa: E402
 import throughput  # noqa: E402
 from rows import Row  # noqa: E402
 
-from llava_pitome.bench import command  # noqa: E402
-from llava_pitome.bench.summary import brief, summarise  # noqa: E402
+from llava_pitome.cli.bench import command  # noqa: E402
+from llava_pitome.cli.bench.summary import brief, summarise  # noqa: E402
+from llava_pitome.cli.options import parse  # noqa: E402
 from llava_pitome.methods import METHODS as REGISTERED  # noqa: E402
-from llava_pitome.options import parse  # noqa: E402
 
 RESULTS = ROOT / "eval/results"
 README, METHODS, ACCURACY, PERFORMANCE, TRAINING = (

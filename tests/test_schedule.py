@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from llava_pitome.schedule import lengths, lengths_for, solve
+from llava_pitome.token_schedule import lengths, lengths_for, solve
 
 
 @pytest.mark.parametrize(

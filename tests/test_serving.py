@@ -14,8 +14,8 @@ from served import MESSAGE, asked, client, encoded, refused, scene, serving
 from llava_pitome import MergeConfig, load
 from llava_pitome.embedded import scenes
 from llava_pitome.embedded.questions import HINT, ask
-from llava_pitome.serving.app import build
-from llava_pitome.serving.limits import Limits
+from llava_pitome.integrations.serve.app import build
+from llava_pitome.integrations.serve.limits import Limits
 
 CONFIG = MergeConfig(ratio=0.9)
 

@@ -17,12 +17,12 @@ import uvicorn
 from served import MESSAGE, asked, client, encoded, refused, scene, serving
 
 from llava_pitome import MergeConfig, load
-from llava_pitome.cli import main
-from llava_pitome.serving.answering import OneAnswer
-from llava_pitome.serving.app import build
-from llava_pitome.serving.ending import Server
-from llava_pitome.serving.limits import Limits
-from llava_pitome.serving.listening import address, listening
+from llava_pitome.cli.main import main
+from llava_pitome.integrations.serve.answering import OneAnswer
+from llava_pitome.integrations.serve.app import build
+from llava_pitome.integrations.serve.ending import Server
+from llava_pitome.integrations.serve.limits import Limits
+from llava_pitome.integrations.serve.listening import address, listening
 
 CONFIG = MergeConfig(ratio=0.9)
 
@@ -105,7 +105,7 @@ def test_the_command_refuses_before_a_model_is_loaded(capsys, monkeypatch):
     def loads(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("llava_pitome.commands.load", loads)
+    monkeypatch.setattr("llava_pitome.cli.common.load", loads)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen" in capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_pictures_of_who_left_are_not_kept_while_another_is_answered(embedded, m
             pictures.append(weakref.ref(inputs["pixel_values"]))
             super().__init__(model, inputs, *rest)
 
-    monkeypatch.setattr("llava_pitome.serving.app.OneAnswer", Recording)
+    monkeypatch.setattr("llava_pitome.integrations.serve.app.OneAnswer", Recording)
     generating, guard = Generating(), build("embedded", *embedded, Limits(queue=4))
     with serving(guard) as at, monkeypatch.context() as patched:
         patched.setattr(embedded[0], "generate", generating)

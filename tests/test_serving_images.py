@@ -16,11 +16,11 @@ import trustme
 from served import asked, encoded, scene
 
 from llava_pitome import MergeConfig, load
-from llava_pitome.serving import remote
-from llava_pitome.serving.images import fetched, opened
-from llava_pitome.serving.limits import Limits
-from llava_pitome.serving.prompts import Prompts
-from llava_pitome.serving.request import Refused
+from llava_pitome.integrations.serve import remote
+from llava_pitome.integrations.serve.images import fetched, opened
+from llava_pitome.integrations.serve.limits import Limits
+from llava_pitome.integrations.serve.prompts import Prompts
+from llava_pitome.integrations.serve.request import Refused
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_who_finds_no_thread_to_fetch_with_is_told_that_it_is_the_servers_fault(
         done.wait(30)
         return b""
 
-    monkeypatch.setattr("llava_pitome.serving.prompts.FETCHING", 1)
+    monkeypatch.setattr("llava_pitome.integrations.serve.prompts.FETCHING", 1)
     _, processor = load("embedded", MergeConfig(ratio=0.9))
     prompts = Prompts(processor, 65, Limits(urls=True, seconds=1), waits)
 

@@ -11,8 +11,8 @@ from PIL import Image
 from served import MESSAGE, asked, client, encoded, refused, scene, serving
 
 from llava_pitome import MergeConfig, load
-from llava_pitome.serving.app import build
-from llava_pitome.serving.limits import Limits
+from llava_pitome.integrations.serve.app import build
+from llava_pitome.integrations.serve.limits import Limits
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ import sweep as sweep_  # noqa: E402
 from combinations import amounts, every, rectangle  # noqa: E402
 
 from llava_pitome import METHODS, MergeConfig  # noqa: E402
+from llava_pitome.cli.options import parse  # noqa: E402
 from llava_pitome.embedded import dataset  # noqa: E402
-from llava_pitome.options import parse  # noqa: E402
 
 ASKED = 12
 SWEEP = [sys.executable, str(ROOT / "eval" / "sweep.py")]

@@ -7,9 +7,9 @@ import torch
 from conftest import LAYERS, PATCHES, SIDE, make_model
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.merging import trace
-from llava_pitome.places.blocks import Slot
-from llava_pitome.places.merger import Merger
+from llava_pitome.hooks.merge_step import Merger
+from llava_pitome.merge.plan import trace
+from llava_pitome.models.parts import Slot
 
 FEATURE = LAYERS - 1  # hidden_states[-2]
 HEADS = 4

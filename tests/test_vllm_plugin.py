@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from llava_pitome import MergeConfig, embedded
-from llava_pitome.checkpoints import configuration
-from llava_pitome.options import parse
-from llava_pitome.vllm_plugin import chat, renamed, supported
-from llava_pitome.vllm_plugin.serve import OPTIONS, command, main
+from llava_pitome.cli.options import parse
+from llava_pitome.integrations.vllm import chat, renamed, supported
+from llava_pitome.integrations.vllm.serve import OPTIONS, command, main
+from llava_pitome.models.checkpoints import configuration
 
 
 def words(*given):

@@ -19,7 +19,7 @@ import pytest
 from vllm_given import PATCHES, WORDS, Answerer, picture, prompt, question
 
 from llava_pitome import MergeConfig, embedded
-from llava_pitome.vllm_plugin.serve import SERVER
+from llava_pitome.integrations.vllm.serve import SERVER
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 300  # seconds in which a server must be up

@@ -16,17 +16,17 @@ import pytest
 from PIL import Image
 
 from llava_pitome import MergeConfig, load
-from llava_pitome.cli import main
+from llava_pitome.cli.main import main
+from llava_pitome.cli.web import examples
+from llava_pitome.cli.web.checked import Checked
+from llava_pitome.cli.web.desk import Desk
+from llava_pitome.cli.web.files import folder, interrupted
+from llava_pitome.cli.web.launching import launch
+from llava_pitome.cli.web.page import build
+from llava_pitome.cli.web.start import Start
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
-from llava_pitome.serving.listening import listening
-from llava_pitome.web import examples
-from llava_pitome.web.checked import Checked
-from llava_pitome.web.desk import Desk
-from llava_pitome.web.files import folder, interrupted
-from llava_pitome.web.launching import launch
-from llava_pitome.web.page import build
-from llava_pitome.web.start import Start
+from llava_pitome.integrations.serve.listening import listening
 
 META = {"_type": "gradio.FileData"}
 COUNT = "How many objects are there?"
@@ -345,7 +345,7 @@ def test_the_command_takes_a_free_port_and_leaves_nothing_behind(command, tmp_pa
 def made(monkeypatch):
     """Runs the command up to where the page would be served, and gives what stands on it by its id."""
     pages = []
-    monkeypatch.setattr("llava_pitome.web.launching.launch", lambda page, *_: pages.append(page))
+    monkeypatch.setattr("llava_pitome.cli.web.launching.launch", lambda page, *_: pages.append(page))
 
     def make(*words):
         assert main(["web", "--port", "0", *words]) == 0

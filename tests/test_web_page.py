@@ -9,16 +9,16 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from llava_pitome import MergeConfig, load, merge_tokens
-from llava_pitome.chat.conversation import Conversation
+from llava_pitome.cli.chat.conversation import Conversation
+from llava_pitome.cli.web import examples
+from llava_pitome.cli.web.desk import Desk
+from llava_pitome.cli.web.files import folder
+from llava_pitome.cli.web.launching import launch
+from llava_pitome.cli.web.page import build
+from llava_pitome.cli.web.start import Start
 from llava_pitome.embedded import render, scenes
 from llava_pitome.embedded.questions import ask
-from llava_pitome.serving.listening import listening
-from llava_pitome.web import examples
-from llava_pitome.web.desk import Desk
-from llava_pitome.web.files import folder
-from llava_pitome.web.launching import launch
-from llava_pitome.web.page import build
-from llava_pitome.web.start import Start
+from llava_pitome.integrations.serve.listening import listening
 
 SEED = 5
 QUESTION = ask(scenes.scene(SEED), 1)[0].text

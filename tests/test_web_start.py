@@ -3,7 +3,7 @@
 import pytest
 
 from llava_pitome import METHODS, MergeConfig
-from llava_pitome.web.start import Start, merging, start
+from llava_pitome.cli.web.start import Start, merging, start
 
 
 def test_without_anything_saved_or_asked_it_is_the_default():

@@ -13,13 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import launch
-import settings
-
-from llava_pitome.bench import targets
-from llava_pitome.options import Option, folder, parse, usage, whole
+from llava_pitome.cli.bench import targets
+from llava_pitome.cli.options import Option, folder, parse, usage, whole
+from train import launch, settings
 
 RUN = Path(__file__).parent / "run.py"
 SHAPES = "llava-7b-2layer"

@@ -4,7 +4,7 @@ import json
 import logging
 from pathlib import Path
 
-from stops import TooManyBroken
+from train.stops import TooManyBroken
 
 log = logging.getLogger("train.broken")
 TOLD = 20  # rows that are named in messages; the file names all

@@ -8,10 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import settings
-
 from llava_pitome import MergeConfig
-from llava_pitome.bench.machine import machine
+from llava_pitome.cli.bench.machine import machine
+from train import settings
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
 CARD = """---

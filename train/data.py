@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from broken import Broken
-from conversations import BrokenRow, Talk, read
-from encoding import IGNORED, encode
 from PIL import Image
-from records import Records
-from stops import TooManyBroken
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+
+from train.broken import Broken
+from train.conversations import BrokenRow, Talk, read
+from train.encoding import IGNORED, encode
+from train.records import Records
+from train.stops import TooManyBroken
 
 TRIED = 100  # rows from which one is encoded before training
 

@@ -19,16 +19,16 @@ import sys
 import time
 from pathlib import Path
 
-import embedded_data as data
-import embedded_model as parts
 import torch
 import torch.distributed as dist
-from embedded_losses import Losses
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration
 
-from llava_pitome.options import Option, parse
+from llava_pitome.cli.options import Option, parse
+from train import embedded_data as data
+from train import embedded_model as parts
+from train.embedded_losses import Losses
 
 log = logging.getLogger("train.embedded")
 DEFAULTS = {

@@ -1,12 +1,13 @@
 """What the embedded model is trained on: answers, and what helps it find them sooner."""
 
-import embedded_data as data
-import embedded_model as parts
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from train import embedded_data as data
+from train import embedded_model as parts
 
 SIZES = [len(v) + 1 for v in data.LABELS.values()] + [
     data.GRID,

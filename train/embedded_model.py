@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import embedded_data as data
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -17,6 +16,7 @@ from transformers import (
 
 from llava_pitome.embedded.questions import HINT, ask
 from llava_pitome.embedded.scenes import PATCH, SIDE, scene
+from train import embedded_data as data
 
 WIDTH, HEADS, TOWER_LAYERS, TEXT_LAYERS, VOCABULARY = 128, 4, 12, 4, 512
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")

@@ -8,7 +8,7 @@ Pictures are one <image> token each here; `expand.expand` makes them as many as 
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from conversations import Talk
+from train.conversations import Talk
 
 IGNORED = -100  # a label without loss
 

@@ -5,8 +5,9 @@ left to do.
 """
 
 import torch
-from encoding import IGNORED
 from torch import Tensor
+
+from train.encoding import IGNORED
 
 
 def expand(batch: dict[str, Tensor], image: int, tokens: int, padding: int) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ import json
 import sys
 from pathlib import Path
 
+from llava_pitome.cli.options import Option, folder, parse, whole
 from llava_pitome.embedded.questions import HINT, ask
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
-from llava_pitome.options import Option, folder, parse, whole
 
 SEEDS = 1_900_000_000  # the embedded model was not trained on these
 TURNS = 10

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import export
-from launch import launched
-from records import Records
-from settings import EMBEDDED, SCENES
 from torch import nn
 
-from llava_pitome import MergeConfig, checkpoints, llava
+from llava_pitome import MergeConfig
+from llava_pitome.models import checkpoints
+from llava_pitome.models import hf_llava as llava
+from train import export
+from train.launch import launched
+from train.records import Records
+from train.settings import EMBEDDED, SCENES
 
 log = logging.getLogger("train.fit")
 ZERO = Path(__file__).parent / "deepspeed"
@@ -134,8 +136,8 @@ def rows(
     Raises:
         ValueError: too many cannot, or the processor's chat template cannot be followed.
     """
-    from broken import Broken
-    from data import Conversations
+    from train.broken import Broken
+    from train.data import Conversations
 
     parts, first = llava.find(model), arguments.process_index == 0
     file = Path(arguments.output_dir) / BROKEN

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import launch
-
-from llava_pitome import MergeConfig, checkpoints
+from llava_pitome import MergeConfig
+from llava_pitome.models import checkpoints
+from train import launch
 
 TOLD = 2000  # letters of what a failed evaluation wrote
 EVALUATE = Path(__file__).parents[1] / "eval" / "run.py"

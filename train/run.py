@@ -12,18 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import fit
-import launch
-import lora
-import resume
-import settings
-from settings import OPTIONS
-from stops import Diverged, TooManyBroken
-
 from llava_pitome import MergeConfig
-from llava_pitome.options import parse, usage
+from llava_pitome.cli.options import parse, usage
+from train import fit, launch, lora, resume, settings
+from train.settings import OPTIONS
+from train.stops import Diverged, TooManyBroken
 
 log = logging.getLogger("train")
 
@@ -76,8 +69,8 @@ def _prepared(options: dict[str, Any], merging: tuple[MergeConfig, ...], records
     model = lora.wrap(model, options)
     resume.note(output, options)
     rows = fit.rows(options, merging, records, folder, processor, model, arguments)
-    from data import Collate
-    from trainer import MergingTrainer
+    from train.data import Collate
+    from train.trainer import MergingTrainer
 
     return MergingTrainer(
         model,
@@ -101,7 +94,7 @@ def _trained(
         TooManyBroken: rows turned out to be broken on the way.
         Diverged: the loss is no number any more.
     """
-    import card
+    from train import card
 
     trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -123,15 +116,15 @@ def _explained(error: TooManyBroken | Diverged, trainer: Any) -> Exception:
 
 def _told(facts: dict[str, Any], options: dict[str, Any], merging: tuple[MergeConfig, ...]) -> int:
     """Writes what is told of a run, measured accuracy included; returns the exit status."""
-    import card
-    import curves
+    from train import card, curves
 
     output = Path(options["output"])
     curves.draw(facts["log"], output / "loss.png")
     card.write(output, facts)
     if options["evaluate"]:
-        import measured
         import torch
+
+        from train import measured
 
         log.info("evaluating before and after")
         gc.collect()  # what has trained holds on to itself

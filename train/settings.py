@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from export import SEEDS
-from lora import LANGUAGE
-
 from llava_pitome import MergeConfig
-from llava_pitome.checkpoints import QUANTIZATIONS
+from llava_pitome.cli.options import Option, boolean, fields, folder, listed, one_of, share, whole
 from llava_pitome.config import joined
 from llava_pitome.methods import METHODS
-from llava_pitome.options import Option, boolean, fields, folder, listed, one_of, share, whole
+from llava_pitome.models.checkpoints import QUANTIZATIONS
 from llava_pitome.recipes import RECIPES
+from train.export import SEEDS
+from train.lora import LANGUAGE
 
 EMBEDDED = "embedded"
 SCENES = 8192

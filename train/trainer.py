@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encoding import IGNORED
-from expand import expand
-from memory import Memory
-from stops import Diverged
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from llava_pitome import MergeConfig, adapters, apply, llava, remove
+from llava_pitome import MergeConfig, apply, remove
+from llava_pitome.models import adapters
+from llava_pitome.models import hf_llava as llava
+from train.encoding import IGNORED
+from train.expand import expand
+from train.memory import Memory
+from train.stops import Diverged
 
 PLAIN = MergeConfig(ratio=1.0)
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from llava_pitome.methods.survivors import middle, part_of
+from llava_pitome.methods._common import middle, part_of
 
 
 def mixed(metric: Tensor, remove: int, *, depth: float = 0.0) -> tuple[Tensor, Tensor]:

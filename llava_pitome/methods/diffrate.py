@@ -8,7 +8,7 @@ here the layer's count is given and `prune` divides it.
 import torch
 from torch import Tensor
 
-from llava_pitome.methods.survivors import closest, share
+from llava_pitome.methods._common import closest, share
 
 
 def weighted(

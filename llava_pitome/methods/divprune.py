@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_pitome.methods.survivors import tokens_at
+from llava_pitome.methods._common import tokens_at
 
 
 def kept(metric: Tensor, remove: int, *, depth: float = 0.0) -> Tensor:

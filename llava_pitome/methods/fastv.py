@@ -7,7 +7,7 @@ at the attention of the prompt's last token instead (their issues 14, 44 and 48)
 
 from torch import Tensor
 
-from llava_pitome.methods.survivors import best
+from llava_pitome.methods._common import best
 
 
 def kept(metric: Tensor, remove: int, *, depth: float = 0.0, received_attention: Tensor) -> Tensor:

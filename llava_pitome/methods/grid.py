@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from llava_pitome.methods.survivors import middle, part_of
+from llava_pitome.methods._common import middle, part_of
 
 
 def parents(metric: Tensor, remove: int, *, depth: float = 0.0, grid: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_pitome.methods.survivors import best, closest, others, share, spread, tokens_at, whole
+from llava_pitome.methods._common import best, closest, others, share, spread, tokens_at, whole
 
 
 def mixed(

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from llava_pitome.methods.survivors import best, closest, others, share, tokens_at, whole
+from llava_pitome.methods._common import best, closest, others, share, tokens_at, whole
 
 ALMOST = 1 - 1e-5  # of the mean: words of equal relevance, which rounding tells apart, all rate
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llava_pitome.methods import tome
-from llava_pitome.methods.survivors import share
+from llava_pitome.methods._common import share
 
 
 def weighted(

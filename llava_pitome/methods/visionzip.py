@@ -7,7 +7,7 @@ target is kept here, so that nobody is dropped; groups are plain averages, and s
 
 from torch import Tensor
 
-from llava_pitome.methods.survivors import best, closest, others, share, spread, tokens_at
+from llava_pitome.methods._common import best, closest, others, share, spread, tokens_at
 
 
 def parents(

@@ -1,0 +1,1 @@
+"""The commands of `llava-pitome`, one folder or file each."""

@@ -1,0 +1,1 @@
+"""What plugs merging into other projects: lmms-eval, vLLM, transformers serve."""

@@ -1,0 +1,1 @@
+"""Merges as data: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Which patch went into which token, layer by layer."""
