@@ -18,7 +18,7 @@ from eval.results import commit
 from llava_pitome import MergeConfig
 from llava_pitome.cli.bench.machine import machine
 from llava_pitome.cli.options import Option, parse, whole
-from llava_pitome.recipes import RECIPES
+from llava_pitome.config import RECIPES
 
 UNSEEN = TRAINING + 1_000_000  # pictures on which nothing was chosen
 PAPER = "the paper"

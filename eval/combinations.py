@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from eval.labels import INPUT, RESIZE, slug
-from llava_pitome.config import MergeConfig
+from llava_pitome.config import RECIPES, MergeConfig
 from llava_pitome.methods import METHODS
 from llava_pitome.methods.registry import parameters_of
-from llava_pitome.recipes import RECIPES
 
 REFERENCE, UNMERGED = "pitome", "unmerged"  # "paper" is another name of the first
 DECODER = "decoder"

@@ -14,7 +14,7 @@ from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.cli.draw.overlay import overlay
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
-from llava_pitome.trace.history import watching
+from llava_pitome.tracing.history import watching
 
 SCALE = 2  # screen pixels a picture pixel
 

@@ -4,10 +4,9 @@ import re
 from hashlib import sha256
 from typing import Any
 
-from llava_pitome.config import MergeConfig
+from llava_pitome.config import RECIPES, MergeConfig
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.methods import METHODS
-from llava_pitome.recipes import RECIPES
 
 LONGEST = 150  # letters of a label in a file's name; systems allow 255 with all that stands around it
 INPUT, RESIZE = "input", "resize"

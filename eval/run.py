@@ -15,7 +15,7 @@ from eval.sizes import stay_offline
 from llava_pitome import embedded
 from llava_pitome.cli.bench.run import Load
 from llava_pitome.cli.options import Option, boolean, fields, listed, one_of, parse, shares, whole
-from llava_pitome.config import RECIPES, MergeConfig, joined
+from llava_pitome.config import RECIPES, MergeConfig, combined
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.methods import METHODS
 from llava_pitome.models import adapters
@@ -134,7 +134,7 @@ def config(options: dict) -> MergeConfig:
     Raises:
         ValueError: values that do not go together.
     """
-    changes = joined({k: options[k] for k in (*AMOUNTS, "method")}, options["merging"])
+    changes = combined({k: options[k] for k in (*AMOUNTS, "method")}, options["merging"])
     if options["merging"] is None and not changes and options["recipe"] == "paper":
         own = None if options["model"] in ("auto", embedded.NAME) else adapters.merging(options["model"])
         return MergeConfig(ratio=RATIO) if own is None else MergeConfig.from_dict(own)

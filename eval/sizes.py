@@ -13,7 +13,7 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.flops import Flops, closed_form
 from llava_pitome.models import checkpoints
 from llava_pitome.models import hf_llava as llava
-from llava_pitome.models.parts import Parts
+from llava_pitome.models.parts import ModelParts
 
 LLAMA_13B = LLAMA_7B | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
 BUILT_IN = {  # language model and its layers, by hub id
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
         built_in: whether they are from this file, because the hub could not be reached.
     """
 
-    parts: Parts
+    parts: ModelParts
     shapes: llava.Shapes
     built_in: bool
 

@@ -16,8 +16,8 @@ from eval.labels import RESIZE
 from eval.run import OPTIONS as RUN
 from eval.run import planned
 from llava_pitome.cli.options import Option, boolean, folder, listed, parse, whole
+from llava_pitome.config import RECIPES
 from llava_pitome.methods import METHODS
-from llava_pitome.recipes import RECIPES
 
 NAMES = (*METHODS, *(name for name in RECIPES if name != "paper"), RESIZE)
 PASSED = ("model", "tasks", "data", "limit", "batch_size", "dtype", "attention", "text")  # to every run

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import Merging, installed
+from llava_pitome.hooks.handle import MergeHandle, installed
 from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.kernels import triton_is_there, triton_takes
 from llava_pitome.models import checkpoints
@@ -25,7 +25,7 @@ FIELD = "token_merging"  # of the model's config
 class _Applied(NamedTuple):
     """What `remove` needs: the hooks, the fitted processor, and what the model's config held before."""
 
-    merging: Merging
+    merging: MergeHandle
     processor: Any
     before: dict[str, Any] | None
 
@@ -35,7 +35,7 @@ _applied: WeakKeyDictionary[nn.Module, _Applied] = WeakKeyDictionary()
 
 def apply(
     model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool | str = True
-) -> Merging:
+) -> MergeHandle:
     """Makes a model merge its visual tokens, from the next forward pass until `remove`.
 
     The model is touched through hooks only. A config that was applied before is replaced, unless this raises.
@@ -68,7 +68,7 @@ def apply(
                 f"their number; leave processor={type(processor).__name__} out"
             )
         placeholders.check(processor, parts.patch_size)
-    merging = Merging(parts, config, kernels, language.find(parts, config))
+    merging = MergeHandle(parts, config, kernels, language.find(parts, config))
     remove(model)  # from here on nothing can fail
     if processor is not None:
         placeholders.fit(processor, partial(config.tokens_at, layers=parts.feature))
@@ -108,7 +108,7 @@ def image_tokens(model: nn.Module) -> int:
     return parts.patches if config is None else config.tokens_at(parts.patches, parts.feature)
 
 
-def _check_kernels(parts: llava.Parts, kernels: bool | str) -> None:
+def _check_kernels(parts: llava.ModelParts, kernels: bool | str) -> None:
     """Raises ValueError for kernels that are unknown, or that cannot run here."""
     if not isinstance(kernels, bool) and kernels != "triton":
         raise ValueError(f"kernels={kernels!r} is unknown; allowed are {', '.join(map(repr, KERNELS))}")
@@ -133,7 +133,7 @@ def _remove_copied(model: nn.Module) -> None:
 @contextmanager
 def merge_tokens(
     model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool | str = True
-) -> Iterator[Merging]:
+) -> Iterator[MergeHandle]:
     """`apply` for a with block; what was applied before comes back, also when it raises."""
     outer = _applied.get(llava.unwrap(model))
     merging = apply(model, config, processor, kernels=kernels)

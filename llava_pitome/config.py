@@ -1,105 +1,212 @@
-"""MergeConfig: everything that changes a number, in one frozen value that goes with the model."""
+"""MergeConfig: everything that changes a number, as one frozen value that is saved with the model."""
 
 import dataclasses
 import difflib
 import json
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from llava_pitome import config_validation as validation
-from llava_pitome.config_validation import AMOUNTS
-from llava_pitome.counts import Counts
-from llava_pitome.recipes import RECIPES
+from llava_pitome.config_validation import FrozenDict, frozen
+from llava_pitome.token_schedule import TokenCounts
 
-VERSION = 1  # of the saved form
+VERSION = 2  # of the saved form; 1 is llava_pitome 0.1
+FILE = "token_merging.json"  # where `save_pretrained` writes a config
+KEY = "token_merging"  # the attribute of a model's config that holds one
+SINGLE = 1e-9  # a share that leaves one token of any number: what version 1 wrote as the whole number 1
+
+Metric = Literal["keys", "hidden"]
+PrefixMetric = Literal["features", "keys"]
+Site = Literal["attention", "block"]
+Order = Literal["raster", "method"]
+Positions = Literal["packed", "original"]
+Recipe = Literal["paper", "released", "best"]
+
+RECIPES: dict[str, dict[str, Any]] = {  # what a config holds besides how far it merges
+    "paper": {},
+    "released": {
+        "parameters": {"energy": "elu"},
+        "early_method": "tome",
+        "early_depth": 13 / 24,  # layers 0 to 12 of CLIP-L's 24
+        "metric": "hidden",
+        "site": "block",
+        "size_weighted": False,
+        "proportional": False,
+        "order": "method",
+    },
+    "best": {  # eval/results/search.json: the last three fields were given to eval/search.py as its start
+        "parameters": {"candidates": 6.0},
+        "prefix_share": 0.5,
+        "llm_proportional": True,
+        "positions": "original",
+    },
+}
+
+
+def _field(default: Any, kind: str, group: str, help: str, choices: Any = None) -> Any:
+    """A field with its one description, from which checks, help texts and command-line options are made.
+
+    Args:
+        default: its value where it is not given; a dict becomes a factory.
+        kind: how it is read and checked, a name in `config_validation.KINDS`.
+        group: its heading in help texts.
+        help: what it does.
+        choices: the Literal that lists what is allowed, for kind="choice".
+    """
+    metadata = {"kind": kind, "group": group, "help": help, "choices": get_args(choices) if choices else ()}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=FrozenDict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class MergeConfig(Counts):
-    """How visual tokens merge, in the tower, behind the projector (prefix), and in the language model.
+class MergeConfig(TokenCounts):
+    """How visual tokens merge: in the vision tower, after the projector (prefix), in the language model.
 
     Say how far with `ratio` or `tokens` (the tower), `prefix`, `decoder`, `resize`, or several of them; a
-    place that is not named merges nothing. Every field is saved with the model as
-    `model.config.token_merging`.
-
-    Attributes:
-        ratio: share of the patches that each tower layer keeps, in (0, 1]; or one share per layer up to the
-            feature layer, as a tuple. 1.0 merges nothing.
-        tokens: image tokens that are to reach the language model; the ratio is then solved for each image
-            size.
-        method: who joins whom, a name in METHODS.
-        parameters: the method's own, as in its file.
-        early_method: another method for the first layers, up to the share `early_depth` of the encoder; None
-            for one method throughout.
-        early_depth: share of the encoder's layers, in [0, 1], that `early_method` takes.
-        metric: what similarity is measured on in a layer: "keys", the block's attention keys averaged over
-            heads (the paper), or "hidden", the hidden state that is merged.
-        site: where in a layer tokens merge: "attention", between attention and MLP (the paper), or "block",
-            behind the whole block.
-        size_weighted: average tokens by the patches that they stand for (the paper) instead of plainly.
-        proportional: add log size to the attention scores of later tower layers (the paper).
-        order: "raster" keeps survivors where they were; "method" lays them out as the method's authors do.
-            Inside the language model they always stay where they were.
-        depths: the part of the tower whose layers share `tokens`, or a single `ratio`: (0, 1) is all of it.
-        prefix: merges once more behind the projector: the share in (0, 1] that stays, or, as a whole number,
-            how many tokens.
-        prefix_share: the part of the reduction (of its logarithm) that is left to the prefix; `tokens`, or
-            what a single `ratio` would leave, then reach the language model all the same.
-        prefix_metric: what similarity is measured on there: "features", as they come from the projector, or
-            "keys", those of the tower's last layer; None is what the method's paper says.
-        decoder: language model layers that merge the image's tokens during prefill, each with the share or
-            the number that stays; the KV cache of the layers behind is shorter. {8: 0.5, 16: 0.5}.
-        llm_proportional: add log size to the scores of image tokens in the language model's attention.
-        positions: in the language model, "packed" counts image tokens through, as they arrive; "original"
-            gives each the position that its patch would have without merging, and the text its own too.
-        resize: rows and columns of patches to which a picture is shrunk in front of the tower.
+    place that is not named merges nothing. Configs are hashable and immutable, and are saved with the model
+    as `model.config.token_merging`.
 
     Raises:
-        ValueError: a value out of its range, an unknown name, values that do not go together, or a method in
-            a place where its definition makes no sense.
+        ValueError: a value out of its range, an unknown name, values that contradict each other, or a method
+            in a place for which it is not defined.
     """
 
-    ratio: float | tuple[float, ...] | None = None
-    tokens: int | None = None
-    method: str = "pitome"
-    parameters: dict[str, Any] = field(default_factory=dict)
-    early_method: str | None = None
-    early_depth: float = 0.0
-    metric: str = "keys"
-    site: str = "attention"
-    size_weighted: bool = True
-    proportional: bool = True
-    order: str = "raster"
-    depths: tuple[float, float] = (0.0, 1.0)
-    prefix: float | int | None = None
-    prefix_share: float = 0.0
-    prefix_metric: str | None = None
-    decoder: dict[int, float | int] = field(default_factory=dict)
-    llm_proportional: bool = False
-    positions: str = "packed"
-    resize: tuple[int, int] | None = None
+    ratio: float | tuple[float, ...] | None = _field(
+        None,
+        "shares",
+        "how far",
+        "share of the patches that each tower layer keeps, in (0, 1]; or one share per layer up to the "
+        "feature layer. 1.0 merges nothing",
+    )
+    tokens: int | None = _field(
+        None,
+        "count",
+        "how far",
+        "image tokens at the input of the language model, instead of ratio, which is then solved for each "
+        "image size",
+    )
+    prefix: float | int | None = _field(
+        None,
+        "amount",
+        "how far",
+        "merges once after the projector: the share that is kept, or the number of tokens",
+    )
+    decoder: dict[int, float | int] = _field(
+        {},
+        "layers",
+        "how far",
+        "language model layers that merge the image tokens during prefill, each with the share or the number "
+        "that is kept; the KV cache of later layers is shorter",
+    )
+    resize: tuple[int, int] | None = _field(
+        None,
+        "sides",
+        "how far",
+        "rows and columns of patches to which images are resized before the vision tower",
+    )
+    method: str = _field("pitome", "method", "method", "which tokens merge into which, a name in METHODS")
+    parameters: dict[str, Any] = _field({}, "json", "method", "the method's own parameters")
+    early_method: str | None = _field(
+        None,
+        "method",
+        "method",
+        "another method for the first tower layers, up to early_depth",
+    )
+    early_depth: float = _field(
+        0.0, "fraction", "method", "share of the tower's layers, in [0, 1], that early_method takes"
+    )
+    metric: Metric = _field(
+        "keys",
+        "choice",
+        "method",
+        "what similarity is measured on in a layer: the attention keys averaged over heads (the paper), or "
+        "the hidden states that are merged",
+        Metric,
+    )
+    size_weighted: bool = _field(
+        True,
+        "flag",
+        "method",
+        "average tokens weighted by the patches they stand for (the paper) instead of plainly",
+    )
+    order: Order = _field(
+        "raster",
+        "choice",
+        "method",
+        "raster keeps surviving tokens in raster order; method uses the order of the method's authors. In the "
+        "language model the order is always kept",
+        Order,
+    )
+    site: Site = _field(
+        "attention",
+        "choice",
+        "vision tower",
+        "where in a layer tokens merge: between attention and MLP (the paper), or after the block",
+        Site,
+    )
+    proportional: bool = _field(
+        True,
+        "flag",
+        "vision tower",
+        "add the log sizes of tokens to the attention scores of later tower layers (the paper)",
+    )
+    depths: tuple[float, float] = _field(
+        (0.0, 1.0),
+        "interval",
+        "vision tower",
+        "part of the tower whose layers share tokens, or a single ratio; 0,1 is all of it",
+    )
+    prefix_share: float = _field(
+        0.0,
+        "fraction",
+        "after the projector",
+        "part of the reduction (of its logarithm) that is left to the merge after the projector; tokens, or "
+        "what a single ratio would leave, still reach the language model",
+    )
+    prefix_metric: PrefixMetric | None = _field(
+        None,
+        "choice",
+        "after the projector",
+        "what similarity is measured on after the projector: the projected features, or the keys of the "
+        "tower's last layer; by default what the method's paper uses",
+        PrefixMetric,
+    )
+    llm_proportional: bool = _field(
+        False,
+        "flag",
+        "language model",
+        "add the log sizes of image tokens to the attention scores of the language model",
+    )
+    positions: Positions = _field(
+        "packed",
+        "choice",
+        "language model",
+        "position ids in the language model: packed counts the tokens that are left; original gives each "
+        "token, image or text, the position it has without merging",
+        Positions,
+    )
 
     def __post_init__(self) -> None:
-        """Checks every field where the value is made."""
-        for name in ("ratio", "depths", "resize"):
-            if isinstance(getattr(self, name), list):  # as JSON brings it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        """Freezes and checks every field."""
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, frozen(getattr(self, f.name)))  # lists and dicts, as from JSON
         for name in ("parameters", "decoder"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be a dict")
-            object.__setattr__(self, name, dict(getattr(self, name)))  # nobody else's to change
-        object.__setattr__(self, "decoder", validation.layers(self.decoder))
+        object.__setattr__(self, "decoder", FrozenDict(validation.layers(self.decoder)))
         validation.check(self)
 
     @classmethod
-    def recipe(cls, name: str, /, **changes: Any) -> "MergeConfig":
+    def recipe(cls, name: Recipe, /, **changes: Any) -> "MergeConfig":
         """The config of a named recipe, with `ratio=` or `tokens=` and any other field changed.
 
-        Where the changes say by `prefix`, `decoder` or `resize` alone how far to merge, nothing of a budget
-        is left to the prefix.
+        Where the changes say by `prefix`, `decoder` or `resize` alone how far to merge, the recipe's
+        prefix_share does not apply.
 
-        "paper": the equations. "released": what the authors' LLaVA branch computes instead. "best": what was
-        found best on the embedded benchmark's training pictures.
+        "paper": the equations. "released": what the authors' LLaVA branch computes instead. "best": the best
+        settings found on the embedded benchmark's training images.
 
         Raises:
             ValueError: an unknown recipe or field.
@@ -118,35 +225,57 @@ class MergeConfig(Counts):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MergeConfig":
-        """The config of a dict, as `to_dict` or JSON gives it.
+        """The config of a dict, as `to_dict` or JSON gives it; also of version 1, as 0.1 saved it.
 
         Raises:
-            ValueError: a key that is no field (the nearest one is named), or a version this package cannot
-                read.
+            ValueError: a key that is no field (the nearest one is named), or an unknown version.
         """
         values = dict(values)
-        if (version := values.pop("version", VERSION)) != VERSION:
+        version = values.pop("version", VERSION)
+        if version not in range(1, VERSION + 1):
             raise ValueError(
-                f"token_merging has version {version!r}; this llava_pitome reads version {VERSION}"
+                f"token_merging has version {version!r}; this llava_pitome reads versions 1 to {VERSION}"
             )
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"MergeConfig has no field {key!r}; the nearest is {near!r}")
-        return cls(**values)
+        return cls(**(_from_version_1(values) if version == 1 else values))
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of plain values that survives JSON, stamped with its version."""
+        """A dict of plain values that JSON can hold, stamped with its version."""
         return json.loads(json.dumps({"version": VERSION} | dataclasses.asdict(self)))
 
     def changes(self) -> dict[str, Any]:
-        """The fields that are not their defaults, in plain values, as `from_dict` takes them."""
-        plain = {
+        """The fields that differ from their defaults, in plain values, as `from_dict` takes them."""
+        defaults = {
             f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default
             for f in dataclasses.fields(self)
         }
-        return {k: v for k, v in self.to_dict().items() if k in plain and getattr(self, k) != plain[k]}
+        return {k: v for k, v in self.to_dict().items() if k in defaults and getattr(self, k) != defaults[k]}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the config to `folder`/token_merging.json, where `from_pretrained` and `load` find it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **hub: Any) -> "MergeConfig":
+        """The config saved in a folder or hub repository: its token_merging.json, or that in config.json.
+
+        Args:
+            path: a folder, or a hub id (which needs huggingface_hub).
+            **hub: as for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, ...
+
+        Raises:
+            ValueError: there is no saved config, or one that `from_dict` refuses.
+        """
+        found = saved_config(path, **hub)
+        if found is None:
+            raise ValueError(f"{path} holds no merge config: neither {FILE} nor {KEY!r} in config.json")
+        return cls.from_dict(found)
 
     def method_at(self, depth: float) -> tuple[str, dict[str, Any]]:
         """The method and its parameters in the tower at a depth l_i / l in [0, 1)."""
@@ -155,8 +284,60 @@ class MergeConfig(Counts):
         return self.method, self.parameters
 
 
-def asked(recipe: str, named: dict[str, Any], merging: dict[str, Any] | None) -> MergeConfig | None:
-    """The config that someone asks for by a recipe and what changes it; None where nothing is to merge.
+MergeConfig.__doc__ += "\n    Attributes:\n" + "".join(
+    f"        {f.name}: {f.metadata['help']}.\n" for f in dataclasses.fields(MergeConfig)
+)
+
+
+def saved_config(path: str | Path, **hub: Any) -> dict[str, Any] | None:
+    """The dict of the merge config saved in a folder or hub repository; None where there is none.
+
+    Args:
+        path: a folder or a hub id.
+        **hub: as for `MergeConfig.from_pretrained`.
+    """
+    own = hub_file(path, FILE, **hub)
+    if own is not None:
+        return json.loads(own.read_text())
+    model = hub_file(path, "config.json", **hub)
+    return None if model is None else json.loads(model.read_text()).get(KEY)
+
+
+def hub_file(path: str | Path, name: str, **hub: Any) -> Path | None:
+    """The local path of a file in a folder or hub repository; None where it, or the repository, is not there.
+
+    Args:
+        path: a folder or a hub id.
+        name: of the file.
+        **hub: revision, token, cache_dir, subfolder, local_files_only, ...
+    """
+    if Path(path).is_dir():
+        file = Path(path) / hub.get("subfolder", "") / name
+        return file if file.exists() else None
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **hub)
+    except OSError:  # loading the model tells what is wrong with the path
+        return None
+    return None if file is None else Path(file)
+
+
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields as version 2 takes them: the whole number 1, for one token, is ambiguous since."""
+
+    def single(keep: Any) -> Any:
+        return SINGLE if type(keep) is int and keep == 1 else keep
+
+    if "prefix" in values:
+        values = values | {"prefix": single(values["prefix"])}
+    if isinstance(values.get("decoder"), dict):
+        values = values | {"decoder": {k: single(v) for k, v in values["decoder"].items()}}
+    return values
+
+
+def requested(recipe: str, named: dict[str, Any], merging: dict[str, Any] | None) -> MergeConfig | None:
+    """The config that a recipe and changes to it ask for; None where nothing is to merge.
 
     Args:
         recipe: a name in RECIPES.
@@ -166,24 +347,24 @@ def asked(recipe: str, named: dict[str, Any], merging: dict[str, Any] | None) ->
     Raises:
         ValueError: it says how to merge but not how far, a field is given twice, or `MergeConfig` refuses.
     """
-    changes = joined(named, merging)
-    if changes.keys() & set(AMOUNTS):
+    changes = combined(named, merging)
+    if changes.keys() & set(validation.AMOUNTS):
         return MergeConfig.recipe(recipe, **changes)
     if changes or recipe != "paper":
         raise ValueError(
             f"recipe={recipe!r} with {changes} says how to merge but not how far: give one of "
-            f"{', '.join(AMOUNTS)}"
+            f"{', '.join(validation.AMOUNTS)}"
         )
     return None
 
 
-def joined(named: dict[str, Any], merging: dict[str, Any] | None) -> dict[str, Any]:
-    """The fields that someone gives by an option of their own, None where not given, and the further ones.
+def combined(named: dict[str, Any], merging: dict[str, Any] | None) -> dict[str, Any]:
+    """Fields from options of their own (None: not given) and from a dict of further ones, as one dict.
 
     Raises:
         ValueError: a field is given twice.
     """
     merging, named = merging or {}, {k: v for k, v in named.items() if v is not None}
     if twice := named.keys() & merging.keys():
-        raise ValueError(f"{', '.join(sorted(twice))} stands in merging and beside it; give it once")
+        raise ValueError(f"{', '.join(sorted(twice))} is given in merging and beside it; give it once")
     return merging | named

@@ -5,17 +5,17 @@ Units: FLOPs, a multiply-add being two. Prefill only, which is what merging shor
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from llava_pitome.config_validation import CHOICES
+from llava_pitome.config import Site
 from llava_pitome.models import hf_llava as llava
 from llava_pitome.models.hf_llava import Shapes
 
-SITES = CHOICES["site"]
+SITES = get_args(Site)
 QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes layers, whose products torch's counter does not see
 
 

@@ -24,7 +24,7 @@ WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # pillow's modes of 16-bit grey
 BEHIND = (255, 255, 255)  # what shows through where a picture is transparent
 
 
-def open_picture(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> "Image.Image":
+def open_image(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> "Image.Image":
     """The picture in a file, or in the bytes of one: RGB, upright, transparency on white.
 
     Of animations it is the first frame. The size is known from the file's head, so that nothing is decoded

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from llava_pitome import MergeConfig
-from llava_pitome.cli import common as commands
+from llava_pitome.cli import model_options as commands
 from llava_pitome.cli.main import main
-from llava_pitome.config import asked
 
 
 def parsed(*words, several=False):
@@ -38,9 +37,9 @@ def test_how_without_how_far_raises(words):
 
 def test_what_is_said_twice_raises():
     with pytest.raises(ValueError, match="method, ratio stands in merging and beside it; give it once"):
-        asked("paper", {"ratio": 0.9, "method": "tome"}, {"ratio": 0.9, "method": "tome"})
-    assert asked("paper", {"ratio": None}, {"ratio": 0.9}) == MergeConfig(ratio=0.9)
-    assert asked("paper", {}, None) is None
+        requested("paper", {"ratio": 0.9, "method": "tome"}, {"ratio": 0.9, "method": "tome"})
+    assert requested("paper", {"ratio": None}, {"ratio": 0.9}) == MergeConfig(ratio=0.9)
+    assert requested("paper", {}, None) is None
 
 
 def test_several_methods_are_read_where_several_are_wanted(capsys):
@@ -77,7 +76,7 @@ def test_who_interrupts_a_command_is_not_shown_a_traceback(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava_pitome.cli.common.load", interrupted)
+    monkeypatch.setattr("llava_pitome.cli.model_options.load", interrupted)
     assert main(["serve", "--port", "0"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

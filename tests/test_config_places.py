@@ -6,7 +6,7 @@ import pytest
 from prompts import PROMPTS, batch, generate
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens
-from llava_pitome.recipes import RECIPES
+from llava_pitome.config import RECIPES
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results"
 

@@ -367,8 +367,8 @@ def test_textvqa_with_ocr_has_the_tokens_in_its_prompt(tmp_path):
     from lmms_eval.utils import load_yaml_config
 
     options = {"data": "hub", "output": str(tmp_path), "questions": None}
-    fields = dict.fromkeys(plan.Plan.__dataclass_fields__) | {"options": options, "output": tmp_path}
-    task = load_yaml_config(str(plan.Plan(**fields).task_folder() / "textvqa_val_ocr.yaml"))
+    fields = dict.fromkeys(plan.MergePlan.__dataclass_fields__) | {"options": options, "output": tmp_path}
+    task = load_yaml_config(str(plan.MergePlan(**fields).task_folder() / "textvqa_val_ocr.yaml"))
     doc = {"question": "what does it say?", "ocr_tokens": ["STOP", "5th"]}
     prompt = task["doc_to_text"](doc, task["lmms_eval_specific_kwargs"]["default"])
     assert "Reference OCR token: STOP, 5th" in prompt and task["dataset_path"] == "lmms-lab-encoder/textvqa"

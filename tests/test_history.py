@@ -12,9 +12,9 @@ from llava_pitome.cli.draw import panels
 from llava_pitome.merge.plan import trace
 from llava_pitome.methods import pitome
 from llava_pitome.models import hf_llava as llava
-from llava_pitome.trace.history import watching
-from llava_pitome.trace.study import study
-from llava_pitome.trace.view import pixels, visible
+from llava_pitome.tracing.history import watching
+from llava_pitome.tracing.study import study
+from llava_pitome.tracing.view import pixels, visible
 
 PROMPT = "<image> what is this"
 FEATURE = LAYERS - 1

@@ -57,7 +57,7 @@ def merged(batch, count, channels, remove, dtype=torch.float32, order=False):
     """Tokens, shares and the plan of a merge whose tokens stand for 1 to 4 patches."""
     x = tokens(batch, count, channels, seed=count).to(DEVICE)
     down = tokens(batch, count, 1).argsort(1)[:, :, 0].to(DEVICE) if order else None
-    plan = merging.plan(reference(x, remove), count - remove, down)
+    plan = merging.make_plan(reference(x, remove), count - remove, down)
     size = torch.randint(1, 5, (batch, count), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
     return x.to(dtype), share(size, plan), plan
 
@@ -141,7 +141,7 @@ def test_images_are_matched_and_averaged_alone_as_in_a_batch():
     for i in range(3):
         own = slice(i, i + 1)
         assert torch.equal(in_triton(x[own], 20), parent[own])
-        one = merging.Plan(plan.slot[own], plan.length, plan.kept[own], plan.gone[own])
+        one = merging.MergePlan(plan.slot[own], plan.length, plan.kept[own], plan.gone[own])
         assert torch.equal(average_triton.average(x[own], shares[own], one), out[own])
 
 
@@ -191,14 +191,14 @@ def test_a_token_that_stays_alone_comes_out_bit_by_bit(dtype):
     alone = (shares.gather(1, plan.kept) == 1).unsqueeze(2)
     assert alone.sum() >= 3 * 35
     bits = torch.int32 if dtype == torch.float32 else torch.int16
-    kept = merging.rows(x, plan.kept)
+    kept = merging.gather_tokens(x, plan.kept)
     assert torch.equal(out.view(bits) * alone, kept.view(bits) * alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_slot_may_collect_all_there_are(dtype):
     x = tokens(2, 60, 8, dtype).to(DEVICE)
-    plan = merging.plan(torch.full((2, 60), 31, device=DEVICE), 1)
+    plan = merging.make_plan(torch.full((2, 60), 31, device=DEVICE), 1)
     out = average_triton.average(x, torch.full((2, 60), 1 / 60, device=DEVICE), plan)
     torch.testing.assert_close(out.float(), x.float().mean(1, keepdim=True), rtol=STEP[dtype], atol=1e-6)
 
@@ -207,14 +207,14 @@ def test_one_slot_may_collect_all_there_are(dtype):
 def test_tokens_are_added_by_rising_position(values, total):
     """One is lost beside a quarter of a billion in float32, unless the billions cancel first."""
     x = torch.tensor([*values[:2], 0, values[2]], device=DEVICE).view(1, 4, 1)
-    plan = merging.plan(torch.full((1, 4), 2, device=DEVICE), 1)
+    plan = merging.make_plan(torch.full((1, 4), 2, device=DEVICE), 1)
     out = average_triton.average(x, torch.full((1, 4), 0.25, device=DEVICE), plan)
     assert out.item() == total
 
 
 def test_tokens_in_front_and_tokens_scattered_in_memory_are_averaged_too():
     x = tokens(2, 20, 16).float().to(DEVICE)
-    wide = merging.plan(merging.widen(reference(x, 6), 1), 15)
+    wide = merging.make_plan(merging.add_prefix_tokens(reference(x, 6), 1), 15)
     x = torch.cat([x, x[:, :1]], 1).transpose(1, 2).contiguous().transpose(1, 2)
     shares = share(torch.ones(2, 21, device=DEVICE), wide)
     out = average_triton.average(x, shares, wide)
@@ -267,7 +267,7 @@ def test_cuda_graphs_capture_matching_and_averages():
 
     def step():
         parent = in_triton(x, 12)
-        plan = merging.plan(parent, 37)
+        plan = merging.make_plan(parent, 37)
         return parent, average_triton.average(x, share(size, plan), plan)
 
     step()  # compiles
@@ -290,7 +290,7 @@ def test_matching_and_merging_take_the_kernels_where_they_are_asked_to(monkeypat
     size, found = torch.ones(2, 36, device=DEVICE), {}
     for triton in (False, True):
         parent = matching.choose(x, 9, "pitome", triton=triton, depth=0.3).parent
-        found[triton] = merging.merge(x, size, merging.plan(parent, 27), triton)
+        found[triton] = merging.average_tokens(x, size, merging.make_plan(parent, 27), triton)
     assert called == ["parents", "average"]
     torch.testing.assert_close(found[True], found[False])
 
@@ -301,7 +301,9 @@ def test_what_has_no_kernel_or_needs_gradients_is_left_to_pytorch(monkeypatch):
     x = tokens(2, 36, 20, dtype=torch.float32).to(DEVICE)
     parent = matching.choose(x, 9, "tome", triton=True).parent
     leaf = x.clone().requires_grad_()
-    merged_, _ = merging.merge(leaf, torch.ones(2, 36, device=DEVICE), merging.plan(parent, 27), True)
+    merged_, _ = merging.average_tokens(
+        leaf, torch.ones(2, 36, device=DEVICE), merging.make_plan(parent, 27), True
+    )
     merged_.sum().backward()
     assert leaf.grad.abs().sum() > 0
 

@@ -10,7 +10,7 @@ from given import at, given, survivors, tokens
 
 from llava_pitome import METHODS, parents
 from llava_pitome import methods as package
-from llava_pitome.methods import GIVEN, PLACES, pitome
+from llava_pitome.methods import METHOD_INPUTS, PLACES, pitome
 from llava_pitome.methods.registry import choose
 
 HERE = Path(__file__).parent / "golden"
@@ -379,15 +379,15 @@ def test_what_is_needed_and_was_not_given_is_named(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_given_and_not_needed_is_named(method):
-    idle = next(name for name in GIVEN if name not in METHODS[method].needs)
+    idle = next(name for name in METHOD_INPUTS if name not in METHODS[method].needs)
     with pytest.raises(ValueError, match=rf"method '{method}' has no use for {idle}; it needs"):
-        parents(tokens(), 2, method, **given(method), **{idle: GIVEN[idle]})
+        parents(tokens(), 2, method, **given(method), **{idle: METHOD_INPUTS[idle]})
 
 
 @pytest.mark.parametrize("method, entry", METHODS.items())
 def test_an_entry_says_what_can_be(method, entry):
     assert entry.find is not None
-    assert set(entry.needs) <= set(GIVEN)
+    assert set(entry.needs) <= set(METHOD_INPUTS)
     assert entry.places
     assert set(entry.places) <= set(PLACES)
     assert not (entry.halves and entry.needs)  # a later round would be given what was there before the first

@@ -6,8 +6,8 @@ import torch
 from given import WORDS, given, survivors, tokens
 
 from llava_pitome import METHODS, parents
-from llava_pitome.merge.plan import plan
-from llava_pitome.merge.reduce import fold
+from llava_pitome.merge.plan import make_plan
+from llava_pitome.merge.reduce import reduce_tokens
 from llava_pitome.methods import _common as picking
 from llava_pitome.methods.registry import choose
 from llava_pitome.methods.sparsevlm import density_peaks, recycling
@@ -20,7 +20,7 @@ def chosen(x, remove, method, needs=None, **parameters):
     """A choice and the tokens that it leaves, as lists."""
     needs = given(method, *x.shape, x.dtype) if needs is None else needs
     choice = choose(x, remove, method, **needs, **parameters)
-    left, _ = fold(x, torch.ones(x.shape[:2]), plan(choice.parent, x.shape[1] - remove), choice)
+    left, _ = reduce_tokens(x, torch.ones(x.shape[:2]), make_plan(choice.parent, x.shape[1] - remove), choice)
     return choice, left
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from llava_pitome.image_io import FORMATS, MAX_PIXELS, open_picture
+from llava_pitome.image_io import FORMATS, MAX_PIXELS, open_image
 
 RNG = np.random.default_rng(0)
 COLOURED = Image.fromarray(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((18, 12))
@@ -35,7 +35,7 @@ def png(width, height):
 def test_every_format_opens_from_a_file_and_from_bytes(kind, tmp_path):
     data = saved(COLOURED, kind)
     (tmp_path / "picture").write_bytes(data)  # the name says nothing
-    found = [open_picture(source) for source in (data, tmp_path / "picture", str(tmp_path / "picture"))]
+    found = [open_image(source) for source in (data, tmp_path / "picture", str(tmp_path / "picture"))]
     for picture in found:
         assert picture.mode == "RGB" and picture.size == COLOURED.size
         assert picture.tobytes() == found[0].tobytes()
@@ -46,26 +46,26 @@ def test_every_format_opens_from_a_file_and_from_bytes(kind, tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
 def test_every_mode_of_a_png_becomes_rgb(mode):
     picture = Image.new(mode, (4, 3), 0 if mode in ("1", "L", "P", "I;16") else (0,) * len(mode))
-    found = open_picture(saved(picture))
+    found = open_image(saved(picture))
     assert found.mode == "RGB" and found.size == (4, 3)
 
 
 def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off():
     wide = Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16))
     for kind in ("PNG", "TIFF", "PPM"):
-        assert np.asarray(open_picture(saved(wide, kind)))[0, :, 0].tolist() == [0, 1, 128, 255]
+        assert np.asarray(open_image(saved(wide, kind)))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_cmyk_is_taken_as_colours():
-    found = open_picture(saved(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"))
+    found = open_image(saved(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"))
     assert np.asarray(found).min() > 250
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
 def test_what_is_transparent_shows_white(kind):
     clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
-    assert (np.asarray(open_picture(saved(clear, kind))) == 255).all()
-    half = open_picture(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 128))))
+    assert (np.asarray(open_image(saved(clear, kind))) == 255).all()
+    half = open_image(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 128))))
     assert np.asarray(half).flatten().tolist() == [127] * 192
 
 
@@ -73,7 +73,7 @@ def test_a_palette_with_a_transparent_colour_shows_white_there():
     picture = Image.new("P", (2, 1))
     picture.putpalette([255, 0, 0, 0, 0, 255])
     picture.putpixel((1, 0), 1)
-    found = open_picture(saved(picture, transparency=0))
+    found = open_image(saved(picture, transparency=0))
     assert np.asarray(found)[0].tolist() == [[255, 255, 255], [0, 0, 255]]
 
 
@@ -88,22 +88,22 @@ def test_pictures_are_turned_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(Image.fromarray(np.ascontiguousarray(turns[orientation])), exif=exif)
-    assert np.array_equal(np.asarray(open_picture(data))[..., 0], upright)
+    assert np.array_equal(np.asarray(open_image(data))[..., 0], upright)
 
 
 def test_the_first_picture_of_an_animation_is_taken():
     frames = [Image.new("RGB", (5, 5), c) for c in ((255, 0, 0), (0, 0, 255))]
     data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert open_picture(data).getpixel((2, 2)) == (255, 0, 0)
+    assert open_image(data).getpixel((2, 2)) == (255, 0, 0)
 
 
 def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"missing\.png is not there"):
-        open_picture(tmp_path / "missing.png")
+        open_image(tmp_path / "missing.png")
     with pytest.raises(ValueError, match=f"{tmp_path} is no file"):
-        open_picture(tmp_path)
+        open_image(tmp_path)
     with pytest.raises(ValueError, match="is no file"):
-        open_picture("/dev/zero")  # it would never end
+        open_image("/dev/zero")  # it would never end
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path):
 def test_what_is_no_picture_is_refused_with_what_is_allowed(data, tmp_path):
     (tmp_path / "notes.png").write_bytes(data)
     with pytest.raises(ValueError, match=r"notes\.png is no picture: .* is no beginning of JPEG, PNG"):
-        open_picture(tmp_path / "notes.png")
+        open_image(tmp_path / "notes.png")
 
 
 def test_formats_that_start_other_programs_are_never_tried():
@@ -121,9 +121,9 @@ def test_formats_that_start_other_programs_are_never_tried():
 
 def test_too_many_pixels_are_refused_with_both_numbers():
     data = saved(COLOURED)
-    assert open_picture(data, max_pixels=18 * 12).size == (18, 12)
+    assert open_image(data, max_pixels=18 * 12).size == (18, 12)
     with pytest.raises(ValueError, match="too many pixels: 18 x 12 are 216, allowed are 215"):
-        open_picture(data, max_pixels=215)
+        open_image(data, max_pixels=215)
 
 
 @pytest.mark.parametrize("side", [8193, 12000, 60000])
@@ -133,7 +133,7 @@ def test_bombs_are_refused_by_their_head_without_decoding(side, monkeypatch, rec
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
     with pytest.raises(ValueError, match=f"too many pixels.*{MAX_PIXELS:,}"):
-        open_picture(png(side, side))
+        open_image(png(side, side))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
@@ -142,13 +142,13 @@ def test_truncated_files_are_refused(kind):
     data = saved(big, kind)
     for share in (0.5, 0.8, 0.95):
         with pytest.raises(ValueError, match=r"the picture is (damaged|truncated|no picture)"):
-            open_picture(data[: int(len(data) * share)])
+            open_image(data[: int(len(data) * share)])
 
 
 def test_a_package_that_lets_truncated_pictures_pass_is_not_borne(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES is on"):
-        open_picture(saved(COLOURED))
+        open_image(saved(COLOURED))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,7 +165,7 @@ def test_whatever_is_damaged_gives_a_picture_or_a_reason(kind):
         for _ in range(rng.choice((1, 2, 8))):
             damaged[rng.randrange(rng.choice((min(len(data), 64), len(data))))] = rng.randrange(256)
         try:
-            assert open_picture(bytes(damaged[: rng.choice((None, rng.randrange(len(data))))])).mode == "RGB"
+            assert open_image(bytes(damaged[: rng.choice((None, rng.randrange(len(data))))])).mode == "RGB"
         except ValueError as error:
             assert str(error).startswith("the picture")
             refused += 1
@@ -174,6 +174,6 @@ def test_whatever_is_damaged_gives_a_picture_or_a_reason(kind):
 
 def test_fractions_are_no_colours():
     with pytest.raises(ValueError, match="holds fractions"):
-        open_picture(saved(Image.new("F", (4, 4)), "TIFF"))
+        open_image(saved(Image.new("F", (4, 4)), "TIFF"))
     with pytest.raises(ValueError, match="numbers from 70000 to 70000; greys may have 8 or 16 bits"):
-        open_picture(saved(Image.new("I", (4, 4), 70000), "TIFF"))
+        open_image(saved(Image.new("I", (4, 4), 70000), "TIFF"))

@@ -111,7 +111,7 @@ CONFIGS = [
         if METHODS[m].needs != ("grid",)
     ),
     *(MergeConfig(method=m, prefix=0.7, prefix_metric="features") for m in FITTING if METHODS[m].keys),
-    MergeConfig(method="dct", prefix=1),
+    MergeConfig(method="dct", prefix=2),
     MergeConfig(prefix=0.2),
     MergeConfig(prefix=0.5, parameters={"margin": 0.3}),
     MergeConfig(prefix=0.5, ratio=0.9),

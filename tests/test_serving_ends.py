@@ -105,7 +105,7 @@ def test_the_command_refuses_before_a_model_is_loaded(capsys, monkeypatch):
     def loads(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("llava_pitome.cli.common.load", loads)
+    monkeypatch.setattr("llava_pitome.cli.model_options.load", loads)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen" in capsys.readouterr().err

@@ -7,9 +7,9 @@ import torch
 from conftest import LAYERS, PATCHES, SIDE, make_model
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.hooks.merge_step import Merger
+from llava_pitome.hooks.merge_step import MergeStep
 from llava_pitome.merge.plan import trace
-from llava_pitome.models.parts import Slot
+from llava_pitome.models.parts import TokenState
 
 FEATURE = LAYERS - 1  # hidden_states[-2]
 HEADS = 4
@@ -351,8 +351,8 @@ def test_autocast_merges(model):
 
 def test_matching_does_not_lose_precision_under_autocast():
     torch.manual_seed(0)
-    metric, ones, found = torch.randn(2, 36, 8), Slot(torch.ones(2, 36)), []
-    merger = Merger(MergeConfig(ratio=0.5, metric="hidden"), 0, False)
+    metric, ones, found = torch.randn(2, 36, 8), TokenState(torch.ones(2, 36)), []
+    merger = MergeStep(MergeConfig(ratio=0.5, metric="hidden"), 0, False)
     for on in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
             found.append(merger.merge(metric, metric, 18, ones, None, ("pitome", {}, 0.0), {})[1].plan.slot)

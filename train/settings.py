@@ -4,10 +4,9 @@ from typing import Any
 
 from llava_pitome import MergeConfig
 from llava_pitome.cli.options import Option, boolean, fields, folder, listed, one_of, share, whole
-from llava_pitome.config import joined
+from llava_pitome.config import RECIPES, combined
 from llava_pitome.methods import METHODS
 from llava_pitome.models.checkpoints import QUANTIZATIONS
-from llava_pitome.recipes import RECIPES
 from train.export import SEEDS
 from train.lora import LANGUAGE
 
@@ -131,7 +130,7 @@ def check(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
 def _merging(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
     """One config for each number of ratio= or tokens=, or the one that merging= makes of the recipe."""
     several = {key: options[key] for key in ("ratio", "tokens") if options[key] is not None}
-    joined(several, options["merging"])  # nothing twice
+    combined(several, options["merging"])  # nothing twice
     changes = options["merging"] or {}
     amounts: list[dict[str, Any]] = [{key: number} for key in several for number in several[key]]
     if not amounts:

@@ -7,9 +7,9 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.hooks import attention_scores as scores
 from llava_pitome.hooks.merge_step import key
-from llava_pitome.merge.plan import size_bias
+from llava_pitome.merge.plan import log_size_bias
 from llava_pitome.methods import METHODS
-from llava_pitome.models.parts import Block
+from llava_pitome.models.parts import BlockParts
 
 
 def wanted(method: str, by_keys: bool) -> tuple[str, ...]:
@@ -18,10 +18,12 @@ def wanted(method: str, by_keys: bool) -> tuple[str, ...]:
     return ("key",) * by_keys + ("attention",) * attends
 
 
-class Looking:
+class AttentionCapture:
     """The hooks on one block's projections; they keep what is wanted of a pass in which `when` says so."""
 
-    def __init__(self, block: Block, wanted: tuple[str, ...], class_tokens: int, when: Callable[[], bool]):
+    def __init__(
+        self, block: BlockParts, wanted: tuple[str, ...], class_tokens: int, when: Callable[[], bool]
+    ):
         """Prepares hooks.
 
         Args:
@@ -79,7 +81,7 @@ class Looking:
             sizes: (B, T) by which attention was weighed, if it was.
         """
         queries, keys = self.queries_and_keys()
-        mask = None if sizes is None else size_bias(sizes.to(keys.device), keys.dtype)
+        mask = None if sizes is None else log_size_bias(sizes.to(keys.device), keys.dtype)
         heads = (self.block.heads, self.block.key_heads)
         if self.class_tokens:
             return scores.attention(queries[:, :1], keys, *heads, mask)[:, 0, self.class_tokens :]

@@ -66,7 +66,7 @@ def received(
     return total / (count if asks is None else asks.sum(1, keepdim=True).clamp(min=1))
 
 
-def turned(x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (B, T, H * C) turned by their positions (RoPE), as Llama and its kin do.
 
     Args:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llava_pitome.models.parts import Block
+from llava_pitome.models.parts import BlockParts
 
 
-class Inside:
+class BlockMerge:
     """The hooks on one block; they do nothing in a pass in which the block does not merge."""
 
     def __init__(
-        self, block: Block, site: str, merges: Callable[[], bool], merge: Callable[[Tensor], Tensor]
+        self, block: BlockParts, site: str, merges: Callable[[], bool], merge: Callable[[Tensor], Tensor]
     ):
         """Prepares hooks.
 

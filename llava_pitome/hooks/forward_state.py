@@ -12,14 +12,14 @@ from torch import Tensor
 
 from llava_pitome.hooks import kv_cache as pasts
 from llava_pitome.hooks import prompt_layout as prompts
-from llava_pitome.hooks.kv_cache import Memory, Past
+from llava_pitome.hooks.kv_cache import CacheState, SegmentCache
 from llava_pitome.hooks.merge_step import ANOTHER_PASS, recomputing
-from llava_pitome.hooks.prompt_layout import Prompt
-from llava_pitome.merge.plan import rows
-from llava_pitome.models.parts import Slot
+from llava_pitome.hooks.prompt_layout import PromptLayout
+from llava_pitome.merge.plan import gather_tokens
+from llava_pitome.models.parts import TokenState
 
 
-class Pass:
+class ForwardState:
     """A pass, from its beginning to its end.
 
     Attributes:
@@ -28,7 +28,7 @@ class Pass:
         past: what the caches of each stretch hold from passes before; None where nothing has ever merged.
     """
 
-    def __init__(self, stretches: int, length: int, memory: Memory | None):
+    def __init__(self, stretches: int, length: int, memory: CacheState | None):
         """Begins.
 
         Args:
@@ -36,14 +36,14 @@ class Pass:
             length: T in front of the first layer.
             memory: what the cache remembers of the passes before.
         """
-        self.prompts: list[Prompt | None] = [None] * stretches
-        self.slots: list[Slot | None] = [None] * stretches
+        self.prompts: list[PromptLayout | None] = [None] * stretches
+        self.slots: list[TokenState | None] = [None] * stretches
         self.past = None if memory is None else memory.past
         self._open = 0 if memory is None else memory.open + length
         self._before = self._shift = None if memory is None else memory.shift
         self._places: Tensor | None = None
         self._patches = 0
-        self._now: list[Past | None] = [None] * stretches
+        self._now: list[SegmentCache | None] = [None] * stretches
         self._masks: list[Tensor | None] = [None] * stretches
         self._angles: list[dict[str, Any] | None] = [None] * stretches
         self._turns: Tensor | None = None  # the model hands the same to every layer of a pass
@@ -53,7 +53,7 @@ class Pass:
         """Whether this pass brings images."""
         return self.prompts[0] is not None
 
-    def begin(self, prompt: Prompt, sizes: Tensor | None, before: Past, weighed: bool) -> None:
+    def begin(self, prompt: PromptLayout, sizes: Tensor | None, before: SegmentCache, weighed: bool) -> None:
         """Takes the images in.
 
         Args:
@@ -64,7 +64,7 @@ class Pass:
         """
         self._open = prompts.behind(prompt)
         given = torch.ones(prompt.images.shape) if sizes is None else sizes
-        slot = Slot(given.to(prompt.images.device))
+        slot = TokenState(given.to(prompt.images.device))
         if self.past is None:
             self.past = (before,) * len(self.prompts)
         self.enter(0, prompt, slot, weighed and sizes is not None)
@@ -82,7 +82,7 @@ class Pass:
         more = missing * torch.tensor(prompt.counts, device=prompt.images.device).unsqueeze(1)
         self._shift = more if self._before is None else self._before + more
 
-    def enter(self, s: int, prompt: Prompt, slot: Slot, weighed: bool) -> None:
+    def enter(self, s: int, prompt: PromptLayout, slot: TokenState, weighed: bool) -> None:
         """What stretch s is given: the prompts as they are there, and their images' sizes."""
         self.prompts[s], self.slots[s] = prompt, slot
         bias = _log_sizes(prompt, slot) if weighed else None
@@ -127,7 +127,9 @@ class Pass:
         known = self._angles[s]
         if known is None or known["position_embeddings"][0].device != cos.device:
             origin = prompt.origin.to(cos.device)
-            both = tuple(rows(x.expand(len(origin), -1, -1).contiguous(), origin) for x in (cos, sin))
+            both = tuple(
+                gather_tokens(x.expand(len(origin), -1, -1).contiguous(), origin) for x in (cos, sin)
+            )
             known = {"position_embeddings": both}
             if (ids := kwargs.get("position_ids")) is not None:
                 known["position_ids"] = ids.expand(len(origin), -1).gather(1, origin.to(ids.device))
@@ -150,9 +152,9 @@ class Pass:
         if prompt is not None and prompt.shape != hidden.shape[:2]:
             raise RuntimeError(ANOTHER_PASS)
 
-    def end(self, first_layers: tuple[int, ...], way: tuple[str, bool]) -> Memory:
+    def end(self, first_layers: tuple[int, ...], way: tuple[str, bool]) -> CacheState:
         """What the cache has to remember."""
-        return Memory(first_layers, way, tuple(self._now), self._open, self._shift)
+        return CacheState(first_layers, way, tuple(self._now), self._open, self._shift)
 
     def forget_masks(self) -> None:
         """Drops what is only needed while layers run."""
@@ -160,7 +162,7 @@ class Pass:
         self._angles = [None] * len(self._angles)
 
 
-def _log_sizes(prompt: Prompt, slot: Slot) -> Tensor:
+def _log_sizes(prompt: PromptLayout, slot: TokenState) -> Tensor:
     """Log sizes (B, T) of the images' tokens, 0 for text."""
     bias = torch.zeros(prompt.shape, device=prompt.images.device)
     bias.view(-1)[prompt.images.flatten()] = slot.sizes.log().flatten()

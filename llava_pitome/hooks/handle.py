@@ -6,20 +6,20 @@ from functools import partial
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.image_features import Arrivals
-from llava_pitome.hooks.input_resize import Shrinking
-from llava_pitome.hooks.language_model import DecoderMerging
-from llava_pitome.hooks.merge_step import Sight
-from llava_pitome.hooks.projector import PrefixMerging
-from llava_pitome.hooks.vision_tower import TowerMerging
-from llava_pitome.merge.plan import Plan
-from llava_pitome.models.language_model_parts import Llm
-from llava_pitome.models.parts import Parts
+from llava_pitome.hooks.image_features import ImageFeatures
+from llava_pitome.hooks.input_resize import InputResizeHook
+from llava_pitome.hooks.language_model import LanguageModelHooks
+from llava_pitome.hooks.merge_step import MergeRecord
+from llava_pitome.hooks.projector import ProjectorHooks
+from llava_pitome.hooks.vision_tower import VisionTowerHooks
+from llava_pitome.merge.plan import MergePlan
+from llava_pitome.models.language_model_parts import LanguageModelParts
+from llava_pitome.models.parts import ModelParts
 
-Place = Shrinking | PrefixMerging | TowerMerging | Arrivals | DecoderMerging
+Place = InputResizeHook | ProjectorHooks | VisionTowerHooks | ImageFeatures | LanguageModelHooks
 
 
-class Merging:
+class MergeHandle:
     """The hooks on a model.
 
     Attributes:
@@ -30,7 +30,9 @@ class Merging:
         decoder: merging in the language model; None where none is asked for.
     """
 
-    def __init__(self, parts: Parts, config: MergeConfig, kernels: bool | str, llm: Llm | None):
+    def __init__(
+        self, parts: ModelParts, config: MergeConfig, kernels: bool | str, llm: LanguageModelParts | None
+    ):
         """Prepares hooks.
 
         Args:
@@ -41,20 +43,20 @@ class Merging:
         """
         self.config, self.kernels = config, kernels
         triton = kernels == "triton"
-        self.tower = TowerMerging(
+        self.tower = VisionTowerHooks(
             parts.blocks, parts.feature, parts.class_tokens, config, kernels, parts.sdpa
         )
-        self.shrinking: Shrinking | None = None
-        self.prefix: PrefixMerging | None = None
-        self.arrivals: Arrivals | None = None
-        self.decoder: DecoderMerging | None = None
+        self.shrinking: InputResizeHook | None = None
+        self.prefix: ProjectorHooks | None = None
+        self.arrivals: ImageFeatures | None = None
+        self.decoder: LanguageModelHooks | None = None
         if config.resize is not None:
-            self.shrinking = Shrinking(parts.tower, parts.patch_size, config.resize)
+            self.shrinking = InputResizeHook(parts.tower, parts.patch_size, config.resize)
         if config.merges_in_prefix:
-            self.prefix = PrefixMerging(parts.whole.projector, self.tower, parts.front, config, triton)
+            self.prefix = ProjectorHooks(parts.whole.projector, self.tower, parts.front, config, triton)
         if llm is not None:
-            self.arrivals = Arrivals(parts.whole.projector, parts.front, self.sizes, self.plans)
-            self.decoder = DecoderMerging(llm, config, self.arrivals, self.patches, triton)
+            self.arrivals = ImageFeatures(parts.whole.projector, parts.front, self.sizes, self.plans)
+            self.decoder = LanguageModelHooks(llm, config, self.arrivals, self.patches, triton)
 
     @property
     def _parts(self) -> list[Place]:
@@ -71,14 +73,14 @@ class Merging:
         for part in self._parts:
             part.remove()
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[MergePlan]:
         """The merges of the last forward pass from patches to what reached the language model, in order.
 
         See `merging.trace`. What the language model merged is in `decoder.slots`.
         """
         return self.tower.plans() + (self.prefix.plans() if self.prefix is not None else [])
 
-    def watch(self, show: Callable[[str, int, Sight], None] | None) -> None:
+    def watch(self, show: Callable[[str, int, MergeRecord], None] | None) -> None:
         """Has every merge from now on shown: its place, its layer (0 at the prefix), and what it did.
 
         None ends it. Watching changes nothing; under torch.compile it is not supported.
@@ -105,7 +107,9 @@ class Merging:
         return self.tower.patches
 
 
-def _shown(show: Callable[[str, int, Sight], None], place: str, layers: int, sight: Sight) -> None:
+def _shown(
+    show: Callable[[str, int, MergeRecord], None], place: str, layers: int, sight: MergeRecord
+) -> None:
     """Tells a merge's layer by its depth l_i / l."""
     show(place, round(sight.depth * layers), sight)
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llava_pitome.merge.plan import Plan
+from llava_pitome.merge.plan import MergePlan
 
 PROBES = 4  # tokens of an image that are compared
 CHANNELS = 8  # of them that are compared at every place of a prompt, before the others are at a few
 
 
-class Arrivals:
+class ImageFeatures:
     """A hook on the projector, behind any that merges there."""
 
     def __init__(
@@ -27,7 +27,7 @@ class Arrivals:
         projector: nn.Module,
         front: int,
         sizes: Callable[[], Tensor | None],
-        plans: Callable[[], Sequence[Plan]],
+        plans: Callable[[], Sequence[MergePlan]],
     ):
         """Prepares the hook.
 

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 
-class Shrinking:
+class InputResizeHook:
     """The hook on a tower that shrinks the pictures it is given to fewer patches."""
 
     def __init__(self, tower: nn.Module, patch_size: int, grid: tuple[int, int]):

@@ -13,7 +13,7 @@ from torch import Tensor
 NAME = "token_merging"  # the attribute
 
 
-class Past(NamedTuple):
+class SegmentCache(NamedTuple):
     """What is in the cache of the layers between two merges.
 
     Attributes:
@@ -26,21 +26,21 @@ class Past(NamedTuple):
     real: Tensor | None = None
     bias: Tensor | None = None
 
-    def grown(self, length: int, real: Tensor | None, bias: Tensor | None) -> "Past":
+    def grown(self, length: int, real: Tensor | None, bias: Tensor | None) -> "SegmentCache":
         """With `length` further tokens behind."""
-        return Past(
+        return SegmentCache(
             self.length + length,
             _joined(self.real, real, self.length, length, torch.bool, 1),
             _joined(self.bias, bias, self.length, length, None, 0),
         )
 
-    def cut(self, length: int) -> "Past":
+    def cut(self, length: int) -> "SegmentCache":
         """The first `length` tokens, as where a cache was cropped."""
         real, bias = (x if x is None else x[:, :length] for x in (self.real, self.bias))
-        return Past(length, real, bias)
+        return SegmentCache(length, real, bias)
 
 
-class Memory(NamedTuple):
+class CacheState(NamedTuple):
     """What a cache remembers.
 
     Attributes:
@@ -53,12 +53,12 @@ class Memory(NamedTuple):
 
     first_layers: tuple[int, ...]
     way: tuple[str, bool]
-    past: tuple[Past, ...]
+    past: tuple[SegmentCache, ...]
     open: int
     shift: Tensor | None = None
 
 
-def recall(cache: Any, first_layers: tuple[int, ...], way: tuple[str, bool], batch: int) -> Memory | None:
+def recall(cache: Any, first_layers: tuple[int, ...], way: tuple[str, bool], batch: int) -> CacheState | None:
     """What a cache remembers, less what was cropped since; None where nothing has merged in it.
 
     Args:
@@ -100,15 +100,17 @@ def recall(cache: Any, first_layers: tuple[int, ...], way: tuple[str, bool], bat
                 "stand behind its last image: tokens that merged cannot be cropped"
             )
         found.append(stretch if there == stretch.length else stretch.cut(there))
-    return Memory(first_layers, way, tuple(found), memory.open - gone, memory.shift)
+    return CacheState(first_layers, way, tuple(found), memory.open - gone, memory.shift)
 
 
-def remember(cache: Any, memory: Memory) -> None:
+def remember(cache: Any, memory: CacheState) -> None:
     """Keeps on a cache what `recall` will ask for."""
     setattr(cache, NAME, memory)
 
 
-def mask(now: Past, queries: int, plain: bool, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def mask(
+    now: SegmentCache, queries: int, plain: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     """The attention mask (B or 1, 1, T, P + T) of the last `queries` tokens of `now`, additive.
 
     None where the kernel needs none: a single query that sees everything, or, where `plain` says that the
@@ -135,7 +137,9 @@ def cast(mask: Tensor, like: Tensor) -> Tensor:
     return mask.to(like.device)
 
 
-def biased(given: Tensor | None, now: Past, queries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def biased(
+    given: Tensor | None, now: SegmentCache, queries: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """A model's own attention mask with the bias of `now` added; None becomes a causal one."""
     if given is None:
         return mask(now, queries, False, dtype, device)

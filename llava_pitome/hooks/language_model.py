@@ -19,20 +19,20 @@ from llava_pitome import token_schedule as schedule
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks import kv_cache as pasts
 from llava_pitome.hooks import prompt_layout as prompts
-from llava_pitome.hooks.attention_capture import Looking, wanted
-from llava_pitome.hooks.block_merge import Inside
-from llava_pitome.hooks.forward_state import Pass
-from llava_pitome.hooks.image_features import Arrivals
-from llava_pitome.hooks.kv_cache import Past
-from llava_pitome.hooks.layer_attention import Asked
-from llava_pitome.hooks.merge_step import Merger
+from llava_pitome.hooks.attention_capture import AttentionCapture, wanted
+from llava_pitome.hooks.block_merge import BlockMerge
+from llava_pitome.hooks.forward_state import ForwardState
+from llava_pitome.hooks.image_features import ImageFeatures
+from llava_pitome.hooks.kv_cache import SegmentCache
+from llava_pitome.hooks.layer_attention import LayerAttention
+from llava_pitome.hooks.merge_step import MergeStep
 from llava_pitome.hooks.projector import grid
-from llava_pitome.merge.plan import rows
-from llava_pitome.models.language_model_parts import Llm
-from llava_pitome.models.parts import Slot, hidden_of
+from llava_pitome.merge.plan import gather_tokens
+from llava_pitome.models.language_model_parts import LanguageModelParts
+from llava_pitome.models.parts import TokenState, hidden_of
 
 
-class DecoderMerging:
+class LanguageModelHooks:
     """The hooks on a language model, and what the last forward pass left.
 
     Attributes:
@@ -41,9 +41,9 @@ class DecoderMerging:
 
     def __init__(
         self,
-        llm: Llm,
+        llm: LanguageModelParts,
         config: MergeConfig,
-        arrivals: Arrivals,
+        arrivals: ImageFeatures,
         patches: Callable[[], int],
         triton: bool,
     ):
@@ -58,13 +58,15 @@ class DecoderMerging:
         """
         self.llm, self.config, self.arrivals, self.patches = llm, config, arrivals, patches
         self.layers = config.merging_layers
-        self.merger = Merger(config, 0, triton)
+        self.merger = MergeStep(config, 0, triton)
         self._looks = [
-            Looking(llm.blocks[i], wanted(config.method, config.metric == "keys"), 0, self._has_images)
+            AttentionCapture(
+                llm.blocks[i], wanted(config.method, config.metric == "keys"), 0, self._has_images
+            )
             for i in self.layers
         ]
         self._inside = [
-            Inside(llm.blocks[i], config.site, partial(self._merges, s), partial(self._merge, s))
+            BlockMerge(llm.blocks[i], config.site, partial(self._merges, s), partial(self._merge, s))
             for s, i in enumerate(self.layers)
         ]
         self._handles: list[RemovableHandle] = []
@@ -101,13 +103,13 @@ class DecoderMerging:
 
     def _forget(self) -> None:
         self._images: tuple[Tensor, int] | None = None
-        self._pass: Pass | None = None
-        self._asked: list[Asked | None] = [None] * len(self.layers)
+        self._pass: ForwardState | None = None
+        self._asked: list[LayerAttention | None] = [None] * len(self.layers)
         for part in (*self._looks, *self._inside):
             part.forget()
 
     @property
-    def slots(self) -> list[Slot | None]:
+    def slots(self) -> list[TokenState | None]:
         """What is known of the images' tokens behind each merge of the last prefill, the first in front."""
         return [] if self._pass is None else self._pass.slots
 
@@ -159,7 +161,7 @@ class DecoderMerging:
         batch, length = hidden.shape[:2]
         memory = None if cache is None else pasts.recall(cache, self._firsts, self._way, batch)
         real = None if given is None or length == 1 else given[:, -length:].bool()
-        now = Pass(len(self._firsts), length, memory)
+        now = ForwardState(len(self._firsts), length, memory)
         images = self._images
         if self.llm.image_token is None and kwargs.get("inputs_embeds") is not None:
             images = self.arrivals.found(hidden)
@@ -171,7 +173,7 @@ class DecoderMerging:
             before = given[:, :seen].bool() if given is not None and seen else None
             before = None if before is None or bool(before.all()) else before
             sizes, places = self.arrivals.of(hidden, prompt.images)
-            now.begin(prompt, sizes, Past(seen, before), self.config.llm_proportional)
+            now.begin(prompt, sizes, SegmentCache(seen, before), self.config.llm_proportional)
             if self.config.positions == "original" and places is not None:
                 now.place(places, self.patches())
         else:
@@ -196,7 +198,9 @@ class DecoderMerging:
         if i in self.layers and now.has_images:
             cached = partial(self.llm.cached_keys, kwargs.get("past_key_values"), i)
             turns, before = kwargs["position_embeddings"], now.past[s].length
-            self._asked[s] = Asked(self._looks[s], now.prompts[s], mask, turns, cached, before, self._grid)
+            self._asked[s] = LayerAttention(
+                self._looks[s], now.prompts[s], mask, turns, cached, before, self._grid
+            )
         return args, kwargs
 
     def _merges(self, s: int) -> bool:
@@ -222,7 +226,7 @@ class DecoderMerging:
         prompt = self._pass.prompts[-1]
         if prompt is None or prompt.into is None:
             return None
-        return rows(output, prompt.into.to(output.device))
+        return gather_tokens(output, prompt.into.to(output.device))
 
     def _end(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         """Behind the language model: the cache is told what it holds."""

@@ -15,13 +15,13 @@ from torch import Tensor
 from llava_pitome.hooks import attention_scores as scores
 from llava_pitome.hooks import kv_cache as pasts
 from llava_pitome.hooks import prompt_layout as prompts
-from llava_pitome.hooks.attention_capture import Looking
-from llava_pitome.hooks.kv_cache import Past
-from llava_pitome.hooks.prompt_layout import Prompt
-from llava_pitome.merge.plan import rows
+from llava_pitome.hooks.attention_capture import AttentionCapture
+from llava_pitome.hooks.kv_cache import SegmentCache
+from llava_pitome.hooks.prompt_layout import PromptLayout
+from llava_pitome.merge.plan import gather_tokens
 
 
-class Asked(NamedTuple):
+class LayerAttention(NamedTuple):
     """A layer in the middle of a pass.
 
     Attributes:
@@ -34,8 +34,8 @@ class Asked(NamedTuple):
         grid: rows and columns of patches.
     """
 
-    look: Looking
-    prompt: Prompt
+    look: AttentionCapture
+    prompt: PromptLayout
     mask: Tensor | None
     turns: tuple[Tensor, Tensor]
     cached: Callable[[int], Tensor]
@@ -67,7 +67,7 @@ class Asked(NamedTuple):
         if self.prompt.real is not None:
             here = torch.arange(length, device=keys.device)
             at = (here * self.prompt.real).argmax(1, keepdim=True)
-        found = scores.attention(rows(queries, at), keys, *self._heads, _picked(mask, at))
+        found = scores.attention(gather_tokens(queries, at), keys, *self._heads, _picked(mask, at))
         return self._of_images(found[:, 0, self.past :])
 
     def by_text(self) -> Tensor:
@@ -76,7 +76,9 @@ class Asked(NamedTuple):
         at, _ = prompts.text(self.prompt)
         row, length = self.prompt.row, self.prompt.shape[1]
         mask = _picked(mask.expand(len(keys), -1, -1, -1)[row], at)
-        found = scores.attention(rows(queries[row], at), keys[row], *self._heads, mask)[..., self.past :]
+        found = scores.attention(gather_tokens(queries[row], at), keys[row], *self._heads, mask)[
+            ..., self.past :
+        ]
         columns = self.prompt.images - row.unsqueeze(1) * length  # (I, n)
         return found.gather(2, columns.unsqueeze(1).expand(-1, at.shape[1], -1))
 
@@ -84,7 +86,7 @@ class Asked(NamedTuple):
         """The text tokens behind each image (I, Q, D), of `source` (B, T, D)."""
         at, _ = prompts.text(self.prompt)
         wide = torch.promote_types(source.dtype, torch.float32)
-        return rows(source[self.prompt.row], at).to(wide)
+        return gather_tokens(source[self.prompt.row], at).to(wide)
 
     def asks(self) -> Tensor:
         """Which of them are there, and not padding: (I, Q)."""
@@ -98,15 +100,15 @@ class Asked(NamedTuple):
         """Queries (B, T, H * C) and keys (B, P + T, H' * C) with their positions, and the additive mask."""
         queries, keys = self.look.queries_and_keys()
         turns = [x.to(keys.device) for x in self.turns]
-        queries = scores.turned(queries, self._heads[0], *turns)
-        keys = scores.turned(keys, self._heads[1], *turns)
+        queries = scores.apply_rope(queries, self._heads[0], *turns)
+        keys = scores.apply_rope(keys, self._heads[1], *turns)
         if self.past:
             before = self.cached(self.past).to(keys.device).transpose(1, 2).flatten(2)
             keys = torch.cat([before.to(keys.dtype), keys], 1)
         mask = self.mask if self.mask is None else self.mask.to(keys.device)
         if mask is None:
             length = queries.shape[1]
-            mask = pasts.mask(Past(self.past + length), length, False, torch.float32, keys.device)
+            mask = pasts.mask(SegmentCache(self.past + length), length, False, torch.float32, keys.device)
         if mask is None:  # a single token, which sees everything
             mask = torch.zeros(1, 1, 1, keys.shape[1], device=keys.device)
         return queries, keys, mask

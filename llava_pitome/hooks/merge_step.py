@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.merge.plan import Plan, full_precision, narrow, plan, widen
-from llava_pitome.merge.reduce import Choice, fold
+from llava_pitome.merge.plan import (
+    MergePlan,
+    add_prefix_tokens,
+    full_precision,
+    make_plan,
+    without_prefix_tokens,
+)
+from llava_pitome.merge.reduce import MergeResult, reduce_tokens
 from llava_pitome.methods import METHODS
 from llava_pitome.methods.registry import choose
-from llava_pitome.models.parts import Slot
+from llava_pitome.models.parts import TokenState
 
 ANOTHER_PASS = (
     "gradient checkpointing ran a block again after another forward pass changed what merges; with "
@@ -23,7 +29,7 @@ ANOTHER_PASS = (
 Offers = Mapping[str, Callable[[], Any]]  # what a place can tell of methods' GIVEN, worked out when asked
 
 
-class Sight(NamedTuple):
+class MergeRecord(NamedTuple):
     """One merge, as whoever watches is shown it; tokens in front are left out.
 
     Attributes:
@@ -36,14 +42,14 @@ class Sight(NamedTuple):
     """
 
     metric: Tensor
-    plan: Plan
+    plan: MergePlan
     dropped: Tensor
     method: str
     parameters: dict[str, Any]
     depth: float
 
 
-class Merger:
+class MergeStep:
     """Merges as a config says.
 
     Attributes:
@@ -59,18 +65,18 @@ class Merger:
             triton: let kernels written in Triton compute, where they can.
         """
         self.config, self.front, self.triton = config, front, triton
-        self.watch: Callable[[Sight], None] | None = None
+        self.watch: Callable[[MergeRecord], None] | None = None
 
     def merge(
         self,
         x: Tensor,
         metric: Tensor,
         length: int,
-        here: Slot,
-        last: Slot | None,
+        here: TokenState,
+        last: TokenState | None,
         way: tuple[str, dict[str, Any], float],
         offers: Offers,
-    ) -> tuple[Tensor, Slot]:
+    ) -> tuple[Tensor, TokenState]:
         """Merges once.
 
         Args:
@@ -94,17 +100,19 @@ class Merger:
             raise RuntimeError(ANOTHER_PASS)
         if self.watch is not None:
             self.watch(self._sight(metric.detach(), choice, laid, way))
-        merged, sizes = fold(x, sizes, laid, choice, self.config.size_weighted, self._triton_now)
-        return merged, Slot(sizes, laid, self.front)
+        merged, sizes = reduce_tokens(x, sizes, laid, choice, self.config.size_weighted, self._triton_now)
+        return merged, TokenState(sizes, laid, self.front)
 
     def _sight(
-        self, metric: Tensor, choice: Choice, laid: Plan, way: tuple[str, dict[str, Any], float]
-    ) -> Sight:
+        self, metric: Tensor, choice: MergeResult, laid: MergePlan, way: tuple[str, dict[str, Any], float]
+    ) -> MergeRecord:
         """A merge as it is shown."""
         front = self.front
         gone = torch.ones_like(choice.parent, dtype=torch.bool).scatter(1, laid.kept, False)
         nothing = choice.prunes if choice.weight is None else choice.weight == 0
-        return Sight(self._wide(metric), narrow(laid, front), (gone & nothing)[:, front:], *way)
+        return MergeRecord(
+            self._wide(metric), without_prefix_tokens(laid, front), (gone & nothing)[:, front:], *way
+        )
 
     def _wide(self, metric: Tensor) -> Tensor:
         """What methods are given of a metric (B, T, C)."""
@@ -118,7 +126,7 @@ class Merger:
         sizes: Tensor,
         way: tuple[str, dict[str, Any], float],
         offers: Offers,
-    ) -> tuple[Choice, Plan]:
+    ) -> tuple[MergeResult, MergePlan]:
         """Who merges, front tokens included."""
         method, parameters, depth = way
         front = self.front
@@ -137,7 +145,7 @@ class Merger:
                 **parameters,
             )
         choice = _widened(choice, front)
-        return choice, plan(choice.parent, length + front, choice.rank)
+        return choice, make_plan(choice.parent, length + front, choice.rank)
 
     @property
     def _triton_now(self) -> bool:
@@ -145,7 +153,7 @@ class Merger:
         return self.triton and not torch.compiler.is_compiling()
 
 
-def _widened(choice: Choice, front: int) -> Choice:
+def _widened(choice: MergeResult, front: int) -> MergeResult:
     """The choice with `front` tokens ahead, which keep to themselves."""
     if not front:
         return choice
@@ -157,7 +165,9 @@ def _widened(choice: Choice, front: int) -> Choice:
     if mixing is not None:
         mixing = nn.functional.pad(mixing, (front, 0, front, 0))
         mixing[:, :front, :front] = torch.eye(front, dtype=mixing.dtype, device=mixing.device)
-    return choice._replace(parent=widen(choice.parent, front), rank=rank, weight=weight, mixing=mixing)
+    return choice._replace(
+        parent=add_prefix_tokens(choice.parent, front), rank=rank, weight=weight, mixing=mixing
+    )
 
 
 def key(keys: Tensor, heads: int) -> Tensor:

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.attention_capture import Looking, wanted
-from llava_pitome.hooks.merge_step import Merger
-from llava_pitome.hooks.vision_tower import TowerMerging
-from llava_pitome.merge.plan import Plan, rows
+from llava_pitome.hooks.attention_capture import AttentionCapture, wanted
+from llava_pitome.hooks.merge_step import MergeStep
+from llava_pitome.hooks.vision_tower import VisionTowerHooks
+from llava_pitome.merge.plan import MergePlan, gather_tokens
 from llava_pitome.methods import METHODS
-from llava_pitome.models.parts import Slot
+from llava_pitome.models.parts import TokenState
 
 DEPTH = 1.0  # behind all of the tower
 
 
-class PrefixMerging:
+class ProjectorHooks:
     """The hook on a projector, and what the last forward pass left.
 
     Attributes:
@@ -30,7 +30,7 @@ class PrefixMerging:
     """
 
     def __init__(
-        self, projector: nn.Module, tower: TowerMerging, front: int, config: MergeConfig, triton: bool
+        self, projector: nn.Module, tower: VisionTowerHooks, front: int, config: MergeConfig, triton: bool
     ):
         """Prepares the hook.
 
@@ -44,10 +44,10 @@ class PrefixMerging:
         self.projector, self.tower, self.front, self.config = projector, tower, front, config
         self.by_keys = (config.prefix_metric or ("features", "keys")[METHODS[config.method].keys]) == "keys"
         last = tower.blocks[tower.feature - 1]
-        self._look = Looking(last, wanted(config.method, self.by_keys), tower.class_tokens, _always)
-        self.merger = Merger(config, front, triton)
+        self._look = AttentionCapture(last, wanted(config.method, self.by_keys), tower.class_tokens, _always)
+        self.merger = MergeStep(config, front, triton)
         self._handles: list[RemovableHandle] = []
-        self.slot: Slot | None = None
+        self.slot: TokenState | None = None
 
     def install(self) -> None:
         """Registers the hooks; before the tower's own, which may hand shorter projections on."""
@@ -61,7 +61,7 @@ class PrefixMerging:
         self._look.forget()
         self.slot = None
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[MergePlan]:
         """The merge of the last forward pass; see `merging.trace`."""
         return [self.slot.plan] if self.slot is not None and self.slot.merge is not None else []
 
@@ -82,13 +82,13 @@ class PrefixMerging:
         merged, self.slot = self.merger.merge(output, metric, length, here, self.slot, way, offers)
         return merged
 
-    def _arriving(self, output: Tensor) -> Slot:
+    def _arriving(self, output: Tensor) -> TokenState:
         """What the tower left of the sizes; of features that did not come from it, nothing is known."""
         sizes = torch.ones(output.shape[:2], device=output.device)
         left = self.tower.slots[-1]
         if left is not None and left.size.shape == sizes[:, self.front :].shape:
             sizes[:, self.front :] = left.size
-        return Slot(sizes, front=self.front)
+        return TokenState(sizes, front=self.front)
 
     def _keys(self) -> Tensor:
         """The keys (I, front + N, C) of the tower's last block, of the tokens that left it."""
@@ -110,9 +110,9 @@ def _always() -> bool:
     return True
 
 
-def _averaged(x: Tensor, plan: Plan) -> Tensor:
+def _averaged(x: Tensor, plan: MergePlan) -> Tensor:
     """The mean of the tokens of each slot."""
-    kept = rows(x, plan.kept)
+    kept = gather_tokens(x, plan.kept)
     total = torch.zeros_like(kept).scatter_add(1, plan.slot.unsqueeze(2).expand_as(x), x)
     counts = x.new_zeros(kept.shape[:2]).scatter_add(1, plan.slot, x.new_ones(plan.slot.shape))
     return total / counts.unsqueeze(2)

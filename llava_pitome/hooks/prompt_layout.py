@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llava_pitome.merge.plan import Plan, rows
+from llava_pitome.merge.plan import MergePlan, gather_tokens
 
 
-class Prompt(NamedTuple):
+class PromptLayout(NamedTuple):
     """A batch of prompts at some depth of the language model.
 
     Attributes:
@@ -42,13 +42,13 @@ class Prompt(NamedTuple):
         """(I,) the prompt of each image."""
         return self.images[:, 0] // self.shape[1]
 
-    def to(self, device: torch.device) -> "Prompt":
+    def to(self, device: torch.device) -> "PromptLayout":
         """The same on a device: layers may lie on several."""
         moved = {k: v.to(device) for k, v in self._asdict().items() if isinstance(v, Tensor)}
         return self._replace(**moved)
 
 
-def find(is_image: Tensor, each: int, front: int, real: Tensor | None) -> Prompt:
+def find(is_image: Tensor, each: int, front: int, real: Tensor | None) -> PromptLayout:
     """The images of a batch of prompts in front of the first layer.
 
     Args:
@@ -74,10 +74,10 @@ def find(is_image: Tensor, each: int, front: int, real: Tensor | None) -> Prompt
     if real is not None and bool((is_image & ~real).any()):
         raise ValueError("attention_mask hides image tokens; tokens that merge must be seen")
     counts = tuple(n // each for n in tokens)
-    return Prompt(images, counts, real, tuple(lengths), None, None, (batch, length), front)
+    return PromptLayout(images, counts, real, tuple(lengths), None, None, (batch, length), front)
 
 
-def behind(prompt: Prompt) -> int:
+def behind(prompt: PromptLayout) -> int:
     """Tokens behind the last image of any prompt, padding included."""
     return prompt.shape[1] - 1 - int((prompt.images % prompt.shape[1]).max())
 
@@ -93,10 +93,10 @@ class Shortening(NamedTuple):
 
     index: Tensor
     heirs: Tensor
-    after: Prompt
+    after: PromptLayout
 
 
-def shorten(prompt: Prompt, plan: Plan) -> Shortening:
+def shorten(prompt: PromptLayout, plan: MergePlan) -> Shortening:
     """The prompts without the tokens of each image (I, n) that `plan` lets go; the others keep order."""
     batch, before = prompt.shape
     fewer = plan.gone.shape[1]
@@ -119,7 +119,7 @@ def shorten(prompt: Prompt, plan: Plan) -> Shortening:
     origin = index if prompt.origin is None else prompt.origin.gather(1, index)
     into = place if prompt.into is None else place.gather(1, prompt.into)
     real = None if min(lengths) == after else real
-    left = Prompt(heirs, prompt.counts, real, lengths, origin, into, (batch, after), prompt.front)
+    left = PromptLayout(heirs, prompt.counts, real, lengths, origin, into, (batch, after), prompt.front)
     return Shortening(index, heirs, left)
 
 
@@ -133,12 +133,12 @@ def _left(stays: Tensor, length: int, real: Tensor | None) -> Tensor:
 
 def replace(x: Tensor, short: Shortening, merged: Tensor) -> Tensor:
     """The hidden state (B, T, D) of the tokens that stay, with merged ones (I, m, D) for the images' own."""
-    out = rows(x, short.index)
+    out = gather_tokens(x, short.index)
     width = x.shape[2]
     return out.view(-1, width).index_copy(0, short.heirs.flatten(), merged.reshape(-1, width)).view_as(out)
 
 
-def unpacked(prompt: Prompt, positions: Tensor, places: Tensor, patches: int) -> Tensor:
+def unpacked(prompt: PromptLayout, positions: Tensor, places: Tensor, patches: int) -> Tensor:
     """Positions (B, T) as they would be if every image still had all of its patches.
 
     Args:
@@ -159,7 +159,7 @@ def unpacked(prompt: Prompt, positions: Tensor, places: Tensor, patches: int) ->
     return out.view(batch, length)
 
 
-def text(prompt: Prompt) -> tuple[Tensor, Tensor]:
+def text(prompt: PromptLayout) -> tuple[Tensor, Tensor]:
     """Where the text behind each image's start is: positions (I, Q) in its prompt, and which are real."""
     batch, length = prompt.shape
     device = prompt.images.device

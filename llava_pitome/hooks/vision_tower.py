@@ -15,17 +15,17 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks import attention_capture as looks
-from llava_pitome.hooks.block_merge import Inside
-from llava_pitome.hooks.merge_step import Merger
+from llava_pitome.hooks.block_merge import BlockMerge
+from llava_pitome.hooks.merge_step import MergeStep
 from llava_pitome.hooks.own_attention import OwnAttention
 from llava_pitome.kernels.cpu_attention import pays
-from llava_pitome.merge.plan import Plan, size_bias
-from llava_pitome.models.parts import Block, Slot, hidden_of
+from llava_pitome.merge.plan import MergePlan, log_size_bias
+from llava_pitome.models.parts import BlockParts, TokenState, hidden_of
 
 KERNELS = (True, False, "triton")  # what is known to be faster, plain PyTorch alone, and Triton too
 
 
-class TowerMerging:
+class VisionTowerHooks:
     """The hooks on a tower, and what the last forward pass left in its slots.
 
     Attributes:
@@ -35,7 +35,7 @@ class TowerMerging:
 
     def __init__(
         self,
-        blocks: tuple[Block, ...],
+        blocks: tuple[BlockParts, ...],
         feature: int,
         class_tokens: int,
         config: MergeConfig,
@@ -55,11 +55,11 @@ class TowerMerging:
         """
         self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
         self.kernels = kernels
-        self.merger = Merger(config, class_tokens, kernels == "triton")
+        self.merger = MergeStep(config, class_tokens, kernels == "triton")
         self._sdpa = sdpa
         self._looks = [self._look(i, block) for i, block in enumerate(blocks[:feature])]
         self._inside = [
-            Inside(block, config.site, partial(self._merges, i), partial(self._merge, i))
+            BlockMerge(block, config.site, partial(self._merges, i), partial(self._merge, i))
             for i, block in enumerate(blocks[:feature])
         ]
         self._own = [
@@ -70,10 +70,10 @@ class TowerMerging:
         self._handles: list[RemovableHandle] = []
         self._forget()
 
-    def _look(self, i: int, block: Block) -> looks.Looking:
+    def _look(self, i: int, block: BlockParts) -> looks.AttentionCapture:
         method = self._way(i)[0]
         wanted = looks.wanted(method, self.config.metric == "keys")
-        return looks.Looking(block, wanted, self.class_tokens, partial(self._merges, i))
+        return looks.AttentionCapture(block, wanted, self.class_tokens, partial(self._merges, i))
 
     def install(self) -> None:
         """Registers the hooks."""
@@ -95,7 +95,7 @@ class TowerMerging:
 
     def _forget(self) -> None:
         """Empties every place in which a forward pass leaves something."""
-        self.slots: list[Slot | None] = [None] * (self.feature + 1)
+        self.slots: list[TokenState | None] = [None] * (self.feature + 1)
         for part in (*self._looks, *self._inside):
             part.forget()
         for own in self._own:
@@ -107,7 +107,7 @@ class TowerMerging:
             self._plans[patches] = self.config.lengths(patches, self.feature)
         return self._plans[patches]
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[MergePlan]:
         """The merges of the last forward pass, in order; see `merging.trace`."""
         return [slot.plan for slot in self.slots if slot is not None and slot.merge is not None]
 
@@ -144,7 +144,7 @@ class TowerMerging:
         if i == 0:
             self._lengths = self.lengths(hidden.shape[1] - self.class_tokens)
             ones = torch.ones(hidden.shape[:2], device=hidden.device)
-            self.slots[0] = Slot(ones, front=self.class_tokens)
+            self.slots[0] = TokenState(ones, front=self.class_tokens)
         if not self._merges(i):
             self.slots[i + 1] = self.slots[i]._replace(merge=None)
         sizes = self.sizes_in(i)
@@ -154,7 +154,7 @@ class TowerMerging:
         if self._attends_here(i, hidden, mask):
             self._own[i].start(sizes)
         elif sizes is not None:
-            bias = size_bias(sizes, hidden.dtype)
+            bias = log_size_bias(sizes, hidden.dtype)
             bias = bias if mask is None else mask + bias
             return ((hidden, bias, *rest[1:]), kwargs) if rest else (args, kwargs | {"attention_mask": bias})
         return None

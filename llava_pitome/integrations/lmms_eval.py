@@ -19,7 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from llava_pitome.api import load, remove
-from llava_pitome.config import asked
+from llava_pitome.config import requested
 from llava_pitome.flops import counted, literature
 from llava_pitome.models.checkpoints import DTYPES
 from llava_pitome.models.image_dedup import encode_once
@@ -80,7 +80,7 @@ class LlavaPitome(lmms):
             raise ValueError(f"batch_size={batch_size!r} is not allowed: it must be a whole number from 1")
         options.pop("max_batch_size", None)  # lmms-eval gives it to every model; it only goes with "auto"
         self.batch_size = int(batch_size)
-        self.merging = asked(recipe, {"ratio": ratio, "tokens": tokens, "method": method}, merging)
+        self.merging = requested(recipe, {"ratio": ratio, "tokens": tokens, "method": method}, merging)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from llava_pitome.kernels import triton_takes
 
 
-class Plan(NamedTuple):
+class MergePlan(NamedTuple):
     """Where every token goes.
 
     Attributes:
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     gone: Tensor
 
 
-def plan(parent: Tensor, length: int, order: Tensor | None = None) -> Plan:
+def make_plan(parent: Tensor, length: int, order: Tensor | None = None) -> MergePlan:
     """The output position of every token: raster order, unless `order` (B, N) ranks otherwise.
 
     `length` is how many tokens survive; it is passed because the schedule knows it and a GPU would have to be
@@ -41,10 +41,10 @@ def plan(parent: Tensor, length: int, order: Tensor | None = None) -> Plan:
     key = goes.to(torch.uint8) if order is None else order.masked_fill(goes, order.shape[1])
     laid = key.argsort(dim=1, stable=True)  # survivors in front
     rank = torch.empty_like(laid).scatter_(1, laid, here.expand_as(laid))
-    return Plan(rank.gather(1, parent), length, laid[:, :length], laid[:, length:])
+    return MergePlan(rank.gather(1, parent), length, laid[:, :length], laid[:, length:])
 
 
-def merge(x: Tensor, size: Tensor, plan: Plan, triton: bool = False) -> tuple[Tensor, Tensor]:
+def average_tokens(x: Tensor, size: Tensor, plan: MergePlan, triton: bool = False) -> tuple[Tensor, Tensor]:
     """Average the tokens (B, N, D) that share a slot, weighted by the patches (B, N) they stand for.
 
     Returns the merged tokens (B, M, D) in the dtype of `x` and their sizes (B, M). Sums run in float32 at
@@ -71,14 +71,14 @@ def _average(x: Tensor, share: Tensor, slot: Tensor, kept: Tensor, gone: Tensor)
     over with their sums, one small matrix product an image: R = N - M rows instead of N. The product gives
     the other tokens of an image the weight 0, so that an infinite one spoils its image's sums.
     """
-    out = rows(x, kept)  # (B, M, D)
+    out = gather_tokens(x, kept)  # (B, M, D)
     if not gone.shape[1]:
         return out
     target = slot.gather(1, gone)  # (B, R) slots that collect, some of them several times
     heir = kept.gather(1, target)  # (B, R) the survivors of these slots
     weights = (target.unsqueeze(2) == target.unsqueeze(1)) * share.gather(1, gone).unsqueeze(1)
-    own = rows(x, heir).to(share.dtype) * share.gather(1, heir).unsqueeze(2)
-    summed = torch.baddbmm(own, weights, rows(x, gone).to(share.dtype))  # (B, R, D)
+    own = gather_tokens(x, heir).to(share.dtype) * share.gather(1, heir).unsqueeze(2)
+    summed = torch.baddbmm(own, weights, gather_tokens(x, gone).to(share.dtype))  # (B, R, D)
     where = _flat(target, out.shape[1])  # the same slot twice is written the same sum twice
     out.view(-1, x.shape[2]).index_put_((where,), summed.to(x.dtype).view(-1, x.shape[2]))
     return out
@@ -101,7 +101,7 @@ class _Average(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Each token is given its slot's gradient by its share."""
         share, slot = ctx.saved_tensors
-        return (rows(grad, slot) * share.unsqueeze(2)).to(grad.dtype), None, None, None, None
+        return (gather_tokens(grad, slot) * share.unsqueeze(2)).to(grad.dtype), None, None, None, None
 
 
 def full_precision(kind: str) -> AbstractContextManager:
@@ -111,7 +111,7 @@ def full_precision(kind: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def widen(parent: Tensor, front: int) -> Tensor:
+def add_prefix_tokens(parent: Tensor, front: int) -> Tensor:
     """Parents (B, front + N) of a sequence with `front` tokens before these, which keep to themselves."""
     if not front:
         return parent
@@ -119,13 +119,13 @@ def widen(parent: Tensor, front: int) -> Tensor:
     return torch.cat([ahead, parent + front], 1)
 
 
-def narrow(plan: Plan, front: int) -> Plan:
+def without_prefix_tokens(plan: MergePlan, front: int) -> MergePlan:
     """The plan without the first `front` tokens, which keep to themselves."""
     slot, kept = plan.slot[:, front:] - front, plan.kept[:, front:] - front
-    return Plan(slot, plan.length - front, kept, plan.gone - front)
+    return MergePlan(slot, plan.length - front, kept, plan.gone - front)
 
 
-def rows(x: Tensor, index: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """The tokens at `index` (B, K) of x (B, N, D): (B, K, D). One flat index_select: gather is far slower."""
     picked = x.reshape(-1, x.shape[2]).index_select(0, _flat(index, x.shape[1]))
     return picked.view(*index.shape, x.shape[2])
@@ -139,12 +139,12 @@ def _flat(index: Tensor, count: int) -> Tensor:
     return (index + start.unsqueeze(1)).view(-1)
 
 
-def unmerge(x: Tensor, plan: Plan) -> Tensor:
+def unmerge(x: Tensor, plan: MergePlan) -> Tensor:
     """Gives every input token what its slot holds: (B, M, D) back to (B, N, D)."""
-    return rows(x, plan.slot)
+    return gather_tokens(x, plan.slot)
 
 
-def trace(plans: Sequence[Plan]) -> Tensor:
+def trace(plans: Sequence[MergePlan]) -> Tensor:
     """Which token each patch ended up in after several merges: (B, N) into the last M.
 
     Raises:
@@ -158,11 +158,11 @@ def trace(plans: Sequence[Plan]) -> Tensor:
     return slot
 
 
-def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
+def log_size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     """Proportional attention's log s (the paper, section 3.2) as an additive attention mask (B, 1, 1, N)."""
     return size.log().to(dtype)[:, None, None, :]
 
 
-def compose(second: Tensor, plan: Plan) -> Tensor:
+def compose(second: Tensor, plan: MergePlan) -> Tensor:
     """One parent (B, N) for two merges: `second` (B, M) was matched on what `plan` left."""
     return plan.kept.gather(1, second).gather(1, plan.slot)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llava_pitome.merge.plan import Plan, full_precision, merge, rows
+from llava_pitome.merge.plan import MergePlan, average_tokens, full_precision, gather_tokens
 
 
-class Choice(NamedTuple):
+class MergeResult(NamedTuple):
     """What a method has chosen: who joins whom, and what counts for how much in the token that comes of it.
 
     Attributes:
@@ -33,8 +33,13 @@ class Choice(NamedTuple):
     keeps_norm: bool = False
 
 
-def fold(
-    x: Tensor, sizes: Tensor, plan: Plan, choice: Choice, size_weighted: bool = True, triton: bool = False
+def reduce_tokens(
+    x: Tensor,
+    sizes: Tensor,
+    plan: MergePlan,
+    choice: MergeResult,
+    size_weighted: bool = True,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The tokens (B, N, D) that a choice leaves, and the patches they stand for: (B, M, D) and (B, M).
 
@@ -50,7 +55,7 @@ def fold(
         triton: as for `merge`.
     """
     if choice.prunes:
-        return rows(x, plan.kept), sizes.gather(1, plan.kept)
+        return gather_tokens(x, plan.kept), sizes.gather(1, plan.kept)
     counted = sizes if choice.weight is None else sizes * choice.weight
     wide = torch.promote_types(x.dtype, torch.float32)
     if choice.mixing is not None:
@@ -58,21 +63,21 @@ def fold(
             return (choice.mixing.to(wide) @ x.to(wide)).to(x.dtype), _totals(counted, plan)
     average = x.to(wide) if choice.keeps_norm else x  # what is stretched yet is not to be rounded twice
     if size_weighted:
-        merged, total = merge(average, counted, plan, triton)
+        merged, total = average_tokens(average, counted, plan, triton)
     else:
         weight = torch.ones_like(sizes) if choice.weight is None else choice.weight
-        merged, total = merge(average, weight, plan, triton)[0], _totals(counted, plan)
+        merged, total = average_tokens(average, weight, plan, triton)[0], _totals(counted, plan)
     if choice.keeps_norm:
         merged = _stretched(merged, average, plan, choice.weight).to(x.dtype)
     return merged, total
 
 
-def _totals(sizes: Tensor, plan: Plan) -> Tensor:
+def _totals(sizes: Tensor, plan: MergePlan) -> Tensor:
     """The sizes (B, N) of each slot added up: (B, M)."""
     return sizes.new_zeros(len(sizes), plan.length).scatter_add(1, plan.slot, sizes)
 
 
-def _stretched(merged: Tensor, x: Tensor, plan: Plan, weight: Tensor | None) -> Tensor:
+def _stretched(merged: Tensor, x: Tensor, plan: MergePlan, weight: Tensor | None) -> Tensor:
     """Merged tokens (B, M, D) at the norm of the longest token (B, N, D) in them that has any weight.
 
     Gradients pass through the norms. Where no two were averaged, nothing is stretched and no bit changes.

@@ -27,7 +27,7 @@ from llava_pitome.methods import (
 )
 
 PLACES = ("tower", "prefix", "decoder")
-GIVEN = {  # what a place can tell a method beside the metric, by name, with an example for two by two patches
+METHOD_INPUTS = {  # what a place can tell a method beside the metric, by name, with an example for two by two patches
     "size": torch.ones(1, 4),  # (B, N) patches that a token stands for
     "class_attention": torch.full((1, 4), 0.25),  # (B, N) the class token's attention, mean over heads
     "received_attention": torch.full((1, 4), 0.25),  # (B, N) attention a token gets, mean over all queries
@@ -78,6 +78,11 @@ class Method(NamedTuple):
     def find(self) -> Callable[..., Any]:
         """The function that says most."""
         return self.mixed or self.weighted or self.parents or self.kept
+
+    @property
+    def has_order(self) -> bool:
+        """Whether its authors order survivors in a way of their own."""
+        return self.ordered is not None
 
     @property
     def needs_grid(self) -> bool:

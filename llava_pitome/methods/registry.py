@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llava_pitome.kernels import triton_takes
-from llava_pitome.merge.plan import compose, plan
-from llava_pitome.merge.reduce import Choice, fold
-from llava_pitome.methods import GIVEN, METHODS, Method
+from llava_pitome.merge.plan import compose, make_plan
+from llava_pitome.merge.reduce import MergeResult, reduce_tokens
+from llava_pitome.methods import METHOD_INPUTS, METHODS, Method
 
 
 def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -> Tensor:
@@ -28,8 +28,8 @@ def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -
     Raises:
         ValueError: an unknown method or parameter, a metric that is not (B, N, D), or `remove` out of range.
     """
-    given = {k: v for k, v in parameters.items() if k in GIVEN}
-    own = {k: v for k, v in parameters.items() if k not in GIVEN}
+    given = {k: v for k, v in parameters.items() if k in METHOD_INPUTS}
+    own = {k: v for k, v in parameters.items() if k not in METHOD_INPUTS}
     check(method, own)
     needs = METHODS[method].needs
     if idle := [name for name in given if name not in needs]:
@@ -50,7 +50,7 @@ def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -
 
 def choose(
     metric: Tensor, remove: int, method: str, *, ordered: bool = False, triton: bool = False, **parameters
-) -> Choice:
+) -> MergeResult:
     """What a method chooses, without the checks of `parents`, for callers whose config was checked.
 
     Args:
@@ -63,36 +63,40 @@ def choose(
     """
     count, found = metric.shape[1], METHODS[method]
     if remove == 0:
-        return Choice(_themselves(metric))
+        return MergeResult(_themselves(metric))
     if ordered and found.ordered:
         parent, rank = found.ordered(metric, min(remove, count // 2), **parameters)
         if remove > count // 2:
             parent = _rounds(metric, remove, found, found.parents, parameters).parent
-        return Choice(parent, rank=rank)
+        return MergeResult(parent, rank=rank)
     find = found.triton if triton and found.triton and triton_takes(metric) else found.find
     if found.halves and remove > count // 2:
         return _rounds(metric, remove, found, find, parameters)
     return _chosen(found, find, metric, remove, parameters)
 
 
-def _chosen(found: Method, find: Callable[..., Any], metric: Tensor, remove: int, parameters: dict) -> Choice:
+def _chosen(
+    found: Method, find: Callable[..., Any], metric: Tensor, remove: int, parameters: dict
+) -> MergeResult:
     """What one call of a method's function chooses."""
     said = find(metric, remove, **parameters)
     if find is found.kept:
-        return Choice(_parents_of(said, metric.shape[1]), prunes=True)
+        return MergeResult(_parents_of(said, metric.shape[1]), prunes=True)
     if find is found.mixed:
-        return Choice(said[0], mixing=said[1])
+        return MergeResult(said[0], mixing=said[1])
     if find is found.weighted:
-        return Choice(said[0], weight=said[1], keeps_norm=found.keeps_norm)
-    return Choice(said, keeps_norm=found.keeps_norm)
+        return MergeResult(said[0], weight=said[1], keeps_norm=found.keeps_norm)
+    return MergeResult(said, keeps_norm=found.keeps_norm)
 
 
-def _rounds(metric: Tensor, remove: int, found: Method, find: Callable[..., Any], parameters: dict) -> Choice:
+def _rounds(
+    metric: Tensor, remove: int, found: Method, find: Callable[..., Any], parameters: dict
+) -> MergeResult:
     """One choice for several, each of which pairs up what the one before has left."""
     count = metric.shape[1]
     parent, weight = _themselves(metric), None
     size = torch.ones(metric.shape[:2], device=metric.device)
-    laid = plan(parent, count)
+    laid = make_plan(parent, count)
     while remove:
         step = min(remove, metric.shape[1] // 2)
         later = _chosen(found, find, metric, step, parameters)
@@ -100,10 +104,10 @@ def _rounds(metric: Tensor, remove: int, found: Method, find: Callable[..., Any]
             lifted = later.weight.gather(1, laid.slot)
             weight = lifted if weight is None else weight * lifted
         parent = compose(later.parent, laid)
-        metric, size = fold(metric, size, plan(later.parent, metric.shape[1] - step), later)
-        laid = plan(parent, metric.shape[1])
+        metric, size = reduce_tokens(metric, size, make_plan(later.parent, metric.shape[1] - step), later)
+        laid = make_plan(parent, metric.shape[1])
         remove -= step
-    return Choice(parent, weight=weight, keeps_norm=found.keeps_norm)
+    return MergeResult(parent, weight=weight, keeps_norm=found.keeps_norm)
 
 
 def _themselves(metric: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ def check(method: str, parameters: dict) -> None:
             raise ValueError(
                 f"method {method!r} has no parameter {name!r}; it takes {', '.join(own) or 'none'}"
             )
-    given = {name: GIVEN[name] for name in METHODS[method].needs}
+    given = {name: METHOD_INPUTS[name] for name in METHODS[method].needs}
     METHODS[method].find(
         torch.eye(4).unsqueeze(0), 1, **given, **parameters
     )  # raises on values it cannot take

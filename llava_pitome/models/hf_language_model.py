@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.models.language_model_parts import Llm
-from llava_pitome.models.parts import Block, Parts
+from llava_pitome.models.language_model_parts import LanguageModelParts
+from llava_pitome.models.parts import BlockParts, ModelParts
 
 KINDS = (
     "LlamaModel",
@@ -18,13 +18,13 @@ KERNELS = ("sdpa", "eager")  # attention kernels that take a mask of their own f
 SUPPORTED = "language models built like Llama (Llama, Vicuna, Mistral without a sliding window, Qwen2)"
 
 
-def find(parts: Parts, config: MergeConfig) -> Llm | None:
+def find(parts: ModelParts, config: MergeConfig) -> LanguageModelParts | None:
     """The language model of a LLaVA, where a config changes something inside it; None elsewhere."""
     if parts.whole is None or not config.reaches_llm:
         return None
     llm = parts.whole.llm
     tokens = partial(config.tokens_at, layers=parts.feature)
-    return Llm(
+    return LanguageModelParts(
         outer=parts.whole.outer,
         model=llm,
         blocks=tuple(_block(layer) for layer in llm.layers),
@@ -101,11 +101,11 @@ def _plain(llm: nn.Module) -> bool:
     return llm.config._attn_implementation == "sdpa"
 
 
-def _block(layer: nn.Module) -> Block:
+def _block(layer: nn.Module) -> BlockParts:
     a = layer.self_attn
     heads, key_heads = a.config.num_attention_heads, a.config.num_key_value_heads
     norm = layer.post_attention_layernorm
-    return Block(layer, a, a.q_proj, a.k_proj, a.v_proj, a.o_proj, heads, key_heads, norm, layer.mlp)
+    return BlockParts(layer, a, a.q_proj, a.k_proj, a.v_proj, a.o_proj, heads, key_heads, norm, layer.mlp)
 
 
 def _image_tokens(patch: int, front: int, tokens: Any, kwargs: dict, last: int) -> int | None:

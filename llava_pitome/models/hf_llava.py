@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llava_pitome.config import MergeConfig
 from llava_pitome.models import hf_language_model as language
 from llava_pitome.models import original_llava as original
-from llava_pitome.models.parts import Block, Parts, Whole
+from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts
 
 SUPPORTED = (
     "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and kin), "
@@ -22,7 +22,7 @@ CLASS_TOKENS = {"CLIPVisionModel": 1, "SiglipVisionModel": 0}  # by the tower's 
 MASKED = ("sdpa", "eager")  # attention kernels that take an additive mask
 
 
-def find(model: nn.Module) -> Parts:
+def find(model: nn.Module) -> ModelParts:
     """The parts of a LLaVA, or of a vision tower alone, under any wrappers.
 
     Raises:
@@ -44,10 +44,10 @@ def find(model: nn.Module) -> Parts:
     size, patch = tower.config.image_size, tower.config.patch_size
     patches, class_tokens = (size // patch) ** 2, CLASS_TOKENS[kind]
     front = class_tokens if whole is not None and whole.first_read else 0
-    return Parts(model, tower, blocks, feature, class_tokens, patch, patches, sdpa, front, whole)
+    return ModelParts(model, tower, blocks, feature, class_tokens, patch, patches, sdpa, front, whole)
 
 
-def _whole(model: nn.Module) -> Whole | None:
+def _whole(model: nn.Module) -> LlavaParts | None:
     """What a LLaVA has around its tower; None for other models."""
     names = [c.__name__ for c in type(model).__mro__]
     if original.MODEL in names:
@@ -55,7 +55,7 @@ def _whole(model: nn.Module) -> Whole | None:
     if "LlavaForConditionalGeneration" not in names:
         return None
     inner, config = model.model, model.config
-    return Whole(
+    return LlavaParts(
         tower=inner.vision_tower,
         feature_layer=config.vision_feature_layer,
         first_read=config.vision_feature_select_strategy == "full",
@@ -91,7 +91,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def check(parts: Parts, config: MergeConfig) -> None:
+def check(parts: ModelParts, config: MergeConfig) -> None:
     """Raises ValueError where the model cannot do what the config asks."""
     tokens = config.tokens_at(parts.patches, parts.feature)
     kernel = parts.tower.config._attn_implementation
@@ -124,10 +124,10 @@ def check_front(config: MergeConfig, first_read: bool, class_tokens: int) -> Non
         )
 
 
-def _block(layer: nn.Module) -> Block:
+def _block(layer: nn.Module) -> BlockParts:
     a = layer.self_attn
     heads = a.num_heads
-    return Block(
+    return BlockParts(
         layer, a, a.q_proj, a.k_proj, a.v_proj, a.out_proj, heads, heads, layer.layer_norm2, layer.mlp
     )
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from llava_pitome.models.parts import Block
+from llava_pitome.models.parts import BlockParts
 
 
-class Llm(NamedTuple):
+class LanguageModelParts(NamedTuple):
     """The parts of a language model in a LLaVA that merging touches.
 
     Attributes:
@@ -29,7 +29,7 @@ class Llm(NamedTuple):
 
     outer: nn.Module
     model: nn.Module
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockParts, ...]
     norm: nn.Module
     rotary: nn.Module
     image_token: int | None

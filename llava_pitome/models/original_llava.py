@@ -5,14 +5,14 @@ The package itself is never imported: its classes are known by their names.
 
 from torch import nn
 
-from llava_pitome.models.parts import Whole
+from llava_pitome.models.parts import LlavaParts
 
 MODEL = "LlavaLlamaForCausalLM"
 TOWER = "CLIPVisionTower"
 FEATURES = ("patch", "cls_patch")  # without and with the class token
 
 
-def whole(model: nn.Module) -> Whole:
+def whole(model: nn.Module) -> LlavaParts:
     """What an original LLaVA has around its tower.
 
     Raises:
@@ -31,7 +31,7 @@ def whole(model: nn.Module) -> Whole:
             f"{' and '.join(map(repr, FEATURES))}"
         )
     check_layout(model.config)
-    return Whole(
+    return LlavaParts(
         tower=tower.vision_tower,
         feature_layer=tower.select_layer,
         first_read=tower.select_feature == "cls_patch",

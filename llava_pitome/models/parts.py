@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from llava_pitome.merge.plan import Plan, narrow
+from llava_pitome.merge.plan import MergePlan, without_prefix_tokens
 
 
-class Block(NamedTuple):
+class BlockParts(NamedTuple):
     """The parts of one pre-norm block, of a tower or a language model, that merging touches.
 
     Attributes:
@@ -36,7 +36,7 @@ class Block(NamedTuple):
     mlp: nn.Module
 
 
-class Whole(NamedTuple):
+class LlavaParts(NamedTuple):
     """What a LLaVA has around the blocks of its tower.
 
     Attributes:
@@ -59,7 +59,7 @@ class Whole(NamedTuple):
     image_token: int | None
 
 
-class Parts(NamedTuple):
+class ModelParts(NamedTuple):
     """The parts of a model that merging needs.
 
     Attributes:
@@ -77,17 +77,17 @@ class Parts(NamedTuple):
 
     model: nn.Module
     tower: nn.Module
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockParts, ...]
     feature: int
     class_tokens: int
     patch_size: int
     patches: int
     sdpa: Callable[[], bool]
     front: int
-    whole: Whole | None
+    whole: LlavaParts | None
 
 
-class Slot(NamedTuple):
+class TokenState(NamedTuple):
     """What is known in front of a block.
 
     Attributes:
@@ -97,7 +97,7 @@ class Slot(NamedTuple):
     """
 
     sizes: Tensor
-    merge: Plan | None = None
+    merge: MergePlan | None = None
     front: int = 0
 
     @property
@@ -106,9 +106,9 @@ class Slot(NamedTuple):
         return self.sizes[:, self.front :]
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> MergePlan | None:
         """The merge without class tokens."""
-        return self.merge and narrow(self.merge, self.front)
+        return self.merge and without_prefix_tokens(self.merge, self.front)
 
 
 def hidden_of(args: tuple, kwargs: dict) -> tuple[Tensor, tuple]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llava_pitome.api import apply
 from llava_pitome.cli.bench.targets import Target, inputs
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import Merging
+from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.methods import METHODS
 from llava_pitome.models import hf_llava as llava
 
@@ -29,7 +29,7 @@ class Side(NamedTuple):
 
     label: str
     target: Target
-    merging: Merging | None
+    merging: MergeHandle | None
     tokens: int
     compiled: bool = False
 

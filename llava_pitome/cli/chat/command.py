@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 from llava_pitome.api import applied
-from llava_pitome.cli import common as commands
+from llava_pitome.cli import model_options as commands
+from llava_pitome.cli import options as options_module
 from llava_pitome.cli.options import whole
 from llava_pitome.config import MergeConfig
 from llava_pitome.config_validation import AMOUNTS
-from llava_pitome.image_io import open_picture
+from llava_pitome.image_io import open_image
 
 
 def describe(parsers: Any, name: str) -> None:
@@ -23,13 +24,13 @@ def describe(parsers: Any, name: str) -> None:
         description="A conversation with a LLaVA about pictures, in the terminal or from a pipe: a question "
         "a line. /help there lists what else a line can do.",
     )
-    commands.describe_model(parser)
-    commands.describe_merging(parser)
+    options_module.add_flags(parser, commands.MODEL_OPTIONS)
+    options_module.add_flags(parser, options_module.merge_options())
     add = parser.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
-    add("--max-new-tokens", type=commands.reader(whole(1), "a whole number from 1"), default=512,
+    add("--max-new-tokens", type=options_module.reader(options_module.Option(None, whole(1), "a whole number from 1", "")), default=512,
         help="length of an answer at most (512)")  # fmt: skip
-    add("--temperature", type=commands.reader(_temperature, "a number from 0"), default=0.0,
+    add("--temperature", type=options_module.reader(options_module.Option(None, _temperature, "a number from 0", "")), default=0.0,
         help="0 takes the likeliest token, more draws (0)")  # fmt: skip
 
 
@@ -44,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     from llava_pitome.cli.chat.terminal import Terminal
 
     commands.check_model(options)
-    config = commands.config(options)
-    pictures = [open_picture(name) for name in options.image]
+    config = options_module.merge_config(vars(options))
+    pictures = [open_image(name) for name in options.image]
     model, processor = commands.load(options, config)
     conversation = Conversation(model, processor, options.max_new_tokens, options.temperature)
     for picture in pictures:

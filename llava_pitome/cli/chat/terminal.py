@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TextIO
 from llava_pitome.api import apply, remove
 from llava_pitome.cli.chat.conversation import Conversation
 from llava_pitome.config import MergeConfig
-from llava_pitome.image_io import open_picture
+from llava_pitome.image_io import open_image
 from llava_pitome.models import hf_llava as llava
 
 
@@ -128,7 +128,7 @@ class Terminal:
 def _image(terminal: Terminal, argument: str) -> None:
     if not argument:
         raise ValueError("/image needs the name of a file")
-    picture = open_picture(argument)
+    picture = open_image(argument)
     terminal.conversation.show(picture)
     terminal.say(f"{argument}: {picture.width} x {picture.height} pixels, with the next question\n")
 

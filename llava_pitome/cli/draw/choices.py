@@ -6,7 +6,7 @@ Numbers and names alone, so that what does not fit is refused before a model is 
 import argparse
 from typing import Any
 
-from llava_pitome.config import MergeConfig, asked
+from llava_pitome.config import MergeConfig, requested
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.methods import METHODS, PLACES
 from llava_pitome.models import checkpoints
@@ -40,7 +40,7 @@ def configs(options: argparse.Namespace, patches: int, count: int) -> dict[str, 
     for method in options.method or [None]:
         name = method or (options.merging or {}).get("method", MergeConfig.method)
         named = amount if placed or name not in METHODS else at_home(name, amount, patches, count)
-        found.append(asked(options.recipe, named | {"method": method}, options.merging))
+        found.append(requested(options.recipe, named | {"method": method}, options.merging))
     return _named(found, "" if options.recipe == "paper" else options.recipe, patches, count)
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_pitome import embedded
-from llava_pitome.cli import common as commands
+from llava_pitome.cli import model_options as commands
+from llava_pitome.cli import options as options_module
 from llava_pitome.cli.draw.choices import configs, layers
 from llava_pitome.cli.options import whole
-from llava_pitome.image_io import open_picture
+from llava_pitome.image_io import open_image
 from llava_pitome.models import checkpoints
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from llava_pitome.cli.draw.panels import Point
-    from llava_pitome.trace.study import Study
+    from llava_pitome.tracing.study import Study
 
 SEED = 11  # of the scene "embedded"
 QUESTION = "What is in the picture?"
@@ -36,15 +37,19 @@ def describe(subparsers: Any, name: str) -> None:
     add = parser.add_argument
     add("image", help="a picture file; embedded or embedded:SEED is one of the embedded scenes")
     add("-o", "--output", type=Path, default=Path("draw.png"), help=f"{', '.join(ENDINGS)} (draw.png)")
-    counts = commands.reader(_layers, "whole numbers from 1, with commas between them")
+    counts = options_module.reader(
+        options_module.Option(None, _layers, "whole numbers from 1, with commas between them", "")
+    )
     add("--layers", type=counts, help="tower layers to look behind, from 1 (four up to the last that merges)")
     add("--energy", choices=("own", "all", "none"), default="own",
         help="energy maps of methods that go by an energy, of all, or none (own)")  # fmt: skip
     add("--question", default=QUESTION, help=f"for methods that merge in the language model ({QUESTION})")
-    size = commands.reader(_size, f"a whole number from {SIZES[0]} to {SIZES[-1]}")
+    size = options_module.reader(
+        options_module.Option(None, _size, f"a whole number from {SIZES[0]} to {SIZES[-1]}", "")
+    )
     add("--size", type=size, default=224, help="pixels across each picture (224)")
-    commands.describe_merging(parser, several=True)
-    commands.describe_model(parser)
+    options_module.add_flags(parser, options_module.merge_options(methods=True))
+    options_module.add_flags(parser, commands.MODEL_OPTIONS)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     from llava_pitome.api import remove
     from llava_pitome.cli.draw import panels
     from llava_pitome.cli.draw.sheet import sheet
-    from llava_pitome.trace.study import study
+    from llava_pitome.tracing.study import study
 
     model, processor = commands.load(options, None)
     remove(model)  # a checkpoint that was saved merging
@@ -118,7 +123,7 @@ def _picture(named: str) -> "Image.Image":
     """
     word, colon, seed = named.partition(":")
     if word != embedded.NAME:
-        return open_picture(named)
+        return open_image(named)
     if colon and not seed.isdecimal():
         raise ValueError(f"{named} is no embedded scene: behind the colon stands a whole number, {word}:7")
     from PIL import Image

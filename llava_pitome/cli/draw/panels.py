@@ -9,7 +9,7 @@ from llava_pitome.cli.draw.heat import heat, spread
 from llava_pitome.cli.draw.overlay import overlay
 from llava_pitome.cli.draw.sheet import Panel, Row
 from llava_pitome.config import MergeConfig
-from llava_pitome.trace.study import Study
+from llava_pitome.tracing.study import Study
 
 TOKENS = (
     "The patches of one token have their mean colour, with lines between tokens; a patch that is a token of "

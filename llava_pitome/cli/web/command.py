@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_pitome.api import applied
-from llava_pitome.cli import common as commands
+from llava_pitome.cli import model_options as commands
+from llava_pitome.cli import options as options_module
 from llava_pitome.cli.options import share, whole
 from llava_pitome.cli.web.files import folder, interrupted
 from llava_pitome.integrations.serve.listening import listening, port
@@ -21,14 +22,19 @@ def describe(parsers: Any, name: str) -> None:
         description="A page on this machine alone: ask about a picture, with and without merging, and look "
         "at its tokens layer by layer.",
     )
-    commands.describe_model(parser)
+    options_module.add_flags(parser, commands.MODEL_OPTIONS)
     add = parser.add_argument
-    add("--ratio", type=commands.reader(share, "a number in (0, 1]"),
+    add("--ratio", type=options_module.reader(options_module.Option(None, share, "a number in (0, 1]", "")),
         help="where the slider stands at first (as the model was saved to merge, or else 0.9)")  # fmt: skip
-    add("--port", type=commands.reader(port, "in [0, 65535]"), default=7860, help="0 takes a free one (7860)")
-    add("--max-new-tokens", type=commands.reader(whole(1), "a whole number from 1"), default=256,
+    add(
+        "--port",
+        type=options_module.reader(options_module.Option(None, port, "in [0, 65535]", "")),
+        default=7860,
+        help="0 takes a free one (7860)",
+    )
+    add("--max-new-tokens", type=options_module.reader(options_module.Option(None, whole(1), "a whole number from 1", "")), default=256,
         help="length of an answer at most (256)")  # fmt: skip
-    add("--max-upload-mb", type=commands.reader(whole(1), "a whole number from 1"), default=16,
+    add("--max-upload-mb", type=options_module.reader(options_module.Option(None, whole(1), "a whole number from 1", "")), default=16,
         help="megabytes of a picture at most (16)")  # fmt: skip
 
 

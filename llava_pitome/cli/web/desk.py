@@ -15,7 +15,7 @@ from llava_pitome.cli.chat.numbers import Numbers
 from llava_pitome.config import MergeConfig
 from llava_pitome.flops import closed_form
 from llava_pitome.models import hf_llava as llava
-from llava_pitome.trace.study import Study, study
+from llava_pitome.tracing.study import Study, study
 
 
 class Answer(NamedTuple):

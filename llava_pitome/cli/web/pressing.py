@@ -12,9 +12,9 @@ from llava_pitome.cli.web import received
 from llava_pitome.cli.web.desk import Answer, Desk
 from llava_pitome.cli.web.start import merging
 from llava_pitome.config import MergeConfig
-from llava_pitome.image_io import open_picture
+from llava_pitome.image_io import open_image
 from llava_pitome.methods import METHODS
-from llava_pitome.trace.study import Study
+from llava_pitome.tracing.study import Study
 
 SIZE = 448  # pixels across a drawn picture
 EMPTY = "*Ask something; what merged is shown here.*"
@@ -69,7 +69,7 @@ class Pressing:
 
     def _asked(self, path: str | None, question: str, config: MergeConfig, both: bool) -> Iterator[tuple]:
         """As `ask`, of values that are allowed."""
-        picture = open_picture(Path(path).read_bytes()) if path else None
+        picture = open_image(Path(path).read_bytes()) if path else None
         same = gr.skip()
         yield "", "", "", "", gr.update(visible=both), None, same
         for found in self._desk.ask(picture, question, config):

@@ -6,7 +6,8 @@ from contextlib import suppress
 from typing import Any
 
 from llava_pitome.api import image_tokens
-from llava_pitome.cli import common as commands
+from llava_pitome.cli import model_options as commands
+from llava_pitome.cli import options as options_module
 from llava_pitome.cli.options import whole
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.integrations.serve.listening import address, listening, port
@@ -31,18 +32,23 @@ def describe(parsers: Any, name: str) -> None:
         help="an OpenAI-compatible endpoint",
         description="Serves /v1/chat/completions as OpenAI's clients speak it, with merging on.",
     )
-    commands.describe_model(parser)
-    commands.describe_merging(parser)
+    options_module.add_flags(parser, commands.MODEL_OPTIONS)
+    options_module.add_flags(parser, options_module.merge_options())
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
-    add("--port", type=commands.reader(port, "in [0, 65535]"), default=8000, help="0 takes a free one (8000)")
+    add(
+        "--port",
+        type=options_module.reader(options_module.Option(None, port, "in [0, 65535]", "")),
+        default=8000,
+        help="0 takes a free one (8000)",
+    )
     add("--name", help="what clients call the model (what --model says)")
     add("--fetch-urls", action="store_true",
         help="fetch pictures from http and https addresses; private ones never are (off)")  # fmt: skip
     add = parser.add_argument_group("limits").add_argument
     for field, (flag, unit, help) in NAMES.items():
         default = getattr(Limits(), field) // unit
-        read = commands.reader(whole(1), "a whole number from 1")
+        read = options_module.reader(options_module.Option(None, whole(1), "a whole number from 1", ""))
         add(flag, dest=field, type=read, default=default, help=f"{help}, at most ({default})")
 
 
@@ -58,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from llava_pitome.integrations.serve.ending import Server
 
     commands.check_model(options)
-    config = commands.config(options)
+    config = options_module.merge_config(vars(options))
     limits = Limits(
         **{field: getattr(options, field) * unit for field, (_, unit, _) in NAMES.items()},
         urls=options.fetch_urls,

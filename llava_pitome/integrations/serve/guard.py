@@ -24,7 +24,7 @@ def error(reason: str, status: int) -> dict[str, Any]:
 LATE = object()  # instead of a body that took too long
 
 
-class Asked:
+class LayerAttention:
     """A request that has arrived.
 
     Attributes:
@@ -54,7 +54,7 @@ class Guard:
         """Stands in front of `app`."""
         self._app, self._limits = app, limits
         self.reading = 0
-        self._asked: set[Asked] = set()
+        self._asked: set[LayerAttention] = set()
 
     @property
     def answering(self) -> int:
@@ -108,7 +108,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """A request that has arrived; the application is told when its client leaves."""
-        asked = Asked(body)
+        asked = LayerAttention(body)
 
         async def watch() -> None:
             await receive()  # only that he leaves can come now

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llava_pitome.image_io import open_picture
+from llava_pitome.image_io import open_image
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.integrations.serve.remote import fetch
 from llava_pitome.integrations.serve.request import Refused, parts
@@ -92,7 +92,7 @@ def opened(messages: list[dict[str, Any]], limits: Limits, held: dict[str, bytes
 def _picture(raw: bytes, limits: Limits, room: int) -> "Image.Image":
     """The picture in some bytes, of so many pixels at most."""
     try:
-        return open_picture(raw, max(room, 0))
+        return open_image(raw, max(room, 0))
     except ValueError as error:
         before = f" (what the pictures before it leave of {limits.pixels:,})" if room < limits.pixels else ""
         raise Refused(f"{error}{before if 'pixels' in str(error) else ''}") from error

@@ -33,10 +33,10 @@ from vllm.model_executor.models.vision import get_num_selected_vision_tokens
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import Merging
+from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.integrations.vllm import supported
 from llava_pitome.models import hf_llava as llava
-from llava_pitome.models.parts import Whole
+from llava_pitome.models.parts import LlavaParts
 
 
 class MergingInfo(LlavaProcessingInfo):
@@ -120,10 +120,10 @@ def _tower(config: Any) -> nn.Module:
         ).eval()
 
 
-def _merging(tower: nn.Module, projector: nn.Module, config: Any, merging: MergeConfig) -> Merging:
+def _merging(tower: nn.Module, projector: nn.Module, config: Any, merging: MergeConfig) -> MergeHandle:
     """The hooks, as `apply` makes them."""
     front = supported.class_tokens(config) if config.vision_feature_select_strategy == "full" else 0
-    around = Whole(  # the language model is vLLM's own and stays as it is
+    around = LlavaParts(  # the language model is vLLM's own and stays as it is
         tower=tower,
         feature_layer=config.vision_feature_layer,
         first_read=config.vision_feature_select_strategy == "full",
@@ -133,7 +133,7 @@ def _merging(tower: nn.Module, projector: nn.Module, config: Any, merging: Merge
         image_token=config.image_token_id,
     )
     parts = llava.find(tower)._replace(feature=supported.features(config), front=front, whole=around)
-    return Merging(parts, merging, True, None)
+    return MergeHandle(parts, merging, True, None)
 
 
 def _agreed(x: Tensor) -> Tensor:

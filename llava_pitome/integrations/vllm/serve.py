@@ -27,7 +27,7 @@ from llava_pitome.cli.options import (
     usage,
     whole,
 )
-from llava_pitome.config import RECIPES, MergeConfig, joined
+from llava_pitome.config import RECIPES, MergeConfig, combined
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.integrations.vllm import chat, renamed, supported
 from llava_pitome.methods import METHODS
@@ -158,7 +158,7 @@ def _folder(options: dict[str, Any]) -> str:
 
 def _values(options: dict[str, Any], config: Any) -> dict[str, Any] | None:
     """What `token_merging` is to be; None for vLLM's own LLaVA."""
-    given = joined({k: options[k] for k in NAMED}, options["merging"])
+    given = combined({k: options[k] for k in NAMED}, options["merging"])
     if options["plain"]:
         if given:
             raise ValueError(f"plain=true serves without merging; it does not go with {', '.join(given)}")

@@ -8,10 +8,10 @@ from torch import nn
 
 from llava_pitome.api import merge_tokens
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import Merging
+from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.models import hf_llava as llava
-from llava_pitome.trace.history import History, watching
-from llava_pitome.trace.view import pixels, visible
+from llava_pitome.tracing.history import History, watching
+from llava_pitome.tracing.view import pixels, visible
 
 
 class Study(NamedTuple):
@@ -64,7 +64,7 @@ def study(
         return Study(config, *looked(processor, merging, given), seen.history())
 
 
-def looked(processor: Any, merging: Merging, given: torch.Tensor) -> tuple[Image.Image, tuple[int, int]]:
+def looked(processor: Any, merging: MergeHandle, given: torch.Tensor) -> tuple[Image.Image, tuple[int, int]]:
     """The picture (1, 3, H, W) as a merging tower sees it, and the rows and columns of its patches."""
     if merging.shrinking is not None:
         given = merging.shrinking.smaller(given)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import Merging
-from llava_pitome.hooks.merge_step import Sight
+from llava_pitome.hooks.handle import MergeHandle
+from llava_pitome.hooks.merge_step import MergeRecord
 from llava_pitome.methods import METHODS, PLACES
 
 
@@ -45,7 +45,7 @@ class Merge(NamedTuple):
     layer: int
     before: State
     after: State
-    sight: Sight
+    sight: MergeRecord
 
     def energy(self, borrowed: bool = False) -> Tensor | None:
         """The energy (N,) of the token that each patch was in, in front of the merge (the paper, eq. 4).
@@ -91,12 +91,12 @@ class History(NamedTuple):
 class Watch:
     """What is seen of the last forward pass of a model that merges."""
 
-    def __init__(self, merging: Merging):
+    def __init__(self, merging: MergeHandle):
         """Prepares watching, which `watching` begins and ends."""
         self._merging = merging
-        self._seen: list[tuple[str, int, Sight]] = []
+        self._seen: list[tuple[str, int, MergeRecord]] = []
 
-    def show(self, place: str, layer: int, sight: Sight) -> None:
+    def show(self, place: str, layer: int, sight: MergeRecord) -> None:
         """Takes a merge in; one that is not behind the last begins another pass."""
         if self._seen and _order(place, layer) <= _order(*self._seen[-1][:2]):
             self._seen.clear()
@@ -127,7 +127,7 @@ class Watch:
 
 
 @contextmanager
-def watching(merging: Merging) -> Iterator[Watch]:
+def watching(merging: MergeHandle) -> Iterator[Watch]:
     """Watches a model merge; afterwards `history` tells of the last forward pass inside the block.
 
     Raises:
@@ -145,14 +145,14 @@ def _order(place: str, layer: int) -> tuple[int, int]:
     return PLACES.index(place), layer
 
 
-def _of(sight: Sight, image: int) -> Sight:
+def _of(sight: MergeRecord, image: int) -> MergeRecord:
     """One picture's part of what was seen of a batch."""
     at = slice(image, image + 1)
     plan = sight.plan._replace(**{k: getattr(sight.plan, k)[at] for k in ("slot", "kept", "gone")})
     return sight._replace(metric=sight.metric[at], plan=plan, dropped=sight.dropped[at])
 
 
-def _later(state: State, sight: Sight) -> State:
+def _later(state: State, sight: MergeRecord) -> State:
     """Where the patches are behind a merge."""
     slot, dropped = sight.plan.slot[0].cpu(), sight.dropped[0].cpu()
     return State(slot[state.slot], state.dropped | dropped[state.slot], sight.plan.length)
