@@ -89,7 +89,7 @@ def test_two_models_merge_each_by_its_own_config(pictures):
 def test_a_batch_answers_as_its_rows_alone(tower, config, pictures):
     model, processor = make_model(tower), make_processor(tower)
     with merge_tokens(model, config, processor) as merging, torch.no_grad():
-        inputs, kept = batch(processor, PROMPTS, pictures), config.tokens_at(PATCHES, merging.tower.feature)
+        inputs, kept = batch(processor, PROMPTS, pictures), config.tokens_at(PATCHES, merging.tower.num_layers)
         assert (inputs.input_ids == IMAGE).sum(1).tolist() == [kept, 2 * kept, kept, 0]
         assert (
             (inputs.input_ids[-1] == PAD).sum() > 0 == (inputs.input_ids[-1, -3:] == PAD).sum()
@@ -161,7 +161,7 @@ def test_bfloat16_answers(tower, kernel, config, pictures):
         found = features(model, inputs)
         assert found.dtype == torch.bfloat16
         assert found.isfinite().all()
-        assert [s.size.dtype for s in merging.tower.slots] == [torch.float32] * LAYERS
+        assert [s.patch_sizes.dtype for s in merging.tower.last.tokens] == [torch.float32] * LAYERS
         assert generate(model, inputs).shape == (len(PROMPTS), 6)
 
 

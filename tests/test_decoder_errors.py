@@ -237,7 +237,7 @@ def test_a_language_model_of_another_build_raises(kind):
     with pytest.raises(ValueError, match=f"inside a {kind[:-6]}Model; supported are .*Llama.*prefix instead"):
         apply(model, CONFIG)
     with merge_tokens(model, MergeConfig(prefix=0.5)) as merging:
-        assert merging.decoder is None
+        assert merging.language_model is None
 
 
 def test_pictures_and_images_that_do_not_match_raise(model, processor, pictures):

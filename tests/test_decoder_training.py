@@ -71,10 +71,10 @@ def test_gradient_checkpointing_runs_every_layer_again_and_changes_nothing(confi
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with merge_tokens(model, config, processor) as merging:
             loss = model(**labelled(padded(processor, PROMPTS, pictures, "right"))).loss
-            before = [slot and slot.sizes.clone() for slot in merging.decoder.slots]
+            before = [slot and slot.sizes.clone() for slot in merging.language_model.tokens]
             found.append(gradients(model, loss))
             assert len(calls) == (6 if again else 3)
-            for slot, sizes in zip(merging.decoder.slots, before):
+            for slot, sizes in zip(merging.language_model.tokens, before):
                 assert torch.equal(slot.sizes, sizes)
     for key, gradient in found[0].items():
         torch.testing.assert_close(found[1][key], gradient, **CLOSE, msg=key)
@@ -91,10 +91,10 @@ def test_a_layer_that_runs_again_makes_the_same_and_leaves_the_same(config, pict
             )
             layer.register_forward_hook(lambda _layer, _args, output: made.append(output))
         model(**padded(processor, PROMPTS, pictures), use_cache=False)
-        slots, expected = list(merging.decoder.slots), list(made)
+        slots, expected = list(merging.language_model.tokens), list(made)
         for layer, (args, kwargs), output in zip(model.model.language_model.layers, calls, expected):
             assert torch.equal(layer(*args, **kwargs), output)
-        for slot, before in zip(merging.decoder.slots, slots):
+        for slot, before in zip(merging.language_model.tokens, slots):
             assert torch.equal(slot.sizes, before.sizes)
 
 

@@ -128,7 +128,7 @@ def test_the_class_token_may_be_among_the_features(clip_folder, pixels, config):
     inputs = padded(PROMPTS[:2], pixels[:3])
     with merge_tokens(original, config) as merging, torch.no_grad():
         out = original(**padded(PROMPTS[:1], pixels[:1])).logits
-        assert out.shape[1] == config.tokens_at(PATCHES, merging.tower.feature) + 1 + len(PROMPTS[0]) - 1
+        assert out.shape[1] == config.tokens_at(PATCHES, merging.tower.num_layers) + 1 + len(PROMPTS[0]) - 1
         answers = generate(original, inputs)
         assert torch.equal(answers[:1], generate(original, padded(PROMPTS[:1], pixels[:1])))
 

@@ -8,8 +8,7 @@ from precise import alone, padded, precise, run
 from prompts import IMAGE, PROMPTS, batch, generate, single
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens, parents
-from llava_pitome.hooks import own_attention as attention
-from llava_pitome.hooks import vision_tower as tower
+from llava_pitome.kernels import cpu_attention
 from llava_pitome.kernels.cpu_attention import attention as kernel
 from llava_pitome.merge.plan import trace
 from llava_pitome.methods import Method, tome
@@ -197,7 +196,7 @@ def test_survivors_keep_raster_order_unless_the_method_lays_them_out(model, proc
     pixels, found = padded(processor, PROMPTS, pictures)["pixel_values"].float(), {}
     for order in ("raster", "method"):
         with merge_tokens(model, MergeConfig(prefix=0.5, order=order), processor) as merging:
-            found[order] = made(model, pixels), merging.prefix.slot
+            found[order] = made(model, pixels), merging.projector.tokens
     raster, method = found["raster"][1].plan, found["method"][1].plan
     assert (raster.kept.diff(dim=1) > 0).all()
     assert not (method.kept.diff(dim=1) > 0).all()
@@ -205,16 +204,16 @@ def test_survivors_keep_raster_order_unless_the_method_lays_them_out(model, proc
     order = method.kept.argsort(1)
     back = found["method"][0].gather(1, order.unsqueeze(2).expand_as(found["method"][0]))
     assert torch.equal(back, found["raster"][0])
-    assert torch.equal(found["method"][1].size.gather(1, order), found["raster"][1].size)
+    assert torch.equal(found["method"][1].patch_sizes.gather(1, order), found["raster"][1].patch_sizes)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("method", ["visionzip", "diffrate"])
 def test_kernels_of_this_package_leave_keys_and_queries_whole(method, kernels, pictures, monkeypatch):
-    """Where the tower's attention is computed by this package, its projections hand one token on."""
+    """Keys and queries are captured where this package's kernel computes the attention, too."""
     own = []
-    monkeypatch.setattr(tower, "pays", lambda _: True)
-    monkeypatch.setattr(attention, "attention", lambda *a: own.append(1) or kernel(*a))
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda _: True)
+    monkeypatch.setattr(cpu_attention, "attention", lambda *a: own.append(1) or kernel(*a))
     model, plain_model = make_model(), make_model()
     pixels = padded(make_processor(), PROMPTS, pictures)["pixel_values"].float()
     early = {"early_method": "pitome", "early_depth": 1.0, "ratio": 0.9} if method == "diffrate" else {}

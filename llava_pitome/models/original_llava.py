@@ -34,10 +34,10 @@ def whole(model: nn.Module) -> LlavaParts:
     return LlavaParts(
         tower=tower.vision_tower,
         feature_layer=tower.select_layer,
-        first_read=tower.select_feature == "cls_patch",
+        reads_first_token=tower.select_feature == "cls_patch",
         projector=model.get_model().mm_projector,
         llm=model.get_model(),
-        outer=model,
+        multimodal=model,
         image_token=None,
     )
 
