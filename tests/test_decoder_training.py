@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import make_model, make_processor
 from precise import CLOSE, alone, padded, positions, precise
-from prompts import IMAGE, PROMPTS, single
+from prompts import IMAGE, PROMPTS
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens
 
@@ -99,14 +99,18 @@ def test_a_layer_that_runs_again_makes_the_same_and_leaves_the_same(config, pict
 
 
 @pytest.mark.parametrize("prompts", [(0, 0), (0, 1), (1, 0)])
-def test_two_passes_before_a_backward_with_checkpointing_raise(prompts, model, processor, pictures):
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with merge_tokens(model, MergeConfig(decoder={0: 0.5}), processor):
-        both = [single(processor, PROMPTS[p], pictures[i:]) for i, p in enumerate(prompts)]
-        loss = sum(model(**inputs, labels=inputs.input_ids).loss for inputs in both)
-        with pytest.raises(RuntimeError, match="backward before the next forward"):
-            loss.backward()
+def test_two_passes_before_a_backward_with_checkpointing_give_both_gradients(prompts, pictures):
+    processor, found = make_processor(), []
+    for checkpointing in (False, True):
+        model = precise(make_model()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with merge_tokens(model, MergeConfig(decoder={0: 0.5}), processor):
+            both = [alone(processor, PROMPTS[p], pictures[i:]) for i, p in enumerate(prompts)]
+            loss = sum(model(**inputs, labels=inputs["input_ids"]).loss for inputs in both)
+            found.append(gradients(model, loss))
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, **CLOSE, msg=key)
 
 
 def test_the_loss_is_that_of_the_logits(pictures):

@@ -263,7 +263,16 @@ def test_each_layer_can_have_its_own_ratio(model):
     shares = (1.0, 0.5, 1.0, 0.9, 0.4, 1.0, 0.5)
     with merge_tokens(model, MergeConfig(ratio=shares)) as merging:
         assert features(model, images()).shape[1] == 1 + 4
-        assert [slot.patch_sizes.shape[1] for slot in merging.tower.last.tokens] == [36, 36, 18, 18, 17, 7, 7, 4]
+        assert [slot.patch_sizes.shape[1] for slot in merging.tower.last.tokens] == [
+            36,
+            36,
+            18,
+            18,
+            17,
+            7,
+            7,
+            4,
+        ]
         assert all(slot.patch_sizes.sum(1).tolist() == [PATCHES] * 2 for slot in merging.tower.last.tokens)
         assert len(merging.plans()) == 4
 
@@ -355,5 +364,9 @@ def test_matching_does_not_lose_precision_under_autocast():
     merger = MergeStep(MergeConfig(ratio=0.5, metric="hidden"), 0, False)
     for on in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
-            found.append(merger.merge(metric, metric, 18, ones, MergePoint("tower", 0, 0.0, "pitome", {}), {})[1].plan.slot)
+            found.append(
+                merger.merge(metric, metric, 18, ones, MergePoint("tower", 0, 0.0, "pitome", {}), {})[
+                    1
+                ].plan.slot
+            )
     assert torch.equal(*found)

@@ -221,7 +221,7 @@ class AttentionSwitch:
         self.config._attn_implementation = PREFIX + base
         for layer, module in enumerate(self.modules):
             setattr(module, LAYER, layer)
-            if not self.passes_kwargs:
+            if not self.passes_kwargs and len(self._handles) < len(self.modules):
                 self._handles.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
         AttentionSwitch._active.add(self)
 
@@ -239,8 +239,7 @@ class AttentionSwitch:
     def renew(self) -> None:
         """Chooses the attention function again where another implementation was set since."""
         if not (self.config._attn_implementation or "").startswith(PREFIX):
-            register(base_implementation(self.config))
-            self.config._attn_implementation = PREFIX + base_implementation(self.config)
+            self.install()
 
 
 def base_implementation(config: Any) -> str:

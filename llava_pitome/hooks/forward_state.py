@@ -148,11 +148,11 @@ class ForwardState:
             return given if s == 0 else None
         return kv_cache.padding_mask(now, len(like), like.device)
 
-    def before_attention(self, _layer: int, _query: Tensor, _key: Tensor) -> Tensor | None:
-        """The log sizes (B, P + T) that weight the attention of the layer that runs, where masks cannot hold them."""
+    def before_attention(self, layer: int, _query: Tensor, _key: Tensor) -> Tensor | None:
+        """The log sizes (B, P + T) that weight a layer's attention, where no mask can hold them."""
         if self.past is None:
             return None
-        return self._now[self.segment].bias
+        return self._now[self.owner.segment(layer)].bias
 
     def positions(self, s: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments for segment s that give each token the position it has before the first layer."""

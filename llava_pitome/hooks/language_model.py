@@ -71,7 +71,7 @@ class LanguageModelHooks:
             for s, i in enumerate(self.layers)
         ]
         self._attention: AttentionSwitch | None = None
-        if config.llm_proportional and not llm.family.takes_masks:
+        if config.llm_proportional:
             self._attention = AttentionSwitch(llm.model.config, [block.attention for block in llm.blocks])
         self._handles: list[RemovableHandle] = []
         self._images: tuple[Tensor, int] | None = None
@@ -91,10 +91,16 @@ class LanguageModelHooks:
             on(llm.rotary.register_forward_pre_hook(self._set_positions, with_kwargs=True))
         for i, block in enumerate(llm.blocks):
             on(block.layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True))
-        for capture, block in zip(self._captures, self._blocks):
+        for s, (capture, block) in enumerate(zip(self._captures, self._blocks)):
+            enter = partial(self._before_attention, s)
+            on(block.block.attention.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles += [*capture.install(), *block.install()]
-        if self._attention is not None:
-            self._attention.install()
+        self._choose_attention()
+
+    def _choose_attention(self) -> None:
+        """Log sizes go into masks; where the attention implementation takes none, into its keys."""
+        if self._attention is not None and not self.llm.family.takes_masks:
+            self._attention.renew()
 
     def remove(self) -> None:
         """Takes everything back and forgets the last forward pass."""
@@ -110,7 +116,7 @@ class LanguageModelHooks:
         """The images' tokens before the first merge of the last prefill, and after each."""
         return [] if self.last is None else self.last.tokens
 
-    def _segment(self, layer: int) -> int:
+    def segment(self, layer: int) -> int:
         """The number of merges before a layer."""
         return sum(merging < layer for merging in self.layers)
 
@@ -145,6 +151,7 @@ class LanguageModelHooks:
         """Before the language model: starts a forward pass."""
         inputs = _by_name(module, args, kwargs)
         self.llm.family.check_inputs(inputs)
+        self._choose_attention()
         hidden, cache, mask = (inputs.get(k) for k in ("inputs_embeds", "past_key_values", "attention_mask"))
         if hidden is None:  # called by itself, with ids: no images
             hidden = inputs["input_ids"]
@@ -189,7 +196,7 @@ class LanguageModelHooks:
         if state is None:
             return None
         enter_pass(state)
-        s = state.segment = self._segment(i)
+        s = state.segment = self.segment(i)
         hidden = args[0] if args else kwargs["hidden_states"]
         state.check_shape(s, hidden)
         if state.past is None:
@@ -203,6 +210,13 @@ class LanguageModelHooks:
                 state.past[s].length, self._grid,
             )  # fmt: skip
         return args, kwargs
+
+    def _before_attention(self, s: int, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        """Before the attention of a layer that merges, also where gradient checkpointing recomputes it."""
+        state: ForwardState | None = kwargs.get(STATE)
+        enter_pass(state)
+        if state is not None:
+            state.segment = s
 
     def _merge(self, s: int, state: ForwardState, hidden: Tensor) -> Tensor:
         """The merge after segment s: hidden states (B, T, D) to (B, T', D)."""

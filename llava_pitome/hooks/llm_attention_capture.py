@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from llava_pitome.hooks import attention_scores, kv_cache, prompt_layout
 from llava_pitome.hooks.attention_capture import needs_attention
 from llava_pitome.hooks.kv_cache import SegmentCache
-from llava_pitome.hooks.merge_step import current_pass, enter_attention
+from llava_pitome.hooks.merge_step import current_pass
 from llava_pitome.hooks.prompt_layout import PromptLayout
 from llava_pitome.merge.plan import gather_tokens
 from llava_pitome.models.parts import BlockParts, LanguageModelParts
@@ -56,10 +56,7 @@ class ProjectionCapture:
         if not self._keys:
             return []
         queries, keys = self._projections
-        handles = [
-            self._block.attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
-            keys.register_forward_hook(partial(self._keep, 1)),
-        ]
+        handles = [keys.register_forward_hook(partial(self._keep, 1))]
         if self._attention:
             handles.append(queries.register_forward_hook(partial(self._keep, 0)))
         return handles

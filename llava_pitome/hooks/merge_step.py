@@ -23,8 +23,8 @@ from llava_pitome.methods import METHODS
 from llava_pitome.methods.registry import choose
 
 ANOTHER_PASS = (
-    "gradient checkpointing recomputed a layer after another forward pass had changed what merges; with "
-    "checkpointing on, call backward before the next forward"
+    "gradient checkpointing recomputed a layer, and other tokens would merge than in the forward pass: its "
+    "inputs, weights or randomness changed in between"
 )
 STATE = "token_merging"  # the keyword argument that carries a forward pass's state to the layers
 InputProviders = Mapping[str, Callable[[], Any]]  # functions that compute a method's inputs, by METHOD_INPUTS
@@ -144,9 +144,8 @@ class MergeStep:
         sizes = before.sizes.to(x.device)
         result, plan = self._choose(metric.detach(), length, sizes, point, inputs)
         recomputes = is_recomputing()
-        if recomputes and previous is not None:
-            if previous.merge is None or not torch.equal(previous.merge.slot, plan.slot):
-                raise RuntimeError(ANOTHER_PASS)
+        if recomputes and not (previous and previous.merge and torch.equal(previous.merge.slot, plan.slot)):
+            raise RuntimeError(ANOTHER_PASS)
         if self.record is not None and not recomputes:
             self.record(self._recorded(metric.detach(), result, plan, point))
         merged, sizes = reduce_tokens(x, sizes, plan, result, self.config.size_weighted, self._uses_triton)
@@ -228,8 +227,10 @@ def is_recomputing() -> bool:
 class _Thread(threading.local):
     """The forward pass that this thread runs, and the attention module it entered last."""
 
-    state: Any = None
-    attention: Any = None
+    def __init__(self) -> None:
+        """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
+        self.state: Any = None
+        self.attention: Any = None
 
 
 _thread = _Thread()
