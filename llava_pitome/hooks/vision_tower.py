@@ -36,13 +36,10 @@ class TowerState:
         pending: what the hooks of a block hand to each other.
     """
 
-    def __init__(self, owner: "VisionTowerHooks", patches: int, batch: int, device: torch.device):
-        """Starts a forward pass of `batch` images."""
+    def __init__(self, owner: "VisionTowerHooks", patches: int):
+        """Starts a forward pass."""
         self.owner, self.patches, self.lengths = owner, patches, owner.lengths(patches)
-        prefix = owner.num_prefix_tokens
-        ones = torch.ones(batch, prefix + patches, device=device)
         self.tokens: list[TokenState | None] = [None] * len(self.lengths)
-        self.tokens[0] = TokenState(ones, num_prefix_tokens=prefix)
         self.captured: dict[int, CapturedAttention] = {}
         self.pending: dict[str, Tensor] = {}
         self.layer = 0
@@ -71,6 +68,9 @@ class TowerState:
         """
         enter_pass(self)
         self.layer = layer
+        if layer == 0:  # and not where the pass starts, which torch.compile would make a graph of its own
+            ones = torch.ones(len(query), query.shape[2], device=query.device)
+            self.tokens[0] = TokenState(ones, num_prefix_tokens=self.owner.num_prefix_tokens)
         if not self.merges_at(layer):
             self.tokens[layer + 1] = self.tokens[layer]._replace(merge=None)
         keys, queries = self.owner.captures(layer, self.merges_at(layer))
@@ -129,7 +129,8 @@ class VisionTowerHooks:
             BlockMerge(block, config.site, partial(self._state, i), self._merge)
             for i, block in enumerate(parts.blocks[: self.num_layers])
         ]
-        self._lengths: dict[int, tuple[int, ...]] = {}
+        seen = config.patches_at(parts.patches)
+        self._lengths = {seen: config.lengths(seen, self.num_layers)}  # known before anything is compiled
         self._handles: list[RemovableHandle] = []
         self.last: TowerState | None = None
 
@@ -186,8 +187,7 @@ class VisionTowerHooks:
             kwargs = kwargs | {"interpolate_pos_encoding": True}
         size = self.parts.patch_size
         patches = (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
-        state = TowerState(self, patches, len(pixels), pixels.device)
-        kwargs = kwargs | {STATE: state}
+        kwargs = kwargs | {STATE: TowerState(self, patches)}
         return ((pixels, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": pixels})
 
     def _end(self, _tower: nn.Module, _args: tuple, kwargs: dict, output: object) -> None:
