@@ -59,7 +59,7 @@ def test_a_value_out_of_range_raises_with_what_is_allowed(field, value, allowed)
         MergeConfig(ratio=0.9, **{field: value})
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].ordered is None])
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].has_order])
 def test_an_order_that_the_method_lacks_raises(method):
     with pytest.raises(ValueError, match=f"'{method}' defines no order"):
         MergeConfig(ratio=0.9, method=method, order="method")

@@ -193,7 +193,7 @@ def test_a_merging_tower_never_asks_the_device_for_a_value(recipe, method):
     ],
 )
 def test_kernels_that_cannot_run_raise_before_anything_is_touched(model, monkeypatch, kernels, message):
-    monkeypatch.setattr("llava_pitome.api.triton_is_there", lambda: False)
+    monkeypatch.setattr("llava_pitome.api.has_triton", lambda: False)
     before = state(model)
     with pytest.raises(ValueError, match=message):
         apply(model, MergeConfig(tokens=9), kernels=kernels)
@@ -201,7 +201,7 @@ def test_kernels_that_cannot_run_raise_before_anything_is_touched(model, monkeyp
 
 
 def test_triton_on_a_model_that_is_not_on_a_gpu_raises(model, monkeypatch):
-    monkeypatch.setattr("llava_pitome.api.triton_is_there", lambda: True)
+    monkeypatch.setattr("llava_pitome.api.has_triton", lambda: True)
     with pytest.raises(ValueError, match=r"needs a vision tower on a GPU.*move the model first"):
         apply(model, MergeConfig(tokens=9), kernels="triton")
 

@@ -213,7 +213,7 @@ class LanguageModelHooks:
         prompt = now.prompts[s].to(hidden.device)
         source = hidden.detach() if config.metric == "hidden" else self._looks[s].key()
         x, metric = (y.flatten(0, 1)[prompt.images] for y in (hidden, source))
-        length = schedule.left(x.shape[1], config.decoder[i], f"decoder[{i}]")
+        length = schedule.kept_tokens(x.shape[1], config.decoder[i], f"decoder[{i}]")
         way = (config.method, config.parameters, i / len(self.llm.blocks))
         offers = self._asked[s]._replace(prompt=prompt).offers(source)
         merged, slot = self.merger.merge(x, metric, length, now.slots[s], now.slots[s + 1], way, offers)

@@ -49,7 +49,7 @@ class LayerAttention(NamedTuple):
             "last_attention": self.last,
             "text_attention": self.by_text,
             "text": partial(self.text, source),
-            "asks": self.asks,
+            "text_mask": self.asks,
             "grid": self.grid,
         }
 

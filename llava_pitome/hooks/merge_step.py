@@ -13,11 +13,10 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.merge.plan import (
     MergePlan,
     add_prefix_tokens,
-    full_precision,
     make_plan,
     without_prefix_tokens,
 )
-from llava_pitome.merge.reduce import MergeResult, reduce_tokens
+from llava_pitome.merge.reduce import MergeResult, full_precision, reduce_tokens
 from llava_pitome.methods import METHODS
 from llava_pitome.methods.registry import choose
 from llava_pitome.models.parts import TokenState
@@ -130,7 +129,7 @@ class MergeStep:
         """Who merges, front tokens included."""
         method, parameters, depth = way
         front = self.front
-        offers = {"size": lambda: sizes[:, front:], **offers}
+        offers = {"sizes": lambda: sizes[:, front:], **offers}
         given = {name: offers[name]() for name in METHODS[method].needs}
         metric = self._wide(metric)
         with full_precision(metric.device.type):
@@ -145,7 +144,7 @@ class MergeStep:
                 **parameters,
             )
         choice = _widened(choice, front)
-        return choice, make_plan(choice.parent, length + front, choice.rank)
+        return choice, make_plan(choice.parent, length + front, choice.order)
 
     @property
     def _triton_now(self) -> bool:
@@ -157,7 +156,7 @@ def _widened(choice: MergeResult, front: int) -> MergeResult:
     """The choice with `front` tokens ahead, which keep to themselves."""
     if not front:
         return choice
-    rank, weight, mixing = choice.rank, choice.weight, choice.mixing
+    rank, weight, mixing = choice.order, choice.weight, choice.mixing
     if rank is not None:
         rank = nn.functional.pad(rank + front, (front, 0))
     if weight is not None:
@@ -166,7 +165,7 @@ def _widened(choice: MergeResult, front: int) -> MergeResult:
         mixing = nn.functional.pad(mixing, (front, 0, front, 0))
         mixing[:, :front, :front] = torch.eye(front, dtype=mixing.dtype, device=mixing.device)
     return choice._replace(
-        parent=add_prefix_tokens(choice.parent, front), rank=rank, weight=weight, mixing=mixing
+        parent=add_prefix_tokens(choice.parent, front), order=rank, weight=weight, mixing=mixing
     )
 
 

@@ -42,7 +42,7 @@ class ProjectorHooks:
             triton: let kernels written in Triton compute, where they can.
         """
         self.projector, self.tower, self.front, self.config = projector, tower, front, config
-        self.by_keys = (config.prefix_metric or ("features", "keys")[METHODS[config.method].keys]) == "keys"
+        self.by_keys = (config.prefix_metric or METHODS[config.method].prefix_metric) == "keys"
         last = tower.blocks[tower.feature - 1]
         self._look = AttentionCapture(last, wanted(config.method, self.by_keys), tower.class_tokens, _always)
         self.merger = MergeStep(config, front, triton)
