@@ -27,7 +27,7 @@ def kept_tokens(tokens: int, amount: float | int, setting: str) -> int:
     if isinstance(amount, float):
         return kept_by_ratio(tokens, amount)
     if amount > tokens:
-        raise ValueError(f"{setting}={amount} does not fit {tokens} tokens; allowed is 1 to {tokens}")
+        raise ValueError(f"{setting}={amount} does not fit: {tokens} tokens remain, allowed is 1 to {tokens}")
     return amount
 
 

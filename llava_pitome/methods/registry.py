@@ -32,19 +32,10 @@ METHOD_INPUTS = {  # what a place can provide to a method besides the metric
 
 
 class _Rule(NamedTuple):
-    """Which values a parameter may have.
-
-    Attributes:
-        name: of the parameter.
-        kind: int, float (which admits int), or None where `choices` counts.
-        choices: the allowed values of a Literal.
-        optional: None is allowed too.
-        least: smallest number.
-        most: largest number.
-    """
+    """The values that a parameter may have: its type (or the choices of a Literal), None, and bounds."""
 
     name: str
-    kind: type | None
+    kind: type
     choices: tuple
     optional: bool
     least: float
@@ -52,22 +43,18 @@ class _Rule(NamedTuple):
 
     def check(self, value: Any) -> None:
         """Raises ValueError unless the value is allowed."""
-        if value is None and self.optional:
+        if (value is None and self.optional) or (self.choices and value in self.choices):
             return
-        if self.kind is None:
-            if value not in self.choices:
-                allowed = ", ".join(self.choices)
-                raise ValueError(f"{self.name}={value!r} is unknown; allowed are {allowed}")
+        if self.choices:
+            raise ValueError(f"{self.name}={value!r} is unknown; allowed are {', '.join(self.choices)}")
+        number = isinstance(value, int if self.kind is int else int | float) and not isinstance(value, bool)
+        if number and abs(value) < math.inf and self.least <= value <= self.most:
             return
-        number = isinstance(value, int if self.kind is int else (int, float)) and not isinstance(value, bool)
-        if not number or not self.least <= value <= self.most or not abs(value) < math.inf:
-            raise ValueError(f"{self.name}={value!r} is not allowed: it must be {self._allowed()}")
-
-    def _allowed(self) -> str:
-        kind = "whole number" if self.kind is int else "number"
-        least = f" from {self.least}" if self.least > -math.inf else ""
-        most = f" to {self.most}" if self.most < math.inf else ""
-        return f"a {kind}{least}{most}" if least or most else f"a finite {kind}"
+        limits = (("from", self.least), ("to", self.most))
+        bounds = "".join(f" {word} {limit}" for word, limit in limits if abs(limit) < math.inf)
+        kind = "whole" if self.kind is int else "" if bounds else "finite"
+        allowed = f"{kind} number{bounds}".lstrip()
+        raise ValueError(f"{self.name}={value!r} is not allowed: it must be a {allowed}")
 
 
 @dataclass(frozen=True)
@@ -166,11 +153,12 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
 
 def _rule(field: dataclasses.Field, hint: Any) -> _Rule:
     """Returns the rule of a parameter from its annotation and its bounds."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if is_union else (hint,)
     kind = next(option for option in options if option is not types.NoneType)
-    choices = typing.get_args(kind)
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     bounds = field.metadata["least"], field.metadata["most"]
-    return _Rule(field.name, None if choices else kind, choices, types.NoneType in options, *bounds)
+    return _Rule(field.name, kind, choices, types.NoneType in options, *bounds)
 
 
 def parents(
