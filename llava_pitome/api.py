@@ -13,7 +13,7 @@ from torch import nn
 from llava_pitome.config import KEY, MergeConfig
 from llava_pitome.hooks.handle import MergeHandle, installed
 from llava_pitome.hooks.vision_tower import KERNELS
-from llava_pitome.kernels import triton_is_there, triton_takes
+from llava_pitome.kernels import has_triton, supports_triton
 from llava_pitome.models import checkpoints, hf_language_model, hf_llava, processors
 from llava_pitome.models.parts import ModelParts
 
@@ -133,9 +133,9 @@ def _check_kernels(parts: ModelParts, kernels: Kernels) -> None:
     """Raises ValueError for kernels that are unknown, or that cannot run here."""
     if not isinstance(kernels, bool) and kernels != "triton":
         raise ValueError(f"kernels={kernels!r} is unknown; allowed are {', '.join(map(repr, KERNELS))}")
-    if kernels == "triton" and not triton_is_there():
+    if kernels == "triton" and not has_triton():
         raise ValueError("kernels='triton' needs triton, which is not installed: pip install triton")
-    if kernels == "triton" and not triton_takes(next(parts.tower.parameters()).detach()):
+    if kernels == "triton" and not supports_triton(next(parts.tower.parameters()).detach()):
         raise ValueError(
             "kernels='triton' needs a vision tower on a GPU, not in float64: move the model first"
         )

@@ -99,8 +99,6 @@ def check(config: Any) -> None:
     _amounts(config)
     _early(config)
     check_method(config.method, config.parameters)
-    if "depth" in config.parameters:
-        raise ValueError("parameters may not hold 'depth': the layer sets it")
     if config.order == "method" and not METHODS[config.method].has_order:
         raise ValueError(
             f"order='method' is not allowed: method {config.method!r} defines no order of its own"

@@ -54,7 +54,7 @@ def test_ratio_and_tokens_together_or_neither_raise(both):
         ("early_depth", 1.5, r"\[0, 1\]"),
         ("early_depth", -0.5, r"\[0, 1\]"),
         ("parameters", {"margn": 0.5}, "margin, start, end, alpha, energy, candidates, split"),
-        ("parameters", {"depth": 0.5}, "the layer sets it"),
+        ("parameters", {"depth": 0.5}, "no parameter 'depth'"),
     ],
 )
 def test_a_value_out_of_range_raises_with_what_is_allowed(field, value, allowed):

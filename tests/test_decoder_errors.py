@@ -183,7 +183,7 @@ def test_a_layer_with_none_behind_it_or_that_is_not_there_raises(layer, model):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"decoder": {0: 37}}, r"decoder\[0\]=37 does not fit: 36 tokens arrive there, allowed is 1 to 36"),
+        ({"decoder": {0: 37}}, r"decoder\[0\]=37 does not fit: 36 tokens remain, allowed is 1 to 36"),
         ({"decoder": {0: 0.5, 1: 19}}, r"decoder\[1\]=19 does not fit: 18 tokens"),
         ({"tokens": 9, "decoder": {0: 10}}, r"decoder\[0\]=10 does not fit: 9 tokens"),
         ({"prefix": 37}, r"prefix=37 does not fit: 36 tokens"),

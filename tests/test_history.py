@@ -138,7 +138,7 @@ def test_patches_of_one_token_have_one_energy(model, processor, pictures):
 def test_what_goes_by_no_energy_has_none_unless_pitomes_is_borrowed(model, processor, pictures):
     merge = studied(model, processor, pictures[1], MergeConfig(ratio=0.8, method="tome")).merges[2]
     assert merge.energy() is None
-    expected = pitome.score(merge.sight.metric, depth=merge.sight.depth)[0]
+    expected = pitome.PiToMe().energies(merge.sight.metric, merge.sight.depth)[0]
     assert torch.equal(merge.energy(borrowed=True), expected[merge.before.slot])
 
 

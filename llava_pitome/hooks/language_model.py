@@ -230,7 +230,7 @@ class LanguageModelHooks:
         )
         source = hidden.detach() if config.metric == "hidden" else attention.mean_keys()
         x, metric = (y.flatten(0, 1)[layout.images] for y in (hidden, source))
-        length = token_schedule.left(x.shape[1], config.decoder[i], f"decoder[{i}]")
+        length = token_schedule.kept_tokens(x.shape[1], config.decoder[i], f"decoder[{i}]")
         point = MergePoint("decoder", i, i / len(self.llm.blocks), config.method, config.parameters)
         inputs = attention.inputs(source)
         merged, tokens = self.step.merge(

@@ -113,7 +113,7 @@ class LayerAttention(NamedTuple):
             "last_attention": self.last_attention,
             "text_attention": self.text_attention,
             "text": partial(self.text, source),
-            "asks": self.is_text,
+            "text_mask": self.text_mask,
             "grid": self.grid,
         }
 
@@ -150,7 +150,7 @@ class LayerAttention(NamedTuple):
         wide = torch.promote_types(source.dtype, torch.float32)
         return gather_tokens(source[self.layout.row], at).to(wide)
 
-    def is_text(self) -> Tensor:
+    def text_mask(self) -> Tensor:
         """Which of them are text, and not padding: (I, Q)."""
         return prompt_layout.text(self.layout)[1]
 

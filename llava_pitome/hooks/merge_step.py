@@ -14,11 +14,10 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.merge.plan import (
     MergePlan,
     add_prefix_tokens,
-    full_precision,
     make_plan,
     without_prefix_tokens,
 )
-from llava_pitome.merge.reduce import MergeResult, reduce_tokens
+from llava_pitome.merge.reduce import MergeResult, full_precision, reduce_tokens
 from llava_pitome.methods import METHODS
 from llava_pitome.methods.registry import choose
 
@@ -157,7 +156,7 @@ class MergeStep:
     ) -> tuple[MergeResult, MergePlan]:
         """What the method chooses, prefix tokens included."""
         prefix = self.num_prefix_tokens
-        inputs = {"size": lambda: sizes[:, prefix:], **inputs}
+        inputs = {"sizes": lambda: sizes[:, prefix:], **inputs}
         given = {name: inputs[name]() for name in METHODS[point.method].needs}
         metric = self._without_prefix(metric)
         with full_precision(metric.device.type):
@@ -172,7 +171,7 @@ class MergeStep:
                 **point.parameters,
             )
         result = _with_prefix(result, prefix)
-        return result, make_plan(result.parent, length + prefix, result.rank)
+        return result, make_plan(result.parent, length + prefix, result.order)
 
     def _without_prefix(self, metric: Tensor) -> Tensor:
         """The metric (B, T, C) as methods are given it: (B, N, C), float32 at least."""
@@ -206,16 +205,16 @@ def _with_prefix(result: MergeResult, prefix: int) -> MergeResult:
     """The result for `prefix` tokens more, which come first and keep to themselves."""
     if not prefix:
         return result
-    rank, weight, mixing = result.rank, result.weight, result.mixing
-    if rank is not None:
-        rank = nn.functional.pad(rank + prefix, (prefix, 0))
+    order, weight, mixing = result.order, result.weight, result.mixing
+    if order is not None:
+        order = nn.functional.pad(order + prefix, (prefix, 0))
     if weight is not None:
         weight = nn.functional.pad(weight, (prefix, 0), value=1)
     if mixing is not None:
         mixing = nn.functional.pad(mixing, (prefix, 0, prefix, 0))
         mixing[:, :prefix, :prefix] = torch.eye(prefix, dtype=mixing.dtype, device=mixing.device)
     return result._replace(
-        parent=add_prefix_tokens(result.parent, prefix), rank=rank, weight=weight, mixing=mixing
+        parent=add_prefix_tokens(result.parent, prefix), order=order, weight=weight, mixing=mixing
     )
 
 

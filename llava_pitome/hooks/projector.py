@@ -145,7 +145,7 @@ class ProjectorHooks:
 
 def uses_keys(config: MergeConfig) -> bool:
     """Whether the merge after the projector measures similarity on the keys of the tower's last layer."""
-    return (config.prefix_metric or ("features", "keys")[METHODS[config.method].keys]) == "keys"
+    return (config.prefix_metric or METHODS[config.method].prefix_metric) == "keys"
 
 
 def feature_keys(config: MergeConfig) -> str | None:

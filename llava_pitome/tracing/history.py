@@ -54,12 +54,10 @@ class Merge(NamedTuple):
         by no energy; with `borrowed` it is PiToMe's, as the paper has it, on the same tokens.
         """
         sight = self.sight
-        find, parameters = METHODS[sight.method].energy, sight.parameters
-        if find is None and borrowed:
-            find, parameters = METHODS[MergeConfig.method].energy, {}
-        if find is None:
-            return None
-        return find(sight.metric, depth=sight.depth, **parameters)[0].cpu()[self.before.slot]
+        energies = METHODS[sight.method](**sight.parameters).energies(sight.metric, sight.depth)
+        if energies is None and borrowed:
+            energies = METHODS[MergeConfig.method]().energies(sight.metric, sight.depth)
+        return None if energies is None else energies[0].cpu()[self.before.slot]
 
 
 class History(NamedTuple):
