@@ -4,4 +4,4 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 bash "$root/scripts/setup_vllm.sh"
-exec "$root/.venv.vllm/bin/python" -m llava_pitome.integrations.vllm.serve "$@"
+exec "$root/.venv.vllm/bin/python" -m llava_pitome.integrations.vllm.serve_command "$@"

@@ -77,7 +77,7 @@ else
 fi
 install --no-deps pytest iniconfig pluggy -c constraints.txt
 install --no-deps --no-build-isolation -e .
-"$VENV/bin/python" -c 'import llava_pitome.integrations.vllm.choose' >"$log" 2>&1 || {
+"$VENV/bin/python" -c 'import llava_pitome.integrations.vllm.registration' >"$log" 2>&1 || {
   cat "$log" >&2
   echo "setup_vllm: vLLM was installed and cannot be imported; what it said stands above" >&2
   exit 1

@@ -51,7 +51,7 @@ def _whole(model: nn.Module) -> LlavaParts | None:
     """What a LLaVA has around its tower; None for other models."""
     names = [c.__name__ for c in type(model).__mro__]
     if original.MODEL in names:
-        return original.whole(model)
+        return original.llava_parts(model)
     if "LlavaForConditionalGeneration" not in names:
         return None
     inner, config = model.model, model.config
