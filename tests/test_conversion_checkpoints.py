@@ -54,8 +54,8 @@ def test_a_published_config_and_shards_load_as_the_same_model(original, folder, 
 def test_rope_parameters_are_those_of_the_checkpoint(folder, published):
     rope = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     (folder / "config.json").write_text(json.dumps(published | rope))
-    found = load(str(folder))[0].config.text_config.rope_parameters
-    assert (found["rope_theta"], found["rope_type"], found["factor"]) == (500, "linear", 2)
+    rope = load(str(folder))[0].config.text_config.rope_parameters
+    assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (500, "linear", 2)
 
 
 @pytest.mark.parametrize("rename", [str, names_of_transformers_4])

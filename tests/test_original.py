@@ -112,7 +112,7 @@ def test_text_prompts_answer_as_without_merging(original, inputs, config):
     text = pad([[1, 5, 6, 7], [1, 8, 9, 4]], None)
     plain = generate(original, text)
     with merge_tokens(original, config):
-        generate(original, inputs)  # must leave no state behind
+        generate(original, inputs)  # whose state must not be used again
         assert torch.equal(generate(original, text), plain)
 
 

@@ -18,13 +18,13 @@ def arguments(*words):
     return server_arguments(parse(words, OPTIONS))
 
 
-def after(found, flag, count=1):
-    start = found.index(flag) + 1
-    return found[start : start + count]
+def values_of(words, flag, count=1):
+    start = words.index(flag) + 1
+    return words[start : start + count]
 
 
 def merge_fields(*words):
-    return json.loads(after(arguments(*words), "--hf-overrides")[0])["token_merging"]
+    return json.loads(values_of(arguments(*words), "--hf-overrides")[0])["token_merging"]
 
 
 # What vLLM can merge
@@ -113,12 +113,12 @@ def test_a_saved_merge_config_is_used_unless_keys_give_another(model, processor,
 
 
 def test_the_server_is_local_and_fetches_from_the_given_domains_alone():
-    found = arguments("vllm=--max-model-len 512", "port=8123")
-    assert after(found, "--host") + after(found, "--port") == ["127.0.0.1", "8123"]
-    assert after(found, "--allowed-media-domains")[0].endswith(".invalid")
-    assert found[-2:] == ["--max-model-len", "512"]
-    found = arguments("domains=a.example,b.example")
-    assert after(found, "--allowed-media-domains", 2) == ["a.example", "b.example"]
+    words = arguments("vllm=--max-model-len 512", "port=8123")
+    assert values_of(words, "--host") + values_of(words, "--port") == ["127.0.0.1", "8123"]
+    assert values_of(words, "--allowed-media-domains")[0].endswith(".invalid")
+    assert words[-2:] == ["--max-model-len", "512"]
+    words = arguments("domains=a.example,b.example")
+    assert values_of(words, "--allowed-media-domains", 2) == ["a.example", "b.example"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_an_original_checkpoint_is_refused(original_folder, capsys):
 def test_chat_templates_write_the_bos_token(tmp_path):
     from transformers import AutoProcessor
 
-    (template,) = after(arguments(), "--chat-template")
+    (template,) = values_of(arguments(), "--chat-template")
     processor = AutoProcessor.from_pretrained(embedded.PATH)
     assert template == "<s>" + processor.chat_template
     assert "--chat-template" not in arguments("vllm=--chat-template other.jinja")[:-2]

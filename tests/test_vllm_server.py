@@ -44,8 +44,8 @@ ENV = os.environ | {
 
 def block(words: str) -> str:
     """The page's one block of commands with these words, without comments."""
-    (found,) = [text for text in BLOCKS if words in text]
-    return "\n".join(line.partition("  #")[0].rstrip() for line in found.splitlines())
+    (commands,) = [text for text in BLOCKS if words in text]
+    return "\n".join(line.partition("  #")[0].rstrip() for line in commands.splitlines())
 
 
 START, API_SERVER, CURL = block("serve_vllm.sh ratio=0.9 model=embedded"), block("api_server"), block("curl")
@@ -119,9 +119,9 @@ def server(request, ports):
     return client, Reference(embedded.PATH, CONFIG if merged else None), TOKENS if merged else PATCHES
 
 
-def png(picture):
+def png(image):
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -6,8 +6,8 @@ projection whose heads are divided over ranks, so that no rank sees the mean of 
 takes no mask, which proportional attention needs. The cost is vLLM's flash attention in the tower, on few
 tokens once they have merged. The projector, on which `prefix` merges, and the language model are vLLM's.
 
-Under tensor parallelism every rank holds the whole tower, and all ranks use the features of the first one: a
-rounding that differs could change a merge.
+Under tensor parallelism every rank holds the complete tower, and all ranks use the features of the first one,
+since a rounding that differs could change a merge.
 
 Shapes: I images, T tokens of the tower's hidden states, N image tokens after merging, D channels.
 """

@@ -26,7 +26,7 @@ class LlavaPitomeConfigConvertor(MODEL_ARCH_CONFIG_CONVERTORS.get(MODEL_TYPE, Mo
         """Replaces `architectures` in a config that carries `token_merging`.
 
         Raises:
-            ValueError: vLLM cannot merge in that way.
+            ValueError: a `token_merging` that vLLM cannot do, or that does not fit the model.
         """
         super().__init__(hf_config, *args, **kwargs)
         if validation.merge_config(hf_config) is not None:

@@ -1,8 +1,8 @@
 """The model of an original checkpoint: its weights under the names of LlavaForConditionalGeneration.
 
 The renaming is not left to `from_pretrained(key_mapping=...)`, since the vision tower comes from another
-checkpoint and the vocabulary grows. Files are memory-mapped: a tensor is copied only where its dtype or device
-changes.
+checkpoint and the vocabulary grows. Files are memory-mapped: a tensor is copied only where its dtype or
+device changes.
 """
 
 import json
@@ -102,7 +102,7 @@ def _model_weights(path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _tower_weights(path: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """The vision tower's weights under their new names, read from a CLIP vision tower or a whole CLIP."""
+    """The vision tower's weights under their new names, read from a CLIP vision tower or a complete CLIP."""
     state = {}
     for name, tensor in _read_weights(path, hub):
         bare = name.removeprefix("vision_model.")
