@@ -44,7 +44,7 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     How it was saved to merge is in `model.config.token_merging`.
 
     Raises:
-        ValueError: an unknown quantization, or a path that holds no LLaVA.
+        ValueError: an unknown quantization, or a path that does not exist or holds no LLaVA.
     """
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(
@@ -89,7 +89,7 @@ def convert(path: str, dtype: str) -> tuple[nn.Module, Any]:
     Raises:
         ValueError: the path does not exist, or holds no original checkpoint.
     """
-    config, raw = _read_existing(path)
+    config, raw = _read_config(path, {})
     if raw is None:
         raise ValueError(f"{path} holds a model of type {config.model_type!r}, not of the original package")
     return conversion.load(path, raw, {}, {}, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
@@ -108,12 +108,12 @@ def read_config(path: str) -> Any:
     Raises:
         ValueError: the path does not exist, or holds no LLaVA.
     """
-    return _read_existing(model_path(path))[0]
+    return _read_config(model_path(path), {})[0]
 
 
 def is_original(path: str) -> bool:
     """Whether a path holds an original checkpoint."""
-    return _read_existing(model_path(path))[1] is not None
+    return _read_config(model_path(path), {})[1] is not None
 
 
 def saved_merge_config(path: str) -> dict[str, Any] | None:
@@ -149,21 +149,16 @@ def patches_and_layers(path: str) -> tuple[int, int]:
     return vision_counts(read_config(path))[:2]
 
 
-def _read_existing(path: str) -> tuple[Any, dict[str, Any] | None]:
-    """`_read_config`, with a ValueError where the path does not exist."""
-    try:
-        return _read_config(path, {})
-    except OSError as error:
-        raise ValueError(
-            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
-        ) from error
-
-
 def _read_config(path: str, hub: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     """The LlavaConfig of a full model and, of an original checkpoint, its config.json."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    raw, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    except OSError as error:
+        raise ValueError(
+            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
+        ) from error
     if conversion.is_original(raw):
         return conversion.convert_config(raw, _shared(hub)), raw
     config = AutoConfig.from_pretrained(path, **hub)
