@@ -66,7 +66,7 @@ class Plan:
         if model == "auto":
             model = HUB_MODEL if cuda else embedded.NAME
         model = str(embedded.PATH) if model == embedded.NAME else model
-        small = checkpoints.whole(model) == str(embedded.PATH)  # it, or an adapter to it
+        small = checkpoints.model_path(model) == str(embedded.PATH)  # it, or an adapter to it
         data = options["data"] if options["data"] != "auto" else "embedded" if small else "hub"
         tasks = questions.tasks(options["tasks"], data)
         choice = "choose with model=embedded or model=<hub id or path>"
@@ -168,7 +168,7 @@ def fingerprint(model: Path, data: Path, device: str) -> str:
         digest.update(f"{package} {version(package)}".encode())
     code = Path(llava.__file__).parent
     weights = list(model.glob("*.*"))
-    whole = Path(checkpoints.whole(str(model)))
+    whole = Path(checkpoints.model_path(str(model)))
     if whole != model:  # an adapter, whose folder also holds a card and what was measured
         digest.update(f"peft {version('peft')}".encode())
         weights = [*model.glob("adapter_*"), *model.glob("token_merging.json"), *whole.glob("*.*")]

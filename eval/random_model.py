@@ -37,11 +37,11 @@ def main(words: list[str]) -> int:
 
 def write(name: str, into: Path) -> Path:
     """Writes the model of a name, with a processor, and returns where."""
-    from llava_pitome.integrations.vllm import renamed
+    from llava_pitome.integrations.vllm import weight_names
 
     with tempfile.TemporaryDirectory(dir=into.parent if into.parent.is_dir() else None) as beside:
         write_target(name, Path(beside))
-        return renamed.write(Path(beside), into)
+        return weight_names.copy_with_old_names(Path(beside), into)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def config(options: dict) -> MergeConfig:
     """
     changes = combined({k: options[k] for k in (*AMOUNTS, "method")}, options["merging"])
     if options["merging"] is None and not changes and options["recipe"] == "paper":
-        own = None if options["model"] in ("auto", embedded.NAME) else adapters.merging(options["model"])
+        own = None if options["model"] in ("auto", embedded.NAME) else adapters.merge_config(options["model"])
         return MergeConfig(ratio=RATIO) if own is None else MergeConfig.from_dict(own)
     if options["merging"] is None and not changes.keys() & set(AMOUNTS):
         changes["ratio"] = RATIO

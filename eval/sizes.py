@@ -85,8 +85,8 @@ def sizes(path: str, attention: str, built_in: bool) -> Sizes:
         ValueError: the path is no LLaVA, or cannot be reached.
     """
     try:
-        checkpoints.counts(path)
-        config = checkpoints.config_of(checkpoints.whole(path))
+        checkpoints.patches_and_layers(path)
+        config = checkpoints.read_config(path)
     except ValueError:
         if not built_in or path not in BUILT_IN:
             raise

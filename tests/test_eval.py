@@ -350,7 +350,9 @@ def test_flops_without_weights_are_those_of_the_model(text):
 def test_the_sizes_written_down_are_those_of_llava_1_5(monkeypatch):
     import sizes
 
-    monkeypatch.setattr(sizes.checkpoints, "counts", lambda path: (_ for _ in ()).throw(ValueError("no hub")))
+    monkeypatch.setattr(
+        sizes.checkpoints, "patches_and_layers", lambda path: (_ for _ in ()).throw(ValueError("no hub"))
+    )
     sizes.sizes.cache_clear()
     parameters = {"7b": 7.06e9, "13b": 13.35e9}  # CLIP-L, projector and Vicuna together
     for name, count in parameters.items():

@@ -105,7 +105,7 @@ def test_the_card_and_the_pictures_say_what_was_done(trained):
     with Image.open(trained / "loss.png") as picture:
         assert picture.size[0] > 300
     assert any((trained / "runs").rglob("events.out.tfevents*"))
-    assert adapters.base(str(trained)) == "embedded"
+    assert adapters.base_model(str(trained)) == "embedded"
 
 
 def test_an_adapter_is_evaluated_as_it_was_trained(trained, tmp_path):

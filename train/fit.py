@@ -89,10 +89,10 @@ def arguments(options: dict[str, Any], output: Path) -> Any:
 
 def _half(options: dict[str, Any]) -> bool:
     """Whether passes are computed in bfloat16; what learns is in float32 all the same."""
-    checkpoints.counts(options["model"])  # raises for what is no LLaVA
+    checkpoints.patches_and_layers(options["model"])  # raises for what is no LLaVA
     if options["dtype"] != "auto":
         return options["dtype"] == "bfloat16"
-    saved = checkpoints.config_of(checkpoints.whole(options["model"])).dtype
+    saved = checkpoints.read_config(options["model"]).dtype
     return not str(saved).endswith("float32")
 
 
@@ -105,7 +105,7 @@ def model(options: dict[str, Any], merging: Sequence[MergeConfig], arguments: An
     import torch
 
     path = options["model"]
-    if path != EMBEDDED and checkpoints.whole(path) != path:
+    if path != EMBEDDED and checkpoints.model_path(path) != path:
         raise ValueError(
             f"model={path} is an adapter: merge_and_unload it, save that, and train what you saved"
         )

@@ -46,7 +46,7 @@ def accuracy(options: dict[str, Any], merging: Sequence[MergeConfig]) -> list[di
 
 def _merging(model: str, merging: Sequence[MergeConfig]) -> Iterator[MergeConfig]:
     """Each way once, but for those in which nothing merges."""
-    patches, layers = checkpoints.counts(model)
+    patches, layers = checkpoints.patches_and_layers(model)
     for i, config in enumerate(merging):
         changes = config.decoder or config.resize or config.tokens_at(patches, layers) < patches
         if changes and config not in merging[:i]:

@@ -142,7 +142,7 @@ class MergingTrainer(Trainer):
         """Writes the adapter, and beside it how it is to merge and with which model."""
         super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
-            adapters.write(Path(output_dir or self.args.output_dir), self._base, self._configs[0])
+            adapters.save_merge_config(Path(output_dir or self.args.output_dir), self._base, self._configs[0])
 
     def finish(self) -> None:
         """Takes the hooks off and writes the adapter."""

@@ -45,7 +45,7 @@ def check_model(options: argparse.Namespace) -> None:
 def load(options: argparse.Namespace, config: MergeConfig | None) -> tuple[nn.Module, Any]:
     """The model that the options name and its processor, merging as `config` says; see `api.load`."""
     check_model(options)
-    checkpoints.configuration(options.model)  # a clear error for a path that leads nowhere
+    checkpoints.read_config(options.model)  # a clear error for a path that leads nowhere
     quantization = "4bit" if options.load_4bit else None
     place = {"device_map": str(_device(options))}
     if options.load_4bit and options.device is None:

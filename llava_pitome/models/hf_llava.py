@@ -56,7 +56,7 @@ def _llava(model: nn.Module) -> LlavaParts | None:
     """The parts of a LLaVA around its tower; None for other models."""
     names = [c.__name__ for c in type(model).__mro__]
     if original_llava.MODEL in names:
-        return original_llava.whole(model)
+        return original_llava.llava_parts(model)
     if "LlavaForConditionalGeneration" not in names:
         return None
     inner, config = model.model, model.config

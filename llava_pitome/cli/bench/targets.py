@@ -60,7 +60,7 @@ def build(name: str, dtype: torch.dtype, device: str, patches: int | None = None
         if patches is not None:
             raise ValueError(f"patches={patches} is for {', '.join(NAMED)}; {name!r} has its own image size")
         path = str(embedded.PATH) if name == "embedded" else name
-        checkpoints.counts(path)  # a clear error for a path that leads nowhere
+        checkpoints.patches_and_layers(path)  # a clear error for a path that leads nowhere
         model, _ = checkpoints.load(path, None, dtype=dtype)
         return Target(name, model.to(device), True, llava.find(model).patches)
     side = math.isqrt(patches or 576)

@@ -32,7 +32,7 @@ def configs(options: argparse.Namespace, patches: int, count: int) -> dict[str, 
     placed = (options.merging or {}).keys() & set(AMOUNTS)  # says where, and how far
     if not placed and options.ratio is None and options.tokens is None:
         asks = options.method or options.merging or options.recipe != "paper"
-        saved = None if asks else checkpoints.merging(options.model)
+        saved = None if asks else checkpoints.saved_merge_config(options.model)
         if saved is not None:
             return _named([MergeConfig.from_dict(saved)], "as saved", patches, count)
         amount["ratio"] = RATIO

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     _check_output(options.output)
     picture = _picture(options.image)
     commands.check_model(options)
-    size = checkpoints.counts(options.model)
+    size = checkpoints.patches_and_layers(options.model)
     chosen = configs(options, *size)
     shown = layers(options.layers, chosen, *size)
     inside = [config.method for config in chosen.values() if config.decoder]
