@@ -28,8 +28,8 @@ BACKGROUND = (255, 255, 255, 255)  # of transparent images
 def open_image(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> "Image.Image":
     """The image in a file or in the bytes of one: RGB, upright, transparency on white.
 
-    The first frame of an animation. The size is read from the file's header, so that an image that is too large
-    is never decoded.
+    The first frame of an animation. The size is read from the file's header, so that one that is too large is
+    never decoded.
 
     Args:
         source: the path or the content of a file.

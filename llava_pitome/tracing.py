@@ -200,7 +200,7 @@ def trace_image(
             f"method {config.method!r} merges in the language model, which reads a question: give one"
         )
     with merge_tokens(model, config, processor) as handle, record_merges(handle) as recorder:
-        pixels = pixel_values(processor, image)
+        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
         if in_language_model:
             inputs = processor(images=image, text=_prompt(processor, question), return_tensors="pt")
             model(**inputs.to(model.device, model.dtype), logits_to_keep=1)
@@ -210,11 +210,6 @@ def trace_image(
             pixels = handle.shrinking.smaller(pixels)
         grid = tuple(side // processor.patch_size for side in pixels.shape[-2:])
         return ImageTrace(config, as_image(processor, pixels[0]), grid, recorder.trace())
-
-
-def pixel_values(processor: Any, image: Image.Image) -> Tensor:
-    """The input (1, 3, H, W) of the vision tower for an image."""
-    return processor.image_processor(image, return_tensors="pt")["pixel_values"]
 
 
 def as_image(processor: Any, pixels: Tensor) -> Image.Image:

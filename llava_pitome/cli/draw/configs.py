@@ -38,9 +38,9 @@ def method_configs(options: argparse.Namespace, patches: int, layers: int) -> di
     found = []
     for method in options.method or [None]:
         name, fields = method or merging.get("method", MergeConfig.method), dict(named)
-        if not has_place and name in METHODS:
-            if not fields.keys() & {"ratio", "tokens"}:
-                fields["ratio"] = RATIO
+        if not has_place and not fields.keys() & {"ratio", "tokens"}:
+            fields["ratio"] = RATIO
+        if not has_place and name in METHODS:  # MergeConfig refuses other names
             amount = {k: fields.pop(k, None) for k in ("ratio", "tokens")}
             fields |= amount_in_own_place(name, amount, patches, layers)
         found.append(requested(recipe, fields | {"method": method}, merging))
