@@ -97,14 +97,10 @@ class MergeTrace(NamedTuple):
 
 
 class MergeRecorder:
-    """The merges of the last forward pass; made by `record_merges`."""
+    """The merges of the last forward pass of a model; made by `record_merges`."""
 
     def __init__(self, handle: MergeHandle):
-        """Starts empty.
-
-        Args:
-            handle: of the merging model.
-        """
+        """Records nothing yet."""
         self._handle = handle
         self._records: list[tuple[str, int, MergeRecord]] = []
 
@@ -117,8 +113,7 @@ class MergeRecorder:
     def trace(self, image: int = 0) -> MergeTrace:
         """The trace of one image of the last forward pass.
 
-        Args:
-            image: its index, in the order of the prompts.
+        `image` is its index, in the order of the prompts.
 
         Raises:
             ValueError: no forward pass was recorded, or it had no image of that index.
@@ -143,10 +138,7 @@ class MergeRecorder:
 
 @contextmanager
 def record_merges(handle: MergeHandle) -> Iterator[MergeRecorder]:
-    """Records the merges of a model inside a with block; results of the model stay the same.
-
-    Args:
-        handle: what `apply` returned.
+    """Records the merges of a model inside a with block, without changing its results.
 
     Raises:
         RuntimeError: another recorder is active.
@@ -233,9 +225,8 @@ def _position(place: str, layer: int) -> tuple[int, int]:
 def _of_image(record: MergeRecord, image: int) -> MergeRecord:
     """The record of a batch, cut down to one of its images."""
     row = slice(image, image + 1)
-    plan = record.plan._replace(
-        **{name: x[row] for name, x in record.plan._asdict().items() if isinstance(x, Tensor)}
-    )
+    tensors = {name: x[row] for name, x in record.plan._asdict().items() if isinstance(x, Tensor)}
+    plan = record.plan._replace(**tensors)
     return record._replace(metric=record.metric[row], plan=plan, dropped=record.dropped[row])
 
 

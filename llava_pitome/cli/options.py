@@ -87,7 +87,7 @@ def add_flags(parser: argparse.ArgumentParser, options: dict[str, Option]) -> No
             settings |= {"type": reader(option), "metavar": key.upper()}
             settings |= {"action": "append"} if option.repeats else {}
             default = _text(option.default)
-            text = _help(option) + (f" ({default})" if default else "")
+            text = f"{option.help}; {option.allowed}" + (f" ({default})" if default else "")
         groups[option.group].add_argument(*names, **settings, help=text.replace("%", "%%"))
 
 
@@ -112,7 +112,7 @@ def usage(options: dict[str, Option]) -> str:
         if option.group != group:
             group = option.group
             lines.append(f" {group}:")
-        lines.append(f"  {key}={_text(option.default)}  {_help(option)}")
+        lines.append(f"  {key}={_text(option.default)}  {option.help}; {option.allowed}")
     return "\n".join(lines)
 
 
@@ -122,10 +122,6 @@ def helped(words: Sequence[str], doc: str | None, options: dict[str, Option]) ->
         return False
     sys.stdout.write(f"{doc}\nKeys:\n{usage(options)}\n")
     return True
-
-
-def _help(option: Option) -> str:
-    return "; ".join(filter(None, (option.help, option.allowed)))
 
 
 def _text(value: Any) -> str:

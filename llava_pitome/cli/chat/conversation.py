@@ -103,10 +103,18 @@ class Conversation:
                 longer than the model's context.
         """
         started = time.perf_counter()
-        message = self._message(question)
+        if not question.strip():
+            raise ValueError("the question is empty")
+        if self.processor.image_token in question:
+            raise ValueError(f"a question cannot contain {self.processor.image_token}: add images separately")
+        content = [{"type": "image"}] * len(self._new_images) + [{"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
         images = self.images + self._new_images
         inputs = self._inputs([*self.turns, message], images)
-        stream = AnswerStream(self.model, self.processor.tokenizer, stop)
+        tokenizer = self.processor.tokenizer
+        settings = {"max_new_tokens": self.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+        sampling = {"temperature": self.temperature} if self.temperature else {}
+        stream = AnswerStream(self.model, tokenizer, stop)
         pieces: list[str] = []
 
         def keep() -> None:
@@ -116,7 +124,7 @@ class Conversation:
             self.stats = self._stats(inputs["input_ids"], len(images), started, stream.times)
 
         try:
-            for piece in stream.generate(**inputs, **self._settings()):
+            for piece in stream.generate(**inputs, **settings, do_sample=bool(sampling), **sampling):
                 piece = piece if pieces else piece.lstrip()  # the space after "ASSISTANT:"
                 if piece:
                     pieces.append(piece)
@@ -125,19 +133,6 @@ class Conversation:
             keep()
             raise
         keep()
-
-    def _message(self, question: str) -> dict[str, Any]:
-        """The question and the new images as a message.
-
-        Raises:
-            ValueError: the question is empty, or contains the image placeholder.
-        """
-        if not question.strip():
-            raise ValueError("the question is empty")
-        if self.processor.image_token in question:
-            raise ValueError(f"a question cannot contain {self.processor.image_token}: add images separately")
-        content = [{"type": "image"}] * len(self._new_images) + [{"type": "text", "text": question}]
-        return {"role": "user", "content": content}
 
     def _inputs(self, turns: list[dict[str, Any]], images: "list[Image.Image]") -> dict[str, Any]:
         """The model's inputs for a prompt (1, T).
@@ -156,14 +151,6 @@ class Conversation:
             )
         return dict(inputs.to(self.model.device, self.model.dtype))
 
-    def _settings(self) -> dict[str, Any]:
-        """Settings for `generate`."""
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {}
-        return {
-            "do_sample": False, "max_new_tokens": self.max_new_tokens,
-            "pad_token_id": self.processor.tokenizer.pad_token_id,
-        } | sampling  # fmt: skip
-
     def _stats(
         self, input_ids: torch.Tensor, images: int, started: float, times: list[float]
     ) -> AnswerStats | None:
@@ -179,12 +166,11 @@ class Conversation:
             answer_tokens=len(times),
             first_token=times[0] - started,
             tokens_per_second=(len(times) - 1) / seconds if seconds > 0 else None,
-            memory=peak_memory(input_ids.device),
+            memory=_peak_memory(input_ids.device),
         )
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of the process on a CPU, of the allocator on a GPU."""
+def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB

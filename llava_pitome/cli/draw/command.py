@@ -32,7 +32,7 @@ OPTIONS = {
         "own", one_of("own", "all", "none"), "own | all | none",
         "energy maps of the methods that have an energy, of all methods, or none",
     ),
-    "question": Option("What is in the picture?", str, "", "for methods that merge in the language model"),
+    "question": Option("What is in the picture?", str, "text", "for methods that merge in the LLM"),
     "size": Option(224, whole(64, 1024), "a whole number from 64 to 1024", "pixels of each panel"),
     **merge_options(methods=True),
     **MODEL_OPTIONS,
