@@ -14,7 +14,7 @@ from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.cli.draw.overlay import overlay
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
-from llava_pitome.tracing.history import watching
+from llava_pitome.tracing import record_merges
 
 SCALE = 2  # screen pixels a picture pixel
 
@@ -116,9 +116,9 @@ def _drawn(
     if config is None or not (config.merges_in_tower or config.merges_in_prefix):
         return [_large(picture) for picture in seen]
     pixels = processor.image_processor(list(seen), return_tensors="pt")["pixel_values"]
-    with merge_tokens(model, config) as merging, watching(merging) as watch, torch.no_grad():
+    with merge_tokens(model, config) as merging, record_merges(merging) as recorder, torch.no_grad():
         model.model.get_image_features(pixel_values=pixels.to(model.dtype))
-        states = [watch.history(i).after("prefix") for i in range(len(seen))]
+        states = [recorder.trace(i).after("prefix") for i in range(len(seen))]
     step = seen[0].width // round(patches**0.5) * SCALE
     return [overlay(p, state.slot, step, dropped=state.dropped) for p, state in zip(seen, states)]
 

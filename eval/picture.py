@@ -6,12 +6,12 @@ A picture of the embedded benchmark, and which of its patches become one token.
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.cli.draw.overlay import overlay
-from llava_pitome.cli.draw.sheet import strip
 from llava_pitome.cli.options import Option, parse, share, whole
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import PATCH, scene
@@ -38,7 +38,9 @@ def main(words: list[str]) -> int:
             model.model.get_image_features(pixel_values=pixels)
             drawn.append(overlay(picture, trace(merging.plans())[0], PATCH * SCALE))
     Path(options["output"]).parent.mkdir(parents=True, exist_ok=True)
-    strip(drawn).save(options["output"], optimize=True)
+    gap = np.full((drawn[0].height, 8, 3), 255, np.uint8)
+    side_by_side = np.hstack([x for image in drawn for x in (image, gap)][:-1])
+    Image.fromarray(side_by_side).save(options["output"], optimize=True)
     return 0
 
 

@@ -7,4 +7,4 @@ exec .venv.floor/bin/python -m pytest tests/test_tower.py tests/test_api.py test
   tests/test_training.py tests/test_processor.py tests/test_kernels.py tests/test_bench.py \
   tests/test_decoder*.py tests/test_prefix.py tests/test_places.py tests/test_positions.py tests/test_shrink.py \
   tests/test_original.py tests/test_conversion*.py \
-  tests/test_chat.py tests/test_serving*.py tests/test_history.py "$@"
+  tests/test_chat.py tests/test_serving*.py tests/test_tracing.py "$@"

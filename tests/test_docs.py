@@ -225,7 +225,7 @@ def test_the_python_of_drawing_runs(folder):
     for block in blocks("draw.md", "python"):
         exec(block, names)
     assert (folder / "tokens.png").exists() and (folder / "energy.png").exists()
-    assert names["history"].merges[-1].after.tokens == 65
+    assert names["trace"].merges[-1].after.tokens == 65
 
 
 def test_the_web_page_comes_up_as_the_page_says(folder):

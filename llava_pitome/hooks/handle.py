@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.image_features import ImageFeatures
+from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.language_model import LanguageModelHooks
 from llava_pitome.hooks.merge_step import MergeRecord
 from llava_pitome.hooks.projector import ProjectorHooks, feature_keys
@@ -90,6 +91,12 @@ class MergeHandle:
             raise RuntimeError("merges are being recorded already; end that first with record(None)")
         for hooks in self._hooks:
             hooks.step.record = callback
+
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Images (I, 3, H, W) at the size at which the tower sees them."""
+        if self.config.resize is None:
+            return pixels
+        return resize_images(pixels, self.config.resize, self.tower.parts.patch_size)
 
     def sizes(self) -> Tensor | None:
         """Patches (I, n) of each token that reached the language model; None where nothing merged."""

@@ -10,12 +10,11 @@ from PIL import Image
 from torch import nn
 
 from llava_pitome.api import apply, remove
-from llava_pitome.cli.chat.conversation import Conversation
-from llava_pitome.cli.chat.numbers import Numbers
+from llava_pitome.cli.chat.conversation import AnswerStats, Conversation
 from llava_pitome.config import MergeConfig
 from llava_pitome.flops import closed_form
 from llava_pitome.models import hf_llava as llava
-from llava_pitome.tracing.study import Study, study
+from llava_pitome.tracing import ImageTrace, trace_image
 
 
 class Answer(NamedTuple):
@@ -28,7 +27,7 @@ class Answer(NamedTuple):
     """
 
     text: str
-    numbers: Numbers | None = None
+    numbers: AnswerStats | None = None
     gflops: float | None = None
 
 
@@ -75,9 +74,10 @@ class Desk:
             left.set()
             done.cancel()  # a turn that has not begun
 
-    def study(self, picture: Image.Image, question: str, config: MergeConfig) -> Study:
+    def study(self, picture: Image.Image, question: str, config: MergeConfig) -> ImageTrace:
         """What becomes of the picture's patches."""
-        return self._turns.submit(study, self._model, self._processor, picture, config, question).result()
+        traced = self._turns.submit(trace_image, self._model, self._processor, picture, config, question)
+        return traced.result()
 
     def _answer(
         self,
@@ -86,7 +86,7 @@ class Desk:
         config: MergeConfig | None,
         pieces: "SimpleQueue",
         left: threading.Event,
-    ) -> Numbers | None:
+    ) -> AnswerStats | None:
         """Works one answer out, as long as somebody reads it."""
         if config is None:
             remove(self._model)
@@ -94,12 +94,12 @@ class Desk:
             apply(self._model, config, self._processor)
         conversation = Conversation(self._model, self._processor, self._most)
         if picture is not None:
-            conversation.show(picture)
+            conversation.add_image(picture)
         for piece in conversation.ask(question, left):
             pieces.put(piece)
-        return conversation.numbers
+        return conversation.stats
 
-    def _gflops(self, numbers: Numbers, config: MergeConfig | None) -> float:
+    def _gflops(self, numbers: AnswerStats, config: MergeConfig | None) -> float:
         """Of the prompt, by formula."""
         config = config or MergeConfig(ratio=1.0)
         text = numbers.prompt_tokens - numbers.image_tokens

@@ -14,7 +14,7 @@ from llava_pitome.cli.web.start import merging
 from llava_pitome.config import MergeConfig
 from llava_pitome.image_io import open_image
 from llava_pitome.methods import METHODS
-from llava_pitome.tracing.study import Study
+from llava_pitome.tracing import ImageTrace
 
 SIZE = 448  # pixels across a drawn picture
 EMPTY = "*Ask something; what merged is shown here.*"
@@ -42,7 +42,7 @@ class Pressing:
         except ValueError as error:
             raise refusal(error) from error
 
-    def look(self, seen: Study | None, layer: Any) -> tuple[Any, Any, str]:
+    def look(self, seen: ImageTrace | None, layer: Any) -> tuple[Any, Any, str]:
         """Overlay, energy and a line about a point of the model."""
         points = None if seen is None else _points(seen)
         try:
@@ -88,10 +88,10 @@ def refusal(error: ValueError) -> gr.Error:
     return gr.Error(str(error), print_exception=False)
 
 
-def _points(seen: Study) -> list[Point | None]:
+def _points(seen: ImageTrace) -> list[Point | None]:
     """Where one can look: the picture, behind every layer that merges, and what the language model gets."""
     found: list[Point | None] = [None]
-    for merge in seen.history.merges:
+    for merge in seen.trace.merges:
         head = {
             "tower": f"behind layer {merge.layer + 1} of the tower", "prefix": "behind the projector",
             "decoder": f"behind layer {merge.layer + 1} of the language model",
@@ -100,15 +100,15 @@ def _points(seen: Study) -> list[Point | None]:
     return found
 
 
-def _look(seen: Study, point: Point | None) -> tuple[Any, Any, str]:
+def _look(seen: ImageTrace, point: Point | None) -> tuple[Any, Any, str]:
     """The pictures at a point of the model, and a line about it."""
     if point is None:
-        return panels.plain(seen, SIZE).picture, None, f"the picture: {seen.history.patches} patches"
+        return panels.plain(seen, SIZE).image, None, f"the picture: {seen.trace.patches} patches"
     tokens = panels.tokens(seen, point, SIZE)
-    energy = panels.energy(seen, point, SIZE, borrowed=True)
-    before = seen.history.merge(point.place, point.layer).before.tokens
-    said = f"{point.head}: **{tokens.caption}** of {seen.history.patches} patches"
-    return tokens.picture, energy.picture, f"{said}; energy of the {before} in front"
+    energy = panels.energy(seen, point, SIZE, fallback=True)
+    before = seen.trace.merge(point.place, point.layer).before.tokens
+    said = f"{point.title}: **{tokens.caption}** of {seen.trace.patches} patches"
+    return tokens.image, energy.image, f"{said}; energy of the {before} in front"
 
 
 def _line(found: Answer) -> str:

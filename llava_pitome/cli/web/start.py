@@ -3,7 +3,7 @@
 import json
 from typing import NamedTuple
 
-from llava_pitome.cli.draw.choices import at_home
+from llava_pitome.cli.draw.configs import amount_in_own_place
 from llava_pitome.config import MergeConfig
 
 RATIO = 0.9  # where nothing says how far to merge
@@ -34,7 +34,7 @@ def merging(method: str, ratio: float, patches: int, count: int) -> MergeConfig:
         patches: of an image.
         count: tower layers up to the feature layer.
     """
-    return MergeConfig(method=method, **at_home(method, {"ratio": ratio}, patches, count))
+    return MergeConfig(method=method, **amount_in_own_place(method, {"ratio": ratio}, patches, count))
 
 
 def start(ratio: float | None, saved: MergeConfig | None, patches: int, count: int) -> Start:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import StoppingCriteriaList
 
-from llava_pitome.cli.chat.streaming import Until
+from llava_pitome.cli.chat.streaming import StopOnEvent
 
 PROMPT = ("input_ids", "attention_mask")  # of a processor's inputs
 
@@ -53,7 +53,7 @@ class OneAnswer:
         device = self._model.device
         inputs |= {key: value.to(device) for key, value in held.items()}
         inputs |= {key: inputs[key].to(device) for key in PROMPT}
-        inputs["stopping_criteria"] = StoppingCriteriaList([Until(self._left)])
+        inputs["stopping_criteria"] = StoppingCriteriaList([StopOnEvent(self._left)])
         if self._seed is None:
             return self._model.generate(**inputs)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""Picture files that come from anywhere: what is opened, how, and what is refused with a reason."""
+"""Image files: which are opened, how they are converted, and which are refused with a reason."""
 
 import io
 import random
@@ -15,71 +15,71 @@ RNG = np.random.default_rng(0)
 COLOURED = Image.fromarray(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((18, 12))
 
 
-def saved(picture, kind="PNG", **options):
+def saved(image, kind="PNG", **options):
     data = io.BytesIO()
-    picture.save(data, kind, **options)
+    image.save(data, kind, **options)
     return data.getvalue()
 
 
 def png(width, height):
-    """The head of a PNG of some size, and nothing else of it."""
+    """A PNG with a header of some size and no pixels."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
 def test_every_format_opens_from_a_file_and_from_bytes(kind, tmp_path):
     data = saved(COLOURED, kind)
-    (tmp_path / "picture").write_bytes(data)  # the name says nothing
-    found = [open_image(source) for source in (data, tmp_path / "picture", str(tmp_path / "picture"))]
-    for picture in found:
-        assert picture.mode == "RGB" and picture.size == COLOURED.size
-        assert picture.tobytes() == found[0].tobytes()
-    if kind in ("PNG", "BMP", "TIFF", "PPM"):  # the others round or reduce colours
+    (tmp_path / "image").write_bytes(data)  # without an ending
+    found = [open_image(source) for source in (data, tmp_path / "image", str(tmp_path / "image"))]
+    for image in found:
+        assert image.mode == "RGB" and image.size == COLOURED.size
+        assert image.tobytes() == found[0].tobytes()
+    if kind in ("PNG", "BMP", "TIFF", "PPM"):  # the others are lossy
         assert found[0].tobytes() == COLOURED.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
 def test_every_mode_of_a_png_becomes_rgb(mode):
-    picture = Image.new(mode, (4, 3), 0 if mode in ("1", "L", "P", "I;16") else (0,) * len(mode))
-    found = open_image(saved(picture))
+    image = Image.new(mode, (4, 3), 0 if mode in ("1", "L", "P", "I;16") else (0,) * len(mode))
+    found = open_image(saved(image))
     assert found.mode == "RGB" and found.size == (4, 3)
 
 
-def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off():
+def test_greys_of_16_bits_are_scaled():
     wide = Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16))
     for kind in ("PNG", "TIFF", "PPM"):
         assert np.asarray(open_image(saved(wide, kind)))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_cmyk_is_taken_as_colours():
+def test_cmyk_becomes_rgb():
     found = open_image(saved(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"))
     assert np.asarray(found).min() > 250
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
-def test_what_is_transparent_shows_white(kind):
+def test_transparency_becomes_white(kind):
     clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
     assert (np.asarray(open_image(saved(clear, kind))) == 255).all()
     half = open_image(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 128))))
     assert np.asarray(half).flatten().tolist() == [127] * 192
 
 
-def test_a_palette_with_a_transparent_colour_shows_white_there():
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.putpixel((1, 0), 1)
-    found = open_image(saved(picture, transparency=0))
+def test_a_transparent_palette_colour_becomes_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    found = open_image(saved(image, transparency=0))
     assert np.asarray(found)[0].tolist() == [[255, 255, 255], [0, 0, 255]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation):
-    """The file holds what a camera held that way has seen; pillow's own transpositions are not asked."""
+def test_images_are_rotated_upright(orientation):
+    """By the definition of the EXIF orientations, without pillow's own transpositions."""
     upright = np.array([[10, 60, 110], [160, 210, 255]], np.uint8)
     turns = {
         1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
@@ -91,31 +91,31 @@ def test_pictures_are_turned_upright(orientation):
     assert np.array_equal(np.asarray(open_image(data))[..., 0], upright)
 
 
-def test_the_first_picture_of_an_animation_is_taken():
+def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (5, 5), c) for c in ((255, 0, 0), (0, 0, 255))]
     data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert open_image(data).getpixel((2, 2)) == (255, 0, 0)
 
 
-def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"missing\.png is not there"):
+def test_a_path_that_is_no_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"missing\.png does not exist"):
         open_image(tmp_path / "missing.png")
     with pytest.raises(ValueError, match=f"{tmp_path} is no file"):
         open_image(tmp_path)
     with pytest.raises(ValueError, match="is no file"):
-        open_image("/dev/zero")  # it would never end
+        open_image("/dev/zero")  # has no end
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"hello", b"<svg></svg>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
 )
-def test_what_is_no_picture_is_refused_with_what_is_allowed(data, tmp_path):
+def test_other_files_are_refused_with_the_allowed_formats(data, tmp_path):
     (tmp_path / "notes.png").write_bytes(data)
-    with pytest.raises(ValueError, match=r"notes\.png is no picture: .* is no beginning of JPEG, PNG"):
+    with pytest.raises(ValueError, match=r"notes\.png is no image: .* is not the start of JPEG, PNG"):
         open_image(tmp_path / "notes.png")
 
 
-def test_formats_that_start_other_programs_are_never_tried():
+def test_formats_whose_readers_start_programs_are_not_allowed():
     assert not {"EPS", "WMF", "FPX", "MIC"} & set(FORMATS)
 
 
@@ -127,7 +127,7 @@ def test_too_many_pixels_are_refused_with_both_numbers():
 
 
 @pytest.mark.parametrize("side", [8193, 12000, 60000])
-def test_bombs_are_refused_by_their_head_without_decoding(side, monkeypatch, recwarn):
+def test_decompression_bombs_are_refused_by_their_header(side, monkeypatch, recwarn):
     def decode(*_args):
         raise AssertionError("a bomb was decoded")
 
@@ -141,11 +141,11 @@ def test_truncated_files_are_refused(kind):
     big = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = saved(big, kind)
     for share in (0.5, 0.8, 0.95):
-        with pytest.raises(ValueError, match=r"the picture is (damaged|truncated|no picture)"):
+        with pytest.raises(ValueError, match=r"the image is (damaged|truncated|no image)"):
             open_image(data[: int(len(data) * share)])
 
 
-def test_a_package_that_lets_truncated_pictures_pass_is_not_borne(monkeypatch):
+def test_the_setting_that_hides_truncation_is_refused(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES is on"):
         open_image(saved(COLOURED))
@@ -153,8 +153,8 @@ def test_a_package_that_lets_truncated_pictures_pass_is_not_borne(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", FORMATS)
-def test_whatever_is_damaged_gives_a_picture_or_a_reason(kind):
-    """Nothing else is ever raised: a server would answer with a failure of its own."""
+def test_a_damaged_file_gives_an_image_or_a_value_error(kind):
+    """Any other error would be a server's own failure."""
     rng = random.Random(kind)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -167,13 +167,13 @@ def test_whatever_is_damaged_gives_a_picture_or_a_reason(kind):
         try:
             assert open_image(bytes(damaged[: rng.choice((None, rng.randrange(len(data))))])).mode == "RGB"
         except ValueError as error:
-            assert str(error).startswith("the picture")
+            assert str(error).startswith("the image")
             refused += 1
     assert refused > 50
 
 
-def test_fractions_are_no_colours():
-    with pytest.raises(ValueError, match="holds fractions"):
+def test_values_that_are_no_colours_are_refused():
+    with pytest.raises(ValueError, match="floating-point values, which are no colours"):
         open_image(saved(Image.new("F", (4, 4)), "TIFF"))
-    with pytest.raises(ValueError, match="numbers from 70000 to 70000; greys may have 8 or 16 bits"):
+    with pytest.raises(ValueError, match="values from 70000 to 70000; greys may have 8 or 16 bits"):
         open_image(saved(Image.new("I", (4, 4), 70000), "TIFF"))
