@@ -11,22 +11,32 @@ from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
 import pytest
-import uvicorn
-from openai import APIStatusError, OpenAI
 from PIL import Image
 
 from llava_pitome.embedded import render, scenes
+from llava_pitome.integrations.serve.limits import Limits
 
 MESSAGE = {"role": "user", "content": "What?"}
 CHAT = "/v1/chat/completions"
 
 
+def build(embedded, **limits):
+    """The application for a model and its processor."""
+    from llava_pitome.integrations.serve.app import build
+
+    return build("embedded", *embedded, Limits(**limits))
+
+
 @contextmanager
-def running(app, server=uvicorn.Server):
+def running(app):
     """The base URL of an application that a thread serves until `app.state.shut_down()` or the end."""
+    import uvicorn
+
+    from llava_pitome.integrations.serve.app import Server
+
     with socket.create_server(("127.0.0.1", 0)) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
-        server = server(uvicorn.Config(app, log_level="error"))
+        server = Server(uvicorn.Config(app, log_level="error"))
         app.state.shut_down = lambda: setattr(server, "should_exit", True)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
@@ -38,7 +48,9 @@ def running(app, server=uvicorn.Server):
             assert not thread.is_alive()
 
 
-def client(url: str) -> OpenAI:
+def client(url: str):
+    from openai import OpenAI
+
     return OpenAI(base_url=url, api_key="none", max_retries=0)
 
 
@@ -61,7 +73,10 @@ def messages(question: str, *urls: str) -> list[dict]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
 
-def refusal(url: str, **body) -> APIStatusError:
+def refusal(url: str, **body):
+    """The error of a request that is refused."""
+    from openai import APIStatusError
+
     body = {"model": "embedded", "messages": messages("What?", data_url(scene(0)))} | body
     with pytest.raises(APIStatusError) as error:
         client(url).post("/chat/completions", body=body, cast_to=object)

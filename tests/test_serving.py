@@ -5,14 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from openai import APIError, APIStatusError
-from serving import MESSAGE, client, complete, data_url, messages, refusal, running, scene, send
+from serving import MESSAGE, build, client, complete, data_url, messages, refusal, running, scene, send
 
 from llava_pitome import MergeConfig, load
 from llava_pitome.embedded import scenes
 from llava_pitome.embedded.questions import HINT, ask
-from llava_pitome.integrations.serve.app import build
-from llava_pitome.integrations.serve.limits import Limits
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +19,7 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def url(embedded):
-    with running(build("embedded", *embedded, Limits(prompt_tokens=1000, new_tokens=64, images=3))) as url:
+    with running(build(embedded, prompt_tokens=1000, new_tokens=64, images=3)) as url:
         yield url
 
 
@@ -157,6 +154,8 @@ def test_a_full_queue_refuses_and_the_others_are_answered(embedded, monkeypatch)
     monkeypatch.setattr(embedded[0], "generate", wait)
 
     def answer(url: str) -> str:
+        from openai import APIStatusError
+
         try:
             return complete(url, max_tokens=4).choices[0].message.content
         except APIStatusError as error:
@@ -164,7 +163,7 @@ def test_a_full_queue_refuses_and_the_others_are_answered(embedded, monkeypatch)
             assert error.response.headers["Retry-After"] == "1"
             return str(error.status_code)
 
-    with running(build("embedded", *embedded, Limits(queue=3))) as url:
+    with running(build(embedded, queue=3)) as url:
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(answer, [url] * 4))
         assert answers.count("429") == 1 and len(set(answers)) == 2
@@ -173,6 +172,8 @@ def test_a_full_queue_refuses_and_the_others_are_answered(embedded, monkeypatch)
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_is_reported_and_the_server_goes_on(embedded, url, monkeypatch, caplog, stream):
+    from openai import APIError
+
     def fail(**_):
         raise RuntimeError('device "cuda:0"\nfailed')
 

@@ -12,14 +12,11 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from serving import complete, data_url, messages, refusal, running, scene, send, wait_until
+from serving import build, complete, data_url, messages, refusal, running, scene, send, wait_until
 
 from llava_pitome import MergeConfig, load
 from llava_pitome.cli.main import main
-from llava_pitome.integrations.serve.app import Server, build
 from llava_pitome.integrations.serve.command import address, listen
-from llava_pitome.integrations.serve.generation import RequestModel
-from llava_pitome.integrations.serve.limits import Limits
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ class Generate:
 @pytest.mark.parametrize("stream", [False, True])
 def test_generation_stops_when_its_client_disconnects(embedded, monkeypatch, stream):
     generate = Generate()
-    with running(build("embedded", *embedded, Limits())) as url:
+    with running(build(embedded)) as url:
         with monkeypatch.context() as patch:
             patch.setattr(embedded[0], "generate", generate)
             connection = send(url, stream=stream)
@@ -64,7 +61,7 @@ def test_generation_stops_when_its_client_disconnects(embedded, monkeypatch, str
 def test_a_waiting_request_whose_client_disconnects_frees_its_place_and_is_not_generated(
     embedded, monkeypatch
 ):
-    generate, app = Generate(), build("embedded", *embedded, Limits(queue=2))
+    generate, app = Generate(), build(embedded, queue=2)
     active = app.state.chat.active
     with running(app) as url, monkeypatch.context() as patch:
         patch.setattr(embedded[0], "generate", generate)
@@ -85,13 +82,16 @@ def test_a_waiting_request_whose_client_disconnects_frees_its_place_and_is_not_g
 def test_images_of_disconnected_clients_are_freed_while_another_is_answered(embedded, monkeypatch):
     images = []
 
-    class Recording(RequestModel):
-        def __init__(self, model, request, seed):
-            images.append(weakref.ref(request.image_inputs["pixel_values"]))
-            super().__init__(model, request, seed)
+    from llava_pitome.integrations.serve.generation import Prompts
 
-    monkeypatch.setattr("llava_pitome.integrations.serve.generation.RequestModel", Recording)
-    generate, app = Generate(), build("embedded", *embedded, Limits(queue=4))
+    async def record(self, messages):
+        inputs = await prepare(self, messages)
+        images.append(weakref.ref(inputs["pixel_values"]))
+        return inputs
+
+    prepare = Prompts.inputs
+    monkeypatch.setattr(Prompts, "inputs", record)
+    generate, app = Generate(), build(embedded, queue=4)
     chat = messages("x", data_url(scene(0)))
     with running(app) as url, monkeypatch.context() as patch:
         patch.setattr(embedded[0], "generate", generate)
@@ -110,9 +110,9 @@ def test_images_of_disconnected_clients_are_freed_while_another_is_answered(embe
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_in_progress_are_told_that_the_server_shuts_down(embedded, monkeypatch, capsys, stream):
-    generate, app = Generate(), build("embedded", *embedded, Limits())
+    generate, app = Generate(), build(embedded)
     monkeypatch.setattr(embedded[0], "generate", generate)
-    with running(app, Server) as url:
+    with running(app) as url:
         waiting = [send(url, stream=stream) for _ in range(2)]
         wait_until(lambda: len(app.state.chat.active) == 2 and generate.begun.is_set())
         app.state.shut_down()

@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 
 from llava_pitome import MergeConfig, load
 from llava_pitome.integrations.serve import remote
-from llava_pitome.integrations.serve.generation import Prompts
 from llava_pitome.integrations.serve.images import fetch_images, open_images
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.integrations.serve.requests import Message
@@ -205,6 +204,8 @@ def test_base64_may_have_line_breaks():
 
 
 def prompts(fetch=remote.fetch, **limits):
+    from llava_pitome.integrations.serve.generation import Prompts
+
     _, processor = load("embedded", MergeConfig(ratio=0.9))
     return Prompts(processor, 65, Limits(fetch_urls=True, **limits), fetch)
 

@@ -17,10 +17,8 @@ from PIL import Image
 
 from llava_pitome import MergeConfig, load
 from llava_pitome.cli.main import main
-from llava_pitome.cli.web import page as web_page
 from llava_pitome.cli.web.command import interrupt_on_signals, temporary_folder
 from llava_pitome.cli.web.session import InitialChoices, Session
-from llava_pitome.cli.web.uploads import CheckedBlocks
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
 from llava_pitome.integrations.serve.command import listen
@@ -93,7 +91,15 @@ def fetched():
 
 
 @pytest.fixture(scope="module")
-def page(fetched):
+def web_page():
+    """The module of the page, which imports Gradio."""
+    from llava_pitome.cli.web import page
+
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(fetched, web_page):
     async def fetch(url, *_):
         fetched.append(url)
         raise RuntimeError("fetched")
@@ -106,7 +112,7 @@ def page(fetched):
 
 
 @pytest.fixture(scope="module")
-def client(page):
+def client(page, web_page):
     with listen("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
     yield Client(web_page.launch(page, "127.0.0.1", port, 1, wait=False))
@@ -117,7 +123,7 @@ def blocks(page):
     return {getattr(block, "elem_id", None): block for block in page.blocks.values()}
 
 
-def test_an_upload_is_answered_and_studied(client):
+def test_an_upload_is_answered_and_studied(client, web_page):
     event, data = client.ask(client.upload(scene_png()))
     assert event == "complete" and data[6]["maximum"] == 11
     assert client.call("look", 3) == ("complete", [None, None, web_page.EMPTY])
@@ -269,6 +275,8 @@ def test_unused_endpoints_of_gradio_are_refused(client, path):
 
 
 def test_a_gradio_without_the_checked_method_is_refused(monkeypatch):
+    from llava_pitome.cli.web.uploads import CheckedBlocks
+
     monkeypatch.delattr("gradio.Blocks.preprocess_data")
     with pytest.raises(RuntimeError, match="where the page checks files"):
         CheckedBlocks("a page")
@@ -287,7 +295,7 @@ def test_long_requests_and_those_without_a_length_are_refused(client):
     assert client.http.post("upload", files={"files": ("a.png", bytes(2**21))}).status_code == 413
 
 
-def test_files_that_were_not_used_for_an_hour_are_deleted(client, page, monkeypatch):
+def test_files_that_were_not_used_for_an_hour_are_deleted(client, page, web_page, monkeypatch):
     from gradio import route_utils
 
     old, used = (Path(client.upload(scene_png(), name)["path"]) for name in ("old.png", "used.png"))
@@ -372,7 +380,7 @@ def test_the_command_answers_until_it_is_terminated_and_deletes_its_files(tmp_pa
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown(web_page, monkeypatch):
     """Runs the command up to the launch of the page and returns its blocks by their ids."""
     pages = []
     monkeypatch.setattr(web_page, "launch", lambda page, *_: pages.append(page))

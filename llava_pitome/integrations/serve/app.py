@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from torch import nn
 
-from llava_pitome.integrations.serve.generation import SHUTTING_DOWN, ActiveRequest, ChatGenerator, error_body
+from llava_pitome.integrations.serve.generation import SHUTTING_DOWN, ChatGenerator, RequestModel, error_body
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.integrations.serve.requests import ChatRequest, parse_request
 
@@ -30,19 +30,19 @@ class ChatEndpoint:
 
     Attributes:
         reading: the number of requests that are being received.
-        active: the requests that wait or are being answered.
+        active: a model for each request that waits or is being answered.
     """
 
     def __init__(self, generator: ChatGenerator, limits: Limits):
         """Answers with a generator, within limits."""
         self._generator, self._limits = generator, limits
         self.reading = 0
-        self.active: set[ActiveRequest] = set()
+        self.active: set[RequestModel] = set()
 
     def stop(self) -> None:
         """Ends every answer with its next token, and the wait of every other request."""
-        for request in self.active:
-            request.stopped.set()
+        for model in self.active:
+            model.stopped.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Receives one request and answers it, unless it is stopped before.
@@ -51,21 +51,21 @@ class ChatEndpoint:
             HTTPException: a request that exceeds a limit or is invalid, and 503 when the server shuts down.
         """
         chat = await self._receive(Request(scope, receive))
-        request = ActiveRequest()
+        model = RequestModel(self._generator.model, chat.seed)
         disconnect = asyncio.ensure_future(receive())  # no other message can follow the body
-        disconnect.add_done_callback(lambda _: request.stopped.set())
-        answer = asyncio.create_task(self._generator.answer(chat, request))
-        stopped = asyncio.create_task(request.stopped.wait())
-        self.active.add(request)
+        disconnect.add_done_callback(lambda _: model.stopped.set())
+        answer = asyncio.create_task(self._generator.answer(chat, model))
+        stopped = asyncio.create_task(model.stopped.wait())
+        self.active.add(model)
         try:
             await asyncio.wait((answer, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise HTTPException(503, SHUTTING_DOWN)
             await answer.result()(scope, lambda: asyncio.shield(disconnect), send)
         finally:
-            self.active.discard(request)
-            request.stopped.set()
-            request.image_inputs.clear()
+            self.active.discard(model)
+            model.stopped.set()
+            model.image_inputs.clear()
             for task in (answer, stopped, disconnect):
                 task.cancel()
 

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,9 +46,8 @@ def error_body(message: str, status: int) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "code": status}}
 
 
-@dataclass(eq=False)
-class ActiveRequest:
-    """A request that waits or is being answered.
+class RequestModel:
+    """The model as one request generates with it: with its images and its seed, until it is stopped.
 
     Attributes:
         stopped: set when the client has disconnected or was answered, or when the server shuts down.
@@ -57,33 +55,28 @@ class ActiveRequest:
             of the queue of transformers.
     """
 
-    stopped: asyncio.Event = field(default_factory=asyncio.Event)
-    image_inputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-class RequestModel:
-    """The model as one request generates with it: with its images and its seed, until it is stopped."""
-
-    def __init__(self, model: nn.Module, request: ActiveRequest, seed: int | None):
+    def __init__(self, model: nn.Module, seed: int | None):
         """Wraps a LLaVA; without a seed, sampling is not repeatable."""
-        self._model, self._request, self._seed = model, request, seed
+        self._model, self._seed = model, seed
+        self.stopped = asyncio.Event()
+        self.image_inputs: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """Everything but `generate` is the model's."""
+        """Everything else is the model's."""
         return getattr(self._model, name)
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, streamer: Any = None, **options: Any
     ) -> Any:
         """Returns the tokens, as the model does; only the prompt's where the request was stopped."""
-        inputs = self._request.image_inputs | {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._request.stopped.is_set():
+        inputs = self.image_inputs | {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.stopped.is_set():
             if streamer is not None:
                 streamer.end()
             return input_ids
         device = self._model.device
         options |= {key: value.to(device) for key, value in inputs.items()} | {"streamer": streamer}
-        options["stopping_criteria"] = StoppingCriteriaList([Until(self._request.stopped)])
+        options["stopping_criteria"] = StoppingCriteriaList([Until(self.stopped)])
         if self._seed is None:
             return self._model.generate(**options)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -208,8 +201,12 @@ class ChatGenerator:
         self._prompts = Prompts(processor, image_tokens(model), limits)
         self._state = GenerationState()
 
-    async def answer(self, chat: ChatRequest, request: ActiveRequest) -> Response:
+    async def answer(self, chat: ChatRequest, model: RequestModel) -> Response:
         """Prepares a request beside other ones and answers it in its turn. Its messages are cleared.
+
+        Args:
+            chat: the request.
+            model: of the request; it gets the images.
 
         Raises:
             HTTPException: 400 or 413 for a request that cannot be answered.
@@ -221,23 +218,15 @@ class ChatGenerator:
         inputs = await self._prompts.inputs(chat.messages)
         chat.messages.clear()  # the request may wait, and base64 is long
         prompt = {key: inputs.pop(key) for key in ("input_ids", "attention_mask")}
-        request.image_inputs = dict(inputs)
+        model.image_inputs = dict(inputs)
         config = self._generation_config(chat, prompt["input_ids"].shape[1])
         handler = Handler(self._state, bool(chat.stream_options and chat.stream_options.include_usage))
-        model, request_id = RequestModel(self.model, request, chat.seed), f"chatcmpl-{uuid.uuid4().hex}"
-        job = (
-            request_id,
-            model,
-            self._processor,
-            self.name,
-            prompt,
-            config,
-            self._state.get_manager(self.name),
-        )
+        manager = self._state.get_manager(self.name)
+        job = (f"chatcmpl-{uuid.uuid4().hex}", model, self._processor, self.name, prompt, config, manager)
         if not chat.stream:  # shielded: the inference thread of transformers cannot set a cancelled future
             return await asyncio.shield(handler._non_streaming(*job))
         response = handler._streaming(*job)
-        response.body_iterator = _finish_stream(response.body_iterator, request.stopped)
+        response.body_iterator = _finish_stream(response.body_iterator, model.stopped)
         return response
 
     def _generation_config(self, chat: ChatRequest, prompt_tokens: int) -> GenerationConfig:

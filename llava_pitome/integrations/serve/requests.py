@@ -25,6 +25,7 @@ CHARACTERS = 16  # that a token rarely exceeds
 PUNCTUATION = 32  # brackets and commas of one JSON part, with a wide margin
 SHORT = reprlib.Repr()  # of values in messages
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 100
+SHORT.maxlevel = SHORT.maxlist = SHORT.maxdict = 3
 
 
 class Schema(BaseModel):
@@ -117,6 +118,17 @@ class ChatRequest(Schema):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _count_parts(cls, messages: Any, info: ValidationInfo) -> Any:
+        if not isinstance(messages, list):
+            return messages
+        contents = [m.get("content") if isinstance(m, dict) else None for m in messages]
+        parts = sum(len(content) if isinstance(content, list) else 1 for content in contents)
+        if parts > info.context.prompt_tokens:  # validating them would block the event loop
+            raise ValueError(f"it has {parts} parts; at most {info.context.prompt_tokens} are allowed")
+        return messages
+
     @field_validator("temperature")
     @classmethod
     def _check_temperature(cls, value: float) -> float:
@@ -142,7 +154,6 @@ class ChatRequest(Schema):
         characters = sum(len(part.text) for part in parts if part.type == "text")
         images = sum(part.type == "image_url" for part in parts)
         for count, most, name in (
-            (len(parts), limits.prompt_tokens, "parts"),
             (characters, CHARACTERS * limits.prompt_tokens, "characters of text"),
             (images, limits.images, "images"),
         ):
