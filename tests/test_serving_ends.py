@@ -163,8 +163,8 @@ def test_an_interrupt_ends_the_command_without_an_error(monkeypatch):
     assert "serves embedded, 196 image tokens of 196 an image" in line and status == 200
 
 
-@pytest.mark.parametrize("host, shown", [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])
-def test_an_address_has_the_form_of_a_url(host, shown):
+@pytest.mark.parametrize("host, prefix", [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])
+def test_an_address_has_the_form_of_a_url(host, prefix):
     with listen(host, 0) as sock:
         assert urlsplit(f"http://{address(sock)}").port == sock.getsockname()[1]
-        assert address(sock).startswith(shown)
+        assert address(sock).startswith(prefix)

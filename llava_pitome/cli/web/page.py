@@ -18,8 +18,9 @@ from llava_pitome.cli.web.uploads import (
     Question,
     RequestFilter,
     check_layer,
-    shown,
+    gradio_errors,
 )
+from llava_pitome.config import MergeConfig
 from llava_pitome.embedded.questions import ask
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
@@ -168,34 +169,28 @@ class Callbacks:
 
         The items are answer, numbers, plain answer, its numbers, the plain column, study, layer slider.
         """
-        try:
+        with gradio_errors():
             choices = Question(question=question, method=method, ratio=ratio, compare=compare)
             image = open_image(Path(picture["path"]).read_bytes()) if picture else None
             yield from self._answer(image, choices)
-        except ValueError as error:
-            raise shown(error) from error
 
-    def look(self, seen: Study | None, layer: Any) -> tuple[Any, Any, str]:
+    def look(self, study: Study | None, layer: Any) -> tuple[Any, Any, str]:
         """Returns overlay, energy and a caption for a point of the model."""
-        points = None if seen is None else _points(seen)
-        try:
+        points = None if study is None else _points(study)
+        with gradio_errors():
             index = check_layer(layer, self._session.layers if points is None else len(points) - 1)
-        except ValueError as error:
-            raise shown(error) from error
-        return (None, None, EMPTY) if points is None else _draw(seen, points[index])
+        return (None, None, EMPTY) if points is None else _draw(study, points[index])
 
     def amount(self, method: Any, ratio: Any) -> str:
         """Returns how many tokens the choices leave."""
-        try:
+        with gradio_errors():
             config = self._config(Merging(method=method, ratio=ratio))
-        except ValueError as error:
-            raise shown(error) from error
         tokens = config.tokens_at(self._session.patches, self._session.layers)
         tokens = min([tokens, *config.decoder.values()])
         place = METHODS[config.method].places[0]
         return f"{tokens} image tokens of {self._session.patches}, merged in the {place}"
 
-    def _config(self, choices: Merging) -> Any:
+    def _config(self, choices: Merging) -> MergeConfig:
         return merge_config(choices.method, choices.ratio, self._session.patches, self._session.layers)
 
     def _answer(self, image: Image.Image | None, choices: Question) -> Iterator[tuple]:

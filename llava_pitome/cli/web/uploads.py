@@ -5,7 +5,8 @@ Gradio serves more than the page needs. It fetches URLs for clients and hands re
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,10 +90,8 @@ class CheckedBlocks(gr.Blocks):
         Raises:
             gr.Error: a file that is not allowed, an object for another input, or a wrong number of values.
         """
-        try:
+        with gradio_errors():
             inputs = self._check(block_fn.inputs, inputs)
-        except ValueError as error:
-            raise shown(error) from error
         return await super().preprocess_data(block_fn, inputs, *rest, **named)
 
     def _check(self, blocks: Sequence[Any], values: Sequence[Any]) -> list[Any]:
@@ -111,10 +110,14 @@ class CheckedBlocks(gr.Blocks):
         return checked
 
 
-def shown(error: ValueError) -> gr.Error:
-    """Returns an error that the page shows in words."""
-    message = validation_message(error) if isinstance(error, ValidationError) else str(error)
-    return gr.Error(message, print_exception=False)
+@contextmanager
+def gradio_errors() -> Iterator[None]:
+    """Raises gr.Error, whose message the page shows, for a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        message = validation_message(error) if isinstance(error, ValidationError) else str(error)
+        raise gr.Error(message, print_exception=False) from error
 
 
 def uploaded_file(value: Any, folder: Path, most: float) -> Path | None:

@@ -70,7 +70,7 @@ class ChatEndpoint:
                 task.cancel()
 
     async def _receive(self, request: Request) -> ChatRequest:
-        """Returns a validated request, once there is a free place to wait for its answer.
+        """Returns a validated request, where the queue has room for it.
 
         Raises:
             HTTPException: 408, 413 or 429 for a request that exceeds a limit, 400 or 415 for an invalid one.
@@ -98,7 +98,7 @@ class ChatEndpoint:
             self.reading -= 1
         if len(self.active) >= queue:
             raise _too_many(f"{queue} requests are being answered or wait")
-        return parse_request(bytes(body), request.headers.get("content-type", ""), self._limits)
+        return parse_request(body, request.headers.get("content-type", ""), self._limits)
 
 
 def _too_many(reason: str) -> HTTPException:

@@ -162,7 +162,7 @@ class ChatRequest(Schema):
         return self
 
 
-def parse_request(raw: bytes, content_type: str, limits: Limits) -> ChatRequest:
+def parse_request(raw: bytes | bytearray, content_type: str, limits: Limits) -> ChatRequest:
     """Returns the validated request of a body.
 
     Raises:
