@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
+from llava_pitome.cli.main import main
 from llava_pitome.embedded import render, scenes
 from llava_pitome.integrations.serve.limits import Limits
 
@@ -106,3 +109,25 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def run_until_signal(monkeypatch, words: list[str], announcement: str, act, signal: int) -> int:
+    """Runs a command; once it prints a line with the announcement, acts on that line and sends a signal."""
+    read, write = os.pipe()
+    output = os.fdopen(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w", buffering=1))
+
+    def wait() -> None:
+        line = next(line for line in output if announcement in line)
+        try:
+            act(line)
+        finally:
+            os.kill(os.getpid(), signal)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    status = main(words)
+    thread.join(60)
+    sys.stdout.close()
+    output.close()
+    return status

@@ -1,18 +1,26 @@
 """Clients that disconnect, a server that shuts down, and the command."""
 
-import os
 import signal
 import socket
-import sys
 import threading
 import time
 import weakref
-from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
 import pytest
 import torch
-from serving import build, complete, data_url, messages, refusal, running, scene, send, wait_until
+from serving import (
+    build,
+    complete,
+    data_url,
+    messages,
+    refusal,
+    run_until_signal,
+    running,
+    scene,
+    send,
+    wait_until,
+)
 
 from llava_pitome import MergeConfig, load
 from llava_pitome.cli.main import main
@@ -142,25 +150,14 @@ def test_the_command_refuses_bad_options_before_a_model_is_loaded(capsys, monkey
 
 
 def test_an_interrupt_ends_the_command_without_an_error(monkeypatch):
-    read, write = os.pipe()
-    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
-    health = []
+    results = []
 
-    def interrupt():
-        with os.fdopen(read) as output:
-            line = output.readline()
-        connection = HTTPConnection(urlsplit(line.split()[0]).netloc, timeout=60)
-        connection.request("GET", "/health")  # which is answered once the server is up
-        health.append((line, connection.getresponse().status))
-        connection.close()
-        os.kill(os.getpid(), signal.SIGINT)
+    def check_health(line):
+        assert "serves embedded, 196 image tokens of 196 an image" in line
+        results.append(send(line.split()[0], b"", "GET", "/health").getresponse().status)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert main(["serve", "--port", "0"]) == 0
-    thread.join()
-    ((line, status),) = health
-    assert "serves embedded, 196 image tokens of 196 an image" in line and status == 200
+    assert run_until_signal(monkeypatch, ["serve", "--port", "0"], "serves", check_health, signal.SIGINT) == 0
+    assert results == [200]
 
 
 @pytest.mark.parametrize("host, prefix", [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])

@@ -1,5 +1,7 @@
 """Requests that the server refuses: the status, the reason, and that it goes on."""
 
+import re
+
 import pytest
 from PIL import Image
 from serving import CHAT, MESSAGE, build, complete, data_url, messages, receive, refusal, running, scene, send
@@ -89,8 +91,7 @@ def test_an_invalid_request_gets_a_400_with_the_reason(url, body, reason):
     error = refusal(url, **body)
     assert error.status_code == 400 and error.body["type"] == "invalid_request_error"
     assert len(error.body["message"]) < 500
-    with pytest.raises(ValueError, match=reason):
-        raise ValueError(error.body["message"])
+    assert re.search(reason, error.body["message"])
 
 
 SURROGATE = rb"""{"messages": [{"role": "user", "content": "\ud800"}], "model": "\ud800", "stop": "\ud800"}"""

@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import struct
-import sys
-import threading
 import zlib
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from serving import run_until_signal
 
 from llava_pitome import MergeConfig, load
 from llava_pitome.cli.main import main
@@ -354,28 +353,15 @@ def test_signals_interrupt_unless_they_are_ignored():
 
 def test_the_command_answers_until_it_is_terminated_and_deletes_its_files(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    read, write = os.pipe()
-    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w", buffering=1))
     results = []
 
-    def terminate():
-        try:
-            with os.fdopen(read) as output:
-                line = next(line for line in output if "Running on local URL" in line)
-                client = Client(line.split()[-1])
-                client.upload(scene_png())
-                results.append(client.is_answered() and list(tmp_path.iterdir()))
-                os.kill(os.getpid(), signal.SIGTERM)
-                output.read()
-        except BaseException:
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise
+    def ask(line):
+        client = Client(line.split()[-1])
+        client.upload(scene_png())
+        results.append(client.is_answered() and list(tmp_path.iterdir()))
 
-    thread = threading.Thread(target=terminate)
-    thread.start()
-    assert main(["web", "--port", "0"]) == 0
-    sys.stdout.close()
-    thread.join()
+    words = ["web", "--port", "0"]
+    assert run_until_signal(monkeypatch, words, "Running on local URL", ask, signal.SIGTERM) == 0
     assert results[0] and not list(tmp_path.iterdir())
 
 
