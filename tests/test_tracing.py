@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from llava_pitome import METHODS, MergeConfig, apply, merge_tokens, remove
 from llava_pitome.merge import plan as plans
-from llava_pitome.methods import pitome
+from llava_pitome.methods.pitome import PiToMe
 from llava_pitome.models import hf_llava as llava
 from llava_pitome.tracing import as_image, record_merges, trace_image
 
@@ -131,7 +131,7 @@ def test_patches_of_one_token_have_one_energy(model, processor, pictures):
 def test_methods_without_an_energy_fall_back_to_pitomes_on_request(model, processor, pictures):
     merge = trace(model, processor, pictures[1], MergeConfig(ratio=0.8, method="tome")).merges[2]
     assert merge.energy() is None
-    expected = pitome.score(merge.record.metric, depth=merge.record.depth)[0]
+    expected = PiToMe().energies(merge.record.metric, merge.record.depth)[0]
     assert torch.equal(merge.energy(fallback=True), expected[merge.before.slot])
 
 
