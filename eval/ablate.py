@@ -29,11 +29,11 @@ ROWS: dict[str, dict[str, dict]] = {  # by dimension and name of the change
         "in raster order": {"parameters": {"split": "raster"}},
     },
     "protection": {
-        "3 candidates for each that goes": {"parameters": {"candidates": 3.0}},
+        "3 candidates per merged token": {"parameters": {"candidates": 3.0}},
         "4 candidates": {"parameters": {"candidates": 4.0}},
         "6 candidates": {"parameters": {"candidates": 6.0}},
-        "nobody is protected": {"parameters": {"candidates": None}},
-        "nobody, raster split (ToMe)": {"parameters": {"candidates": None, "split": "raster"}},
+        "no protection": {"parameters": {"candidates": None}},
+        "no protection, raster split (ToMe)": {"parameters": {"candidates": None, "split": "raster"}},
     },
     "margin": {
         "from 0.9 to 0.45": {"parameters": {"end": 0.45}},
@@ -57,7 +57,7 @@ ROWS: dict[str, dict[str, dict]] = {  # by dimension and name of the change
     "positions in the language model": {"of their patches": {"positions": "original"}},
     "order": {"by energy, as released": {"order": "method"}},
     "metric": {"hidden state": {"metric": "hidden"}},
-    "site": {"behind the block": {"site": "block"}},
+    "site": {"after the block": {"site": "block"}},
     "layers": {
         "first half": {"depths": (0.0, 0.5)},
         "second half": {"depths": (0.5, 1.0)},
@@ -74,7 +74,7 @@ ROWS: dict[str, dict[str, dict]] = {  # by dimension and name of the change
         "without log sizes in the language model": {**RECIPES["best"], "llm_proportional": False},
         "without the patches' positions": {**RECIPES["best"], "positions": "packed"},
         "with ToMe's matching": {**RECIPES["best"], "parameters": {}, "method": "tome"},
-        "with a draw by lot": {**RECIPES["best"], "parameters": {}, "method": "random"},
+        "with random merging": {**RECIPES["best"], "parameters": {}, "method": "random"},
     },
 }
 OPTIONS = {

@@ -5,27 +5,20 @@ import csv
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
+from eval import ablate, throughput
+from eval.report import tables
+from eval.report.rows import Row
+from llava_pitome.cli.bench import command
+from llava_pitome.cli.bench.summary import brief, summarise
+from llava_pitome.cli.options import parse
+from llava_pitome.methods import METHODS as REGISTERED
+from train import bench, compare, settings
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-sys.path.insert(0, str(ROOT / "train"))
-import ablate  # noqa: E402
-import bench  # noqa: E402
-import compare  # noqa: E402
-import settings  # noqa: E402
-import tables  # noqa: E402
-import throughput  # noqa: E402
-from rows import Row  # noqa: E402
-
-from llava_pitome.cli.bench import command  # noqa: E402
-from llava_pitome.cli.bench.summary import brief, summarise  # noqa: E402
-from llava_pitome.cli.options import parse  # noqa: E402
-from llava_pitome.methods import METHODS as REGISTERED  # noqa: E402
-
 RESULTS = ROOT / "eval/results"
 README, METHODS, ACCURACY, PERFORMANCE, TRAINING = (
     (ROOT / page).read_text()
@@ -39,7 +32,7 @@ ABLATIONS = json.loads((RESULTS / "ablations.json").read_text())
 TOKENS = (98, 59, 39, 20)  # of 196: 50, 70, 80 and 90 % of them go
 
 
-def swept() -> list[Row]:
+def sweep_rows() -> list[Row]:
     """The rows of the sweep in the repository, as far as its short table needs them."""
     with (RESULTS / "sweep/report.csv").open() as file:
         return [
@@ -52,24 +45,24 @@ def swept() -> list[Row]:
         ]  # fmt: skip
 
 
-SWEPT = swept()
+SWEEP = sweep_rows()
 
 
 def score(method: str, place: str, tokens: int | None) -> float:
-    (row,) = (r for r in SWEPT if (r.method, r.place, r.tokens) == (method, place, tokens))
+    (row,) = (r for r in SWEEP if (r.method, r.place, r.tokens) == (method, place, tokens))
     return row.score
 
 
 def test_the_table_of_accuracies_is_the_measured_one():
-    assert tables.markdown(*tables.brief(SWEPT)) in ACCURACY
+    assert tables.markdown(tables.short_table(SWEEP)) in ACCURACY
 
 
 SHOWN = ("best:tome", "best", "sparsevlm", "tome", "pitome", "random", "resize")  # in the README
 
 
 def test_the_readmes_accuracies_are_those_of_some_rows():
-    assert tables.markdown(*tables.brief([row for row in SWEPT if row.method in SHOWN])) in README
-    assert f"seven of {len(tables.brief(SWEPT)[1])} methods" in README
+    assert tables.markdown(tables.short_table([row for row in SWEEP if row.method in SHOWN])) in README
+    assert f"seven of {len(tables.short_table(SWEEP))} methods" in README
     unmerged = f"{score('unmerged', '', None):.1f}"
     assert f"which reaches {unmerged} unmerged" in README and f"the model reaches {unmerged};" in ACCURACY
 
@@ -85,13 +78,13 @@ def test_pitome_is_behind_tome_and_ahead_of_random_and_smaller_pictures_as_the_p
 def test_the_report_in_the_repository_is_whole():
     report = (RESULTS / "sweep/report.md").read_text()
     assert "questions: all" in report and "WITHOUT RESULTS" not in report and "OTHER CODE" not in report
-    assert "Timed in turns" in report
-    assert tables.markdown(*tables.brief(SWEPT)) in report
+    assert "Timed interleaved" in report
+    assert tables.markdown(tables.short_table(SWEEP)) in report
 
 
 def test_every_method_was_measured_in_its_own_place_at_every_number_of_tokens():
     for method in (*PEERS, "pitome", "best", "released", "resize"):
-        found = {row.tokens for row in SWEPT if row.method == method and row.at_home}
+        found = {row.tokens for row in SWEEP if row.method == method and row.is_at_home}
         assert found == set(TOKENS), method
 
 
@@ -113,7 +106,7 @@ def test_merging_has_something_to_lose(method):
 
 
 def test_the_ablations_in_the_documents_are_the_measured_ones():
-    assert ablate.tabulate(ABLATIONS["rows"]) in METHODS
+    assert ablate.markdown(ABLATIONS["rows"]) in METHODS
     assert {row["change"]: row["config"] for row in ABLATIONS["rows"]} == {
         name: json.loads(json.dumps(change))
         for changes in ablate.ROWS.values()
@@ -256,7 +249,7 @@ def test_small_and_real_shapes_were_timed_in_training():
 def test_the_throughput_under_vllm_is_the_measured_one():
     found = json.loads((RESULTS / "throughput-vllm.json").read_text())
     page = (ROOT / "docs/serving_vllm.md").read_text()
-    assert throughput.table(found["rows"]) in page
+    assert throughput.markdown(found["rows"]) in page
     assert found["machine"]["processor"] in page
     assert {row["concurrency"] for row in found["rows"]} == {1, 8, 32}
     assert {row["answer_tokens"] for row in found["rows"]} == {found["options"]["new_tokens"]}
