@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every run of the PiToMe paper's LLaVA table (eval/recipes/table3.txt); arguments go to each run, dry_run=true says
+# Every run of the PiToMe paper's LLaVA table (eval/recipes/table3.txt); arguments go to each run, dry_run=true prints
 # what would run.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
