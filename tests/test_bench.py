@@ -319,13 +319,12 @@ def test_a_random_models_processor_cuts_the_patches_that_its_tower_sees():
 def test_a_random_checkpoint_loads_and_answers_merged(command, tmp_path, monkeypatch, pictures):
     monkeypatch.setattr(targets, "CLIP_L", {**targets.CLIP_L, **targets.SMALL, "num_hidden_layers": 3})
     monkeypatch.setattr(targets, "LLAMA_7B", targets.SMALL | {"vocab_size": 32064})
-    monkeypatch.syspath_prepend(ROOT / command)
     if command == "eval":
-        import random_model
+        from eval import random_model
 
         assert random_model.main([f"output={tmp_path}"]) == 0
     else:
-        import bench
+        from train import bench
 
         assert bench._random(tmp_path / bench.SHAPES) == bench._random(tmp_path / bench.SHAPES)
     (folder,) = tmp_path.iterdir()

@@ -1,16 +1,17 @@
-"""Which of lmms-eval's tasks a command asks, and where their questions are."""
+"""Which of lmms-eval's tasks an evaluation runs, and where their questions come from."""
 
 import difflib
 import sys
 from functools import cache
 from pathlib import Path
+from string import Template
 
-TASKS = Path(__file__).parent / "tasks"
+TEMPLATES = Path(__file__).parents[1] / "tasks"
 EMBEDDED_TASK, FOLDER_TASK = "embedded_vqa", "vqav2_val_folder"
 
 
-def tasks(names: tuple[str, ...], data: str) -> tuple[str, ...]:
-    """The tasks by the name under which they read the data that was asked for.
+def tasks_for(names: tuple[str, ...], data: str) -> tuple[str, ...]:
+    """The tasks that read this data.
 
     Raises:
         ValueError: a task that lmms-eval does not have, or that cannot read the data.
@@ -34,17 +35,17 @@ def tasks(names: tuple[str, ...], data: str) -> tuple[str, ...]:
 
 @cache
 def known_tasks() -> tuple[str, ...]:
-    """The names of lmms-eval's single tasks and of the wrappers in eval/tasks."""
+    """The names of lmms-eval's single tasks and of those in eval/tasks."""
     from lmms_eval.tasks import TaskManager
     from loguru import logger
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
-    return (*TaskManager("ERROR").all_subtasks, *(t.stem for t in TASKS.glob("*.yaml")))
+    return (*TaskManager("ERROR").all_subtasks, *(t.stem for t in TEMPLATES.glob("*.yaml")))
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError unless the folder holds a whole validation split in parquet files."""
+    """Raises ValueError unless the folder holds a complete validation split in parquet files."""
     import pyarrow
     from pyarrow import parquet
 
@@ -57,4 +58,25 @@ def check_folder(folder: Path) -> None:
         try:
             parquet.ParquetFile(file).close()
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{file} is damaged or only half written: {error}") from error
+            raise ValueError(f"{file} is damaged or incomplete: {error}") from error
+
+
+def write_tasks(folder: Path, data: Path, embedded: Path) -> Path:
+    """Writes the task files of eval/tasks with their paths filled in; returns `folder`.
+
+    Args:
+        folder: to write to.
+        data: the user's folder with questions.
+        embedded: the folder with the embedded questions.
+    """
+    import lmms_eval.tasks
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {
+        "LMMS_EVAL_TASKS": Path(lmms_eval.tasks.__file__).parent,
+        "DATA": data.resolve(),
+        "EMBEDDED": embedded,
+    }
+    for template in TEMPLATES.glob("*.yaml"):
+        (folder / template.name).write_text(Template(template.read_text()).substitute(paths))
+    return folder
