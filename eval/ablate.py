@@ -16,7 +16,7 @@ from eval.helping import helped
 from eval.quiz import BUDGETS, EACH, TRAINING, everyone
 from eval.results import commit
 from llava_pitome import MergeConfig
-from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.bench.environment import machine
 from llava_pitome.cli.options import Option, parse, whole
 from llava_pitome.config import RECIPES
 

@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 from eval.helping import helped
-from llava_pitome.cli.bench.targets import ANSWERING
-from llava_pitome.cli.bench.targets import write as write_target
+from llava_pitome.cli.bench.targets import LLAVA_TARGETS, save_checkpoint
 from llava_pitome.cli.options import Option, folder, one_of, parse
 
 OPTIONS = {
-    "name": Option(ANSWERING[0], one_of(*ANSWERING), " | ".join(ANSWERING), "which shapes; 2.1 and 14 GB"),
+    "name": Option(
+        LLAVA_TARGETS[0], one_of(*LLAVA_TARGETS), " | ".join(LLAVA_TARGETS), "which shapes; 2.1 and 14 GB"
+    ),
     "output": Option(
         "output/random", folder, "a folder", "where the checkpoint goes, in a folder of its name"
     ),
@@ -40,7 +41,7 @@ def write(name: str, into: Path) -> Path:
     from llava_pitome.integrations.vllm import renamed
 
     with tempfile.TemporaryDirectory(dir=into.parent if into.parent.is_dir() else None) as beside:
-        write_target(name, Path(beside))
+        save_checkpoint(name, Path(beside))
         return renamed.write(Path(beside), into)
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from eval.labels import slug
 from eval.plan import Plan
 from llava_pitome import embedded
-from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.bench.environment import machine
 
 PACKAGES = (
     "llava-pitome",

@@ -13,7 +13,7 @@ from eval import readers
 from eval.helping import helped
 from eval.sizes import stay_offline
 from llava_pitome import embedded
-from llava_pitome.cli.bench.run import Load
+from llava_pitome.cli.bench.timing import Workload
 from llava_pitome.cli.options import Option, boolean, fields, listed, one_of, parse, shares, whole
 from llava_pitome.config import RECIPES, MergeConfig, combined
 from llava_pitome.config_validation import AMOUNTS
@@ -78,7 +78,7 @@ OPTIONS = {
         False, boolean, "true | false", "show grey pictures, to see what the questions alone give away"
     ),
     "text": Option(
-        Load._field_defaults["text"],
+        Workload._field_defaults["text"],
         whole(0),
         "a whole number from 0",
         "tokens beside the image's, for a dry run's FLOPs",

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from eval.helping import helped
 from eval.pictures import data_url
 from eval.readers import positives, servers
-from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.bench.environment import machine
 from llava_pitome.cli.options import Option, fields, folder, parse, whole
 
 OPTIONS = {

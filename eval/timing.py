@@ -15,11 +15,11 @@ import torch
 from eval import batch
 from eval.helping import helped
 from llava_pitome import MergeConfig, embedded
-from llava_pitome.cli.bench.machine import machine, packages
-from llava_pitome.cli.bench.run import Load, measure
-from llava_pitome.cli.bench.sides import side
-from llava_pitome.cli.bench.summary import summarise
+from llava_pitome.cli.bench.environment import machine, packages
+from llava_pitome.cli.bench.report import summarise
 from llava_pitome.cli.bench.targets import Target
+from llava_pitome.cli.bench.timing import Workload, measure
+from llava_pitome.cli.bench.variants import make_variant
 from llava_pitome.cli.options import Option, parse, whole
 from llava_pitome.models import checkpoints
 from llava_pitome.models import hf_llava as llava
@@ -51,9 +51,9 @@ def main(words: list[str]) -> int:
         print(f"timing: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    load = Load(1, asked["text"], (asked["new_tokens"],), asked["rounds"], WARMUP)
+    workload = Workload(1, asked["text"], (asked["new_tokens"],), asked["rounds"], WARMUP)
     with torch.inference_mode():
-        rows = summarise(measure(_sides(asked), load))
+        rows = summarise(measure(_sides(asked), workload))
     facts = {
         "options": asked,
         "fingerprint": told,
@@ -107,7 +107,7 @@ def _sides(asked: dict[str, Any]) -> list:
     target = Target(asked["model"], model, True, llava.find(model).patches)
     plain_first = sorted(asked["configs"].items(), key=lambda named: named[1] is not None)
     return [
-        side(target, None if config is None else MergeConfig.from_dict(config), name, True, "off")
+        make_variant(target, None if config is None else MergeConfig.from_dict(config), name)
         for name, config in plain_first
     ]
 

@@ -22,7 +22,7 @@ import throughput  # noqa: E402
 from rows import Row  # noqa: E402
 
 from llava_pitome.cli.bench import command  # noqa: E402
-from llava_pitome.cli.bench.summary import brief, summarise  # noqa: E402
+from llava_pitome.cli.bench.report import short_table, summarise  # noqa: E402
 from llava_pitome.cli.options import parse  # noqa: E402
 from llava_pitome.methods import METHODS as REGISTERED  # noqa: E402
 
@@ -126,12 +126,12 @@ SPEED = {file.stem: json.loads(file.read_text()) for file in (RESULTS / "speed")
 
 @pytest.mark.parametrize("name", SPEED)
 def test_the_speeds_in_the_documents_are_the_measured_ones(name):
-    assert brief(summarise(SPEED[name]["rows"])) in PERFORMANCE
+    assert short_table(summarise(SPEED[name]["rows"])) in PERFORMANCE
 
 
 def test_the_readmes_speeds_are_those_of_some_rows():
     told = ("dense", *(f"{ratio}, own attention" for ratio in (0.975, 0.95, 0.9)))
-    assert brief(summarise([row for row in SPEED["llava-7b"]["rows"] if row["side"] in told])) in README
+    assert short_table(summarise([row for row in SPEED["llava-7b"]["rows"] if row["side"] in told])) in README
 
 
 def timings() -> list[dict]:
@@ -146,7 +146,7 @@ def timings() -> list[dict]:
         own = {"device", "threads", "output", "profile", "quick"} | (
             {"kernels"} if options.kernels is None else set()
         )
-        command._complete(options)
+        command.fill_defaults(options)
         found.append({key: value for key, value in vars(options).items() if key not in own})
     return found
 

@@ -1,4 +1,8 @@
-"""Peak memory of a piece of work: of the tensors that operations return on CPUs, the allocator's on CUDA."""
+"""Peak memory of one call: the CUDA allocator's statistics, or the tensors that operations return on CPUs.
+
+resource and psutil report the memory of the process, whose peak never falls and which keeps what was freed:
+they cannot tell variants in one process apart.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -9,48 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors that operations made and that are still there.
-
-    What an operation uses inside itself and gives back is not seen.
-
-    Attributes:
-        now: bytes that are there.
-        most: the most there ever were.
-    """
-
-    def __init__(self) -> None:
-        """Starts at zero: what was there before does not count."""
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Runs an operation and counts what it made."""
-        before = {id_ for x in tree_leaves((args, kwargs)) if (id_ := _storage(x)) is not None}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            key = _storage(x)
-            if key is None or key in before or key in self._seen:
-                continue
-            storage = x.untyped_storage()
-            self._seen.add(key)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, key, storage.nbytes())
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
-def _storage(x: Any) -> int | None:
-    return x.untyped_storage()._cdata if isinstance(x, torch.Tensor) else None
-
-
-def peak(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that `work` allocates at most at one time, on top of what is there before."""
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Returns the most bytes that `work` holds at one time, beyond those allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -58,6 +22,36 @@ def peak(work: Callable[[], Any], device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with Peak() as found, torch.no_grad():
+    with _AllocationCounter() as counter, torch.no_grad():
         work()
-    return found.most
+    return counter.peak
+
+
+class _AllocationCounter(TorchDispatchMode):
+    """Counts the bytes of live tensors that operations returned, without buffers inside an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._counted: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        inputs = {_storage_id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if not isinstance(x, torch.Tensor) or (key := _storage_id(x)) in inputs | self._counted:
+                continue  # a view, or an operation in place
+            storage = x.untyped_storage()
+            self._counted.add(key)
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._free, key, storage.nbytes())
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._counted.discard(key)
+        self.current -= size
+
+
+def _storage_id(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
