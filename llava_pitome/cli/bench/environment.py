@@ -2,7 +2,7 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ def machine(device: str | None = None) -> dict[str, Any]:
     """Returns processor, cores, torch's threads, device, and the GPU's name where the device is one.
 
     Args:
-        device: "cpu" or "cuda"; None: cuda where torch sees one.
+        device: "cpu" or "cuda"; None: cuda where torch finds one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # on Linux, platform has no more than the architecture
+        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0].split(":", 1)[1].strip() if models else name
     facts = {
-        "processor": _processor(),
+        "processor": f"{name}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
@@ -29,19 +33,4 @@ def machine(device: str | None = None) -> dict[str, Any]:
 
 def packages() -> dict[str, str | None]:
     """Returns the version of every package in PACKAGES; None where it is not installed."""
-    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def _processor() -> str:
-    """Returns the processor's model name and the vector instructions that torch uses."""
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():  # on Linux, platform.processor() is empty or the architecture alone
-        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    return {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES}

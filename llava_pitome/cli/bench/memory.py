@@ -28,30 +28,20 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 class _AllocationCounter(TorchDispatchMode):
-    """Counts the bytes of live tensors that operations returned, without buffers inside an operation."""
+    """Records the peak of the bytes of live tensors that operations returned, without buffers inside them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.current = self.peak = 0
-        self._counted: set[int] = set()
+        self.peak = 0
+        self._live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        inputs = {_storage_id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        inputs = _storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if not isinstance(x, torch.Tensor) or (key := _storage_id(x)) in inputs | self._counted:
-                continue  # a view, or an operation in place
-            storage = x.untyped_storage()
-            self._counted.add(key)
-            self.current += storage.nbytes()
-            self.peak = max(self.peak, self.current)
-            weakref.finalize(storage, self._free, key, storage.nbytes())
+        self._live |= _storages(out) - inputs  # the output of a view or an operation in place is an input
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self._live))
         return out
 
-    def _free(self, key: int, size: int) -> None:
-        self._counted.discard(key)
-        self.current -= size
 
-
-def _storage_id(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+def _storages(tree: Any) -> set[torch.UntypedStorage]:
+    return {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
