@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,58 +24,59 @@ COMPILE = ("off", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 DTYPES = ("bfloat16", "float32", "float16")
 KERNELS = {"on": (True,), "off": (False,), "both": (True, False), "triton": ("triton",)}
 LABELS = {True: ", own attention", False: "", "triton": ", triton"}
-DEFAULTS = {  # of options that are not given
-    "ratio": [0.975, 0.95, 0.925, 0.9, 0.85],
-    "batch": [1, 4],
-    "patches": [None],
-    "rounds": 9,
-    "warmup": 2,
-    "text": 60,
-    "new_tokens": [16, 128],
-}
+DEFAULTS = {"ratio": [0.975, 0.95, 0.925, 0.9, 0.85], "batch": [1, 4], "patches": [None], "rounds": 9,
+            "warmup": 2, "text": 60, "new_tokens": [16, 128]}  # fmt: skip
 QUICK = {"ratio": [0.9], "batch": [1], "rounds": 3, "warmup": 1, "new_tokens": [16]}
 
 
-def _count(default: Any, help: str, low: int = 1) -> Option:
+def _count(default: int | None, help: str, low: int = 1) -> Option:
     return Option(default, whole(low), f"a whole number from {low}", help)
 
 
-def _list(read: Any, allowed: str, help: str) -> Option:
-    return Option(None, lambda text: list(several(read)(text)), f"{allowed}, separated by commas", help)
+def _counts(help: str) -> Option:
+    return Option(None, _list(whole(1)), "whole numbers from 1, separated by commas", help)
 
 
-def _choice(default: Any, names: Any, help: str) -> Option:
-    return Option(default, one_of(*names), " | ".join(names), help)
+def _list(read: Callable[[str], Any]) -> Callable[[str], list]:
+    return lambda text: list(several(read)(text))
 
 
-OPTIONS = {
+def _choice(default: str | None, names: Iterable[str], help: str = "") -> Option:
+    allowed = " | ".join(names)
+    return Option(default, one_of(*names), allowed, allowed + help)
+
+
+def _flag(help: str) -> Option:
+    return Option(False, boolean, "true | false", help)
+
+
+OPTIONS = {  # those without a default get theirs from DEFAULTS or QUICK
     "target": Option(
-        "tower", str, "a target", f"{', '.join(NAMED_TARGETS)}, embedded, or a folder or hub id of a LLaVA"
+        "tower", str, "a target", f"{' | '.join(NAMED_TARGETS)} | embedded | a folder or hub id of a LLaVA"
     ),
-    "ratio": _list(share, "numbers in (0, 1]", "ratios of tokens kept (0.975,0.95,0.925,0.9,0.85)"),
-    "batch": _list(whole(1), "whole numbers from 1", "batch sizes (1,4)"),
-    "patches": _list(whole(1), "whole numbers from 1", "patches of an image, for named targets (576)"),
-    "recipe": _choice("paper", RECIPES, " | ".join(RECIPES)),
-    "kernels": _choice(
-        None, KERNELS, f"{' | '.join(KERNELS)}: this package's kernels (both, where that makes a difference)"
+    "ratio": Option(
+        None,
+        _list(share),
+        "numbers in (0, 1], separated by commas",
+        "ratios of tokens kept (0.975,0.95,0.925,0.9,0.85)",
     ),
+    "batch": _counts("batch sizes (1,4)"),
+    "patches": _counts("patches of an image, for named targets (576)"),
+    "recipe": _choice("paper", RECIPES),
+    "kernels": _choice(None, KERNELS, ": this package's kernels (both, where they make a difference)"),
     "text": _count(None, "tokens of a prompt beside the image's (60)"),
-    "new_tokens": _list(whole(1), "whole numbers from 1", "lengths of answers in tokens (16,128)"),
+    "new_tokens": _counts("lengths of answers in tokens (16,128)"),
     "rounds": _count(None, "number of times each variant is timed (9)"),
     "warmup": _count(None, "rounds before these, which are not timed (2)", 0),
-    "dtype": _choice("bfloat16", DTYPES, f"{' | '.join(DTYPES)}, of weights and images"),
-    "device": _choice(("cpu", "cuda")[torch.cuda.is_available()], ("cpu", "cuda"), "cpu | cuda"),
-    "compile": _choice(
-        "off", COMPILE, f"{' | '.join(COMPILE)}: torch.compile's mode for all vision towers"
-    ),
-    "graphs": Option(False, boolean, "true | false", "replay the towers as CUDA graphs; for target tower"),
-    "threads": _count(torch.get_num_threads(), "of torch on CPUs"),
-    "profile": Option(False, boolean, "true | false", "also write profile.md, the tower's time by operation"),
-    "quick": Option(
-        False, boolean, "true | false", "ratio 0.9, batch 1, 3 rounds and answers of 16, unless given"
-    ),
+    "dtype": _choice("bfloat16", DTYPES, ", of weights and images"),
+    "device": _choice("cuda" if torch.cuda.is_available() else "cpu", ("cpu", "cuda")),
+    "compile": _choice("off", COMPILE, ": mode of torch.compile for all vision towers"),
+    "graphs": _flag("replay all vision towers as CUDA graphs; for target tower"),
+    "threads": _count(torch.get_num_threads(), "threads of torch on CPUs"),
+    "profile": _flag("also write profile.md, the towers' time by operation"),
+    "quick": _flag("ratio 0.9, batch 1, 3 rounds, 1 warm-up and answers of 16, unless given"),
     "output": Option("output/bench", folder, "a folder, not a file", "folder for results", short="-o"),
-}  # fmt: skip
+}
 
 
 def describe(commands: Any, name: str) -> None:
@@ -100,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
+    profiles: list[str] = []
     graphs = len(options.ratio) * 2 * len(options.batch) * len(options.patches) + 8
     try:
         for patches in options.patches:
@@ -112,8 +115,8 @@ def run(options: argparse.Namespace) -> int:
                     rows += measure(variants, workload)
                 _write(rows, options, output)  # after every batch, so that an interrupted run keeps its rows
             if options.profile:
-                tables = [profile_table(v, batch) for batch in options.batch for v in variants]
-                (output / "profile.md").write_text("\n".join(tables))
+                profiles += [profile_table(v, batch) for batch in options.batch for v in variants]
+                (output / "profile.md").write_text("\n".join(profiles))
     finally:
         torch.set_num_threads(threads)
     summary = summarise(rows)
