@@ -17,7 +17,7 @@ from eval.command import count, run_command
 from eval.embedded_accuracy import BUDGETS, QUESTIONS, TRAINING, evaluate_all
 from eval.evaluation.results import commit
 from llava_pitome import MergeConfig
-from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.bench.environment import machine
 from llava_pitome.cli.options import Option
 from llava_pitome.config import RECIPES
 

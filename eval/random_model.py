@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.command import run_command
-from llava_pitome.cli.bench.targets import ANSWERING
-from llava_pitome.cli.bench.targets import write as write_target
+from llava_pitome.cli.bench.targets import LLAVA_TARGETS, save_checkpoint
 from llava_pitome.cli.options import Option, folder, one_of
 
 OPTIONS = {
-    "name": Option(ANSWERING[0], one_of(*ANSWERING), " | ".join(ANSWERING), "which shapes; 2.1 and 14 GB"),
+    "name": Option(LLAVA_TARGETS[0], one_of(*LLAVA_TARGETS), " | ".join(LLAVA_TARGETS), "which shapes; 2.1 and 14 GB"),
     "output": Option("output/random", folder, "a folder", "where a folder of that name is written"),
 }
 
@@ -30,11 +29,11 @@ def _execute(options: dict[str, Any]) -> None:
 
 
 def write(name: str, target: Path) -> Path:
-    """Writes the model of a name in ANSWERING, with a processor, and returns its folder."""
+    """Writes the model of a name in LLAVA_TARGETS, with a processor, and returns its folder."""
     from llava_pitome.integrations.vllm import weight_names
 
     with tempfile.TemporaryDirectory(dir=target.parent if target.parent.is_dir() else None) as temporary:
-        write_target(name, Path(temporary))
+        save_checkpoint(name, Path(temporary))
         return weight_names.copy_with_old_names(Path(temporary), target)
 
 

@@ -21,7 +21,7 @@ import requests
 
 from eval.command import count, run_command
 from eval.embedded_images import data_url, embedded_image
-from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.bench.environment import machine
 from llava_pitome.cli.options import Option, fields, folder, several, whole
 
 

@@ -15,11 +15,11 @@ import torch
 from eval.command import count, run_command, write_whole
 from eval.sweep.processes import Job, identity
 from llava_pitome import MergeConfig, embedded
-from llava_pitome.cli.bench.machine import machine, packages
-from llava_pitome.cli.bench.run import Load, measure
-from llava_pitome.cli.bench.sides import side
-from llava_pitome.cli.bench.summary import summarise
+from llava_pitome.cli.bench.environment import machine, packages
+from llava_pitome.cli.bench.report import summarise
 from llava_pitome.cli.bench.targets import Target
+from llava_pitome.cli.bench.timing import Workload, measure
+from llava_pitome.cli.bench.variants import make_variant
 from llava_pitome.cli.options import Option
 from llava_pitome.models import checkpoints
 from llava_pitome.models import hf_llava as llava
@@ -68,9 +68,9 @@ def _execute(prepared: tuple[Path, dict[str, Any], str]) -> None:
     """Times, and writes timing.json."""
     folder, inputs, fingerprint = prepared
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    load = Load(1, inputs["text"], (inputs["new_tokens"],), inputs["rounds"], WARMUP)
+    workload = Workload(1, inputs["text"], (inputs["new_tokens"],), inputs["rounds"], WARMUP)
     with torch.inference_mode():
-        rows = summarise(measure(_sides(inputs), load))
+        rows = summarise(measure(_sides(inputs), workload))
     facts = {"options": inputs, "fingerprint": fingerprint, "machine": machine(), "packages": packages()}
     write_whole(folder / "timing.json", json.dumps(facts | {"rows": rows}, indent=1) + "\n")
 
@@ -108,7 +108,7 @@ def _sides(inputs: dict[str, Any]) -> list:
     target = Target(inputs["model"], model, True, llava.find(model).patches)
     unmerged_first = sorted(inputs["configs"].items(), key=lambda item: item[1] is not None)
     return [
-        side(target, None if config is None else MergeConfig.from_dict(config), name, True, "off")
+        make_variant(target, None if config is None else MergeConfig.from_dict(config), name, True, "off")
         for name, config in unmerged_first
     ]
 

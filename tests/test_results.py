@@ -13,7 +13,7 @@ from eval import ablate, throughput
 from eval.report import tables
 from eval.report.rows import Row
 from llava_pitome.cli.bench import command
-from llava_pitome.cli.bench.summary import brief, summarise
+from llava_pitome.cli.bench.report import short_table, summarise
 from llava_pitome.cli.options import parse
 from llava_pitome.methods import METHODS as REGISTERED
 from train import bench, compare, settings
@@ -75,7 +75,7 @@ def test_pitome_is_behind_tome_and_ahead_of_random_and_smaller_images():
     assert all(a < b and a > max(c, d) for a, b, c, d in zip(paper, tome, random, small))
 
 
-def test_the_committed_report_is_complete():
+def test_the_committed_report_isfill_defaults():
     report = (RESULTS / "sweep/report.md").read_text()
     assert "questions: all" in report and "WITHOUT RESULTS" not in report and "OTHER CODE" not in report
     assert "Timed interleaved" in report
@@ -119,12 +119,12 @@ SPEED = {file.stem: json.loads(file.read_text()) for file in (RESULTS / "speed")
 
 @pytest.mark.parametrize("name", SPEED)
 def test_the_speeds_in_the_documents_are_the_measured_ones(name):
-    assert brief(summarise(SPEED[name]["rows"])) in PERFORMANCE
+    assert short_table(summarise(SPEED[name]["rows"])) in PERFORMANCE
 
 
 def test_the_readmes_speeds_are_measured_ones():
     sides = ("dense", *(f"{ratio}, own attention" for ratio in (0.975, 0.95, 0.9)))
-    assert brief(summarise([row for row in SPEED["llava-7b"]["rows"] if row["side"] in sides])) in README
+    assert short_table(summarise([row for row in SPEED["llava-7b"]["rows"] if row["side"] in sides])) in README
 
 
 def documented_benchmarks() -> list[dict]:
@@ -139,7 +139,7 @@ def documented_benchmarks() -> list[dict]:
         own = {"device", "threads", "output", "profile", "quick"} | (
             {"kernels"} if options.kernels is None else set()
         )
-        command._complete(options)
+        command.fill_defaults(options)
         found.append({key: value for key, value in vars(options).items() if key not in own})
     return found
 

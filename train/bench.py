@@ -65,7 +65,7 @@ def _random(path: Path) -> Path:
         return path
     partial = path.with_name(f"{path.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    targets.write(SHAPES, partial)
+    targets.save_checkpoint(SHAPES, partial)
     partial.replace(path)
     return path
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_pitome import MergeConfig
-from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.bench.environment import machine
 from train import settings
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")

@@ -13,7 +13,7 @@ from rich.table import Table
 from eval.command import ROOT, write_whole
 from eval.evaluation.plan import EvaluationPlan
 from eval.naming import file_name
-from llava_pitome.cli.bench.machine import machine
+from llava_pitome.cli.bench.environment import machine
 from llava_pitome.config import MergeConfig
 
 PACKAGES = ("llava-pitome", "torch", "transformers", "lmms-eval", "datasets", "accelerate", "peft",
