@@ -33,7 +33,7 @@ def test_concurrent_users_get_their_own_merging(session):
     configs = {ratio: MergeConfig(ratio=ratio) for ratio in (0.95, 0.9, 0.85, 0.8)}
 
     def tokens(config):
-        return last(session, IMAGE, COUNT, config).numbers.image_tokens
+        return last(session, IMAGE, COUNT, config).stats.image_tokens
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(tokens, configs.values()))
@@ -67,7 +67,7 @@ def test_closing_an_answer_ends_its_generation(model, monkeypatch):
 def test_an_error_is_raised_and_the_next_question_answered(session):
     with pytest.raises(ValueError, match="question is empty"):
         last(session, IMAGE, " ", None)
-    assert last(session, IMAGE, "What?", None).numbers
+    assert last(session, IMAGE, "What?", None).stats
 
 
 @pytest.mark.parametrize("command", ["chat", "web", "serve"])
