@@ -15,8 +15,9 @@ from llava_pitome.embedded.scenes import scene
 from train import export
 from train.collator import Collator, expand
 from train.conversation import IGNORE_INDEX, BrokenRow, encode, parse_row, render
-from train.data import BrokenRows, ConversationDataset, JsonRows
+from train.data import ConversationDataset
 from train.embedded.data import TURNS, encode_conversations
+from train.rows import BrokenRows, JsonRows
 
 PATCHES = 196
 AWKWARD = [
@@ -53,9 +54,9 @@ def json_rows(folder: Path, rows: list) -> JsonRows:
 
 
 def dataset(
-    folder: Path, rows: list, processor, max_length=2048, allowed=0, is_first=True, image_tokens=None
+    folder: Path, rows: list, processor, max_length=2048, allowed=0, image_tokens=None
 ) -> ConversationDataset:
-    broken = BrokenRows(allowed, folder / "broken.jsonl", is_first)
+    broken = BrokenRows(allowed, folder / "broken.jsonl")
     return ConversationDataset(
         json_rows(folder, rows), folder, processor, PATCHES, max_length, broken, image_tokens
     )
@@ -186,9 +187,8 @@ def test_unreadable_image_is_found_when_its_row_is_read(folder, embedded):
 
 
 def test_broken_rows_that_every_process_finds_are_recorded_once(folder, embedded):
-    for is_first in (False, True, False):
-        rows = [{"conversations": []}, row("x", "y")]
-        found = dataset(folder, rows, embedded[1], allowed=1, is_first=is_first)
+    for _ in range(3):
+        found = dataset(folder, [{"conversations": []}, row("x", "y")], embedded[1], allowed=1)
         assert found.indices == [1] and len(found.broken) == 1
     assert len((folder / "broken.jsonl").read_text().splitlines()) == 1
 

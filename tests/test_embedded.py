@@ -101,7 +101,7 @@ def test_the_validation_split_is_large_enough_and_apart_from_training():
     assert dataset.PICTURES * dataset.EACH >= 3000
     assert (
         dataset.PICTURES < 900_000_000
-    )  # where held-out and training seeds begin, see train/embedded_data.py
+    )  # where held-out and training seeds begin, see train/embedded/data.py
 
 
 def test_the_weights_are_small_enough_for_git():

@@ -12,11 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
-sys.path.insert(0, str(ROOT / "train"))
 import ablate  # noqa: E402
-import bench  # noqa: E402
-import compare  # noqa: E402
-import settings  # noqa: E402
 import tables  # noqa: E402
 import throughput  # noqa: E402
 from rows import Row  # noqa: E402
@@ -25,6 +21,7 @@ from llava_pitome.cli.bench import command  # noqa: E402
 from llava_pitome.cli.bench.summary import brief, summarise  # noqa: E402
 from llava_pitome.cli.options import parse  # noqa: E402
 from llava_pitome.methods import METHODS as REGISTERED  # noqa: E402
+from train import bench, compare, options  # noqa: E402
 
 RESULTS = ROOT / "eval/results"
 README, METHODS, ACCURACY, PERFORMANCE, TRAINING = (
@@ -202,20 +199,20 @@ def told(script: str) -> list[dict]:
 
 
 def test_the_commands_on_the_page_are_those_of_the_plain_runs():
-    commands = {Path(words.pop("output")).name: words for words in told("train/run.py")}
+    commands = {Path(words.pop("output")).name: words for words in told("-m train.run")}
     assert set(commands) == {name for name in RUNS if name.endswith("plain")}
     for name, words in commands.items():
         for key, text in words.items():
-            assert settings.OPTIONS[key].read(text) == made(RUNS[name]["options"][key]), (name, key)
+            assert options.OPTIONS[key].read(text) == made(RUNS[name]["options"][key]), (name, key)
 
 
 def test_the_commands_on_the_page_are_those_of_the_timed_steps():
-    for words in told("train/bench.py"):
+    for words in told("-m train.bench"):
         name = f"steps-{words.get('model', 'embedded')}"
-        options = parse([f"{key}={text}" for key, text in words.items()], bench.OPTIONS)
-        options.pop("output")
-        assert options == {key: made(STEPS[name]["options"][key]) for key in options}
-    assert len(told("train/bench.py")) == len(STEPS)
+        found = parse([f"{key}={text}" for key, text in words.items()], bench.OPTIONS)
+        found.pop("output")
+        assert found == {key: made(STEPS[name]["options"][key]) for key in found}
+    assert len(told("-m train.bench")) == len(STEPS)
 
 
 def made(value):

@@ -1,7 +1,7 @@
 """Fine-tunes a merging LLaVA: python -m train.run key=value ...
 
-Trained are LoRA adapters on the language model (and the vision tower), and the projector in full. With zero=
-or processes= the command launches itself with torchrun; other launchers (torchrun, deepspeed, accelerate) work too.
+Trained are LoRA adapters on the language model (and the vision tower), and the projector in full. With
+zero= or processes= the command launches itself with torchrun; deepspeed and accelerate launch work too.
 """
 
 import gc
@@ -15,7 +15,7 @@ from typing import Any
 from llava_pitome import MergeConfig
 from llava_pitome.cli.options import helped, parse
 from train import checkpoint, data, launch, options
-from train.data import TooManyBrokenRows
+from train.rows import JsonRows, TooManyBrokenRows
 
 log = logging.getLogger("train")
 
@@ -62,9 +62,7 @@ def _fail(error: Exception | str) -> int:
     return 2
 
 
-def make_trainer(
-    given: dict[str, Any], configs: Sequence[MergeConfig], rows: data.JsonRows, folder: Path
-) -> Any:
+def make_trainer(given: dict[str, Any], configs: Sequence[MergeConfig], rows: JsonRows, folder: Path) -> Any:
     """The MergingTrainer of a run.
 
     Raises:

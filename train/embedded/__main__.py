@@ -2,8 +2,8 @@
 
 In three stages, since a language model cannot learn from features without content. "tower": the vision tower
 learns to classify the content of every patch, which CLIP's training would have taught it. "language":
-projector and language model learn to answer questions about frozen features. "together": everything is trained,
-with the patch labels as an auxiliary loss. Merging is off: to merging, this model is like any pretrained LLaVA.
+projector and language model learn to answer questions about frozen features. "together": everything is
+trained, with the patch labels as an auxiliary loss. Merging is off, as in training any other LLaVA.
 
 A run that was stopped continues from `output`.ckpt when it is started again. With
 `OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m train.embedded` two processes share each batch, which on two
@@ -12,7 +12,6 @@ cores is 1.5 times as fast as one process of two threads.
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -216,7 +215,9 @@ def _schedule(step: int, steps: int, *, is_last: bool) -> float:
     """The share of the peak learning rate at a step, counted from 1; all stages but the last end at 0.2."""
     warmup, floor = min(200, max(steps // 10, 1)), 0.0 if is_last else 0.2
     progress = min(max((step - 1 - warmup) / max(steps - warmup, 1), 0.0), 1.0)
-    return min(step / warmup, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return min(
+        step / warmup, floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+    )
 
 
 def _make_optimizers(modules: nn.Module, lr: float) -> list[torch.optim.Optimizer]:

@@ -62,7 +62,7 @@ def pixel_values(images: np.ndarray) -> Tensor:
 
 
 def patch_labels(scene: Scene) -> Tensor:
-    """Indices into LABELS, from 1, of the object that covers most of each patch; 0: none. (P, len(LABELS))."""
+    """Indices into LABELS, from 1, of the object that covers a patch most; 0: none. (P, len(LABELS))."""
     covers = np.stack([coverage(t).ravel() for t in scene.things])
     owner, is_covered = covers.argmax(0), covers.max(0) > 0.1
     rows = [[1 + LABELS[k].index(getattr(t, k) or "-") for k in LABELS] for t in scene.things]
