@@ -41,11 +41,7 @@ class Conversation(NamedTuple):
 
 
 def parse_row(row: Any, folder: Path) -> Conversation:
-    """The conversation of a row.
-
-    Args:
-        row: a decoded JSON value.
-        folder: image names are relative to it.
+    """The conversation of a row, a decoded JSON value, whose image names are relative to `folder`.
 
     Raises:
         BrokenRow: the row does not follow the format, or an image is missing.

@@ -43,16 +43,16 @@ class ConversationDataset(Dataset):
         broken: BrokenRows,
         image_tokens: int | None = None,
     ):
-        """Parses every row once, and checks that its images exist.
+        """Parses every row once, and checks that its images, with names relative to `folder`, exist.
 
         Args:
-            rows: the file's.
-            folder: image names are relative to it.
+            rows: of a file.
+            folder: of the images.
             processor: the model's.
-            unmerged_tokens: of an image, for `max_length`.
-            max_length: tokens of a row, images included; the rest is cut off.
+            unmerged_tokens: tokens of an image without merging.
+            max_length: tokens of a row, images unmerged; the rest is cut off.
             broken: records the rows that are left out.
-            image_tokens: of an image after merging, for `lengths`; by default unmerged.
+            image_tokens: tokens of an image, for `lengths`; unmerged by default.
 
         Raises:
             TooManyBrokenRows: more than allowed, or all.

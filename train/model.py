@@ -50,11 +50,6 @@ def base_model_name(path: str) -> str:
 def add_adapters(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     """The model as a peft model; trainable are its adapters and, with projector=train, the projector.
 
-    Args:
-        model: a LLaVA without merging; it is changed.
-        options: lora_rank, lora_alpha, lora_dropout, targets, tower, projector, quantization, checkpointing,
-            zero, seed.
-
     Raises:
         ValueError: targets that the language model does not have.
     """

@@ -45,13 +45,7 @@ The loss by step is in loss.png, every number in training.json.
 
 
 def training_facts(options: dict[str, Any], configs: Sequence[MergeConfig], trainer: Any) -> dict[str, Any]:
-    """The contents of training.json for a run that has ended, accuracy left out.
-
-    Args:
-        options: of the run.
-        configs: the merge configs of its steps.
-        trainer: the MergingTrainer.
-    """
+    """The contents of training.json for a run that its MergingTrainer has ended; accuracy is empty."""
     last = trainer.state.max_steps  # a run resumed from its last checkpoint makes one step more
     log = [row for row in trainer.state.log_history if row["step"] <= last]
     losses = [row for row in log if "loss" in row]
@@ -78,12 +72,7 @@ def training_facts(options: dict[str, Any], configs: Sequence[MergeConfig], trai
 
 
 def write(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes README.md, training.json and loss.png.
-
-    Args:
-        folder: of the adapter.
-        facts: of `training_facts`, with accuracy if it was measured.
-    """
+    """Writes README.md, training.json and loss.png from `training_facts`, with accuracy if measured."""
     (folder / RESULT).write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "README.md").write_text(_card(facts))
     plot_loss(facts["log"], folder / "loss.png")
@@ -132,16 +121,14 @@ def _accuracy(rows: list[dict[str, Any]]) -> str:
 
 def plot_loss(log: list[dict[str, Any]], path: Path) -> None:
     """Plots the Trainer's log: loss, its moving average and learning rate by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [row for row in log if "loss" in row]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     width = max(1, min(SMOOTHED, len(losses) // 5))
     average = [statistics.fmean(losses[max(0, i - width + 1) : i + 1]) for i in range(len(losses))]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="tight")
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
     axes.plot(steps, losses, color="#56B4E9", lw=0.8, label="loss")
     axes.plot(steps, average, color="#0072B2", lw=2, label=f"mean of {width}")
     axes.set(xlabel="step", ylabel="loss per answer token")
@@ -151,4 +138,3 @@ def plot_loss(log: list[dict[str, Any]], path: Path) -> None:
     rate.plot(steps, [row["learning_rate"] for row in rows], color="grey", ls=":", lw=1)
     rate.set_ylabel("learning rate")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -27,10 +27,7 @@ class JsonRows(Sequence):
     """
 
     def __init__(self, path: Path):
-        """Locates the rows; a malformed one raises ValueError when it is read, not here.
-
-        Args:
-            path: of a JSON array of objects, or of JSON objects, one per line.
+        """Locates the rows in an array of objects, or in lines; malformed ones raise when they are read.
 
         Raises:
             ValueError: the file is missing, empty, or its brackets do not match.
@@ -105,12 +102,7 @@ class BrokenRows:
     """The rows that are left out and why, in a file that all processes of a run share."""
 
     def __init__(self, allowed: int, file: Path):
-        """Reads the rows that the file already names.
-
-        Args:
-            allowed: rows that all processes together may leave out.
-            file: JSON objects, one per line and row.
-        """
+        """Reads the rows that the JSONL file names already; all processes may leave out `allowed` rows."""
         self._allowed, self._file = allowed, file
         self._reasons: dict[int, str] = {}
         self._read()

@@ -28,8 +28,6 @@ from train.conversation import IGNORE_INDEX
 from train.data import image_tokens
 
 UNMERGED = MergeConfig(ratio=1.0)
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # written to clear_refs, resets the peak of the process; see proc(5)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -47,13 +45,13 @@ class MergingTrainer(Trainer):
         distill_weight: float,
         **kwargs: Any,
     ):
-        """Takes a model with adapters, see `model.add_adapters`, and a `data.ConversationDataset`.
+        """Takes Trainer's arguments, for a peft model and a `data.ConversationDataset`.
 
         Args:
             *args: as for Trainer.
             configs: one is drawn for every step; the adapter is saved with the first.
             base_model: name of the model without adapters, as `load` takes it.
-            distill_weight: of the divergence from the unmerged model's predictions; 0 does not compute these.
+            distill_weight: of the divergence from the unmerged model's predictions; 0 skips these.
             **kwargs: as for Trainer.
         """
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
@@ -199,14 +197,15 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
         else:
             with contextlib.suppress(OSError):  # not Linux, or a container that forbids it
-                CLEAR_REFS.write_text(RESET_PEAK)
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
         self.before = torch.cuda.memory_allocated() if cuda else self.peak()
 
     def peak(self) -> int:
         """Bytes held at most since then."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
-        if STATUS.exists() and (match := re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())):
+        status = Path("/proc/self/status")
+        if status.exists() and (match := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
             return 1024 * int(match[1])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak

@@ -70,16 +70,10 @@ def patch_labels(scene: Scene) -> Tensor:
 
 
 def noun_referents(ids: Tensor, labels: Tensor, patches: Tensor, tokenizer: Any) -> dict[str, Tensor]:
-    """The nouns of the questions, and the patches that they refer to.
+    """The nouns of the questions, the text without labels, and the patches that they refer to.
 
     "The small red circle" refers to the patches that are small, red and circle. A noun without a referent in
-    its image is left out.
-
-    Args:
-        ids: (B, T).
-        labels: (B, T); text without labels is the questions'.
-        patches: as `patch_labels`, (B, P, len(LABELS)).
-        tokenizer: the model's.
+    its image is left out. Ids and labels are (B, T), patches (B, P, len(LABELS)) as in `patch_labels`.
 
     Returns:
         `nouns` (N, 2), row and position of each, and `referents` (N, P), weights that sum to 1.

@@ -66,11 +66,8 @@ class Losses:
     def patch_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of each patch's labels, row and column, and the accuracy of each label on objects.
 
-        Patches with an object and those without weigh 1 and 0.5 in all, however many they are.
-
-        Args:
-            features: of the tower, (B, P, D).
-            labels: as `data.patch_labels`, (B, P, len(LABELS)).
+        Patches with an object and those without weigh 1 and 0.5 in all, however many they are. Features are
+        (B, P, D), labels (B, P, len(LABELS)) as in `data.patch_labels`.
         """
         *logits, rows, columns = self.heads(features.float()).split(CLASSES, dim=-1)
         patch = torch.arange(data.PATCHES, device=features.device).repeat(len(features))
@@ -87,10 +84,8 @@ class Losses:
     def point_loss(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy between the attention of two heads from a noun and the patches it refers to.
 
-        Args:
-            hidden: the attention's input, (B, T, D).
-            rotary: its cosines and sines.
-            batch: with nouns (N, 2) and referents (N, P), see `data.noun_referents`.
+        `hidden` (B, T, D) is the attention's input, `rotary` its cosines and sines; the batch has nouns (N, 2)
+        and referents (N, P), see `data.noun_referents`.
         """
         device, attention = self.model.device, self.attention
         ids, (rows, positions) = batch["input_ids"].to(device), batch["nouns"].to(device).T
