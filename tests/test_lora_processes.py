@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training_runs import ENVIRONMENT, RUN, arguments, facts, losses, spawn, train
+from training_runs import ENVIRONMENT, PYTHON, arguments, facts, losses, spawn, train
 
 from llava_pitome import load
 from train import export
@@ -17,10 +17,10 @@ from train import export
 EXACT = ("ratio=0.8", "lora_dropout=0", "dtype=float32")  # comparable over numbers of processes
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
-    "torchrun": ("torchrun", "--standalone", "--nproc_per_node=2"),
+    "torchrun": ("torchrun", "--standalone", "--nproc_per_node=2", "-m"),
     "deepspeed": ("deepspeed", "--num_accelerators", "2", "--master_port", "29517", "--module"),
     "accelerate": ("accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1",
-                   "--mixed_precision", "no", "--main_process_port", "29518"),
+                   "--mixed_precision", "no", "--main_process_port", "29518", "-m"),
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_killed_run_resumes_with_the_same_losses(tmp_path):
              "group_by_length=true")  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(whole, *words) == 0
-    command = [sys.executable, *RUN, *arguments(cut, *words)]
+    command = [*PYTHON, "train.run", *arguments(cut, *words)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (cut / "checkpoint-2" / "trainer_state.json").exists() and time.monotonic() < deadline:

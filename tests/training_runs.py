@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RUN = ["-m", "train.run"]
+PYTHON = (sys.executable, "-m")  # how a module is run
 WORDS = ["scenes=24", "batch_size=2", "max_length=1024", "lora_rank=8", "lora_alpha=16", "lr=2e-3"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -26,9 +26,9 @@ def train(output: Path, *words: str) -> int:
     return main(arguments(output, *words))
 
 
-def spawn(output: Path, *words: str, launcher: tuple[str, ...] = (sys.executable,)):
+def spawn(output: Path, *words: str, launcher: tuple[str, ...] = PYTHON):
     """Trains in processes of its own, from a working directory other than the checkout."""
-    command = [*launcher, *RUN, *arguments(output, *words)]
+    command = [*launcher, "train.run", *arguments(output, *words)]
     output.parent.mkdir(exist_ok=True, parents=True)
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=output.parent

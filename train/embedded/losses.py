@@ -84,7 +84,7 @@ class Losses:
     def point_loss(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy between the attention of two heads from a noun and the patches it refers to.
 
-        `hidden` (B, T, D) is the attention's input, `rotary` its cosines and sines; the batch has nouns (N, 2)
+        `hidden` (B, T, D) is the attention's input, `rotary` its cosines and sines; `batch` has nouns (N, 2)
         and referents (N, P), see `data.noun_referents`.
         """
         device, attention = self.model.device, self.attention
