@@ -38,8 +38,8 @@ SHORTER = {
     r"max_steps=2\d00": "max_steps=2",
     r"scenes=16384": "scenes=64",
     r"evaluate=true": r"\g<0> limit=32",
-    r"train/bench.py$": r"\g<0> rounds=1 steps=2 scenes=32 output=output/bench",
-    r"train/embedded.py$": r"\g<0> tower_steps=1 language_steps=1 together_steps=1 batch_size=4 validate=4 "
+    r"-m train.bench$": r"\g<0> rounds=1 steps=2 scenes=32 output=output/bench",
+    r"-m train.embedded$": r"\g<0> tower_steps=1 language_steps=1 together_steps=1 batch_size=4 validate=4 "
     "output=output/embedded",
     r"-m timeit": r"\g<0> -n 1 -r 1",
     r"bench --target embedded --quick$": r"\g<0> --output output/quick_bench",

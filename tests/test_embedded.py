@@ -106,7 +106,7 @@ def test_the_data_set_has_vqav2s_form(tmp_path):
 
 def test_the_validation_split_is_large_and_disjoint_from_training():
     assert dataset.PICTURES * dataset.EACH >= 3000
-    assert dataset.PICTURES < 900_000_000  # the first training seed, see train/embedded_data.py
+    assert dataset.PICTURES < 900_000_000  # the first training seed, see train/embedded/data.py
 
 
 def test_the_weights_are_small_enough_for_git():

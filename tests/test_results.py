@@ -16,7 +16,7 @@ from llava_pitome.cli.bench import command
 from llava_pitome.cli.bench.report import short_table, summarise
 from llava_pitome.cli.options import parse
 from llava_pitome.methods import METHODS as REGISTERED
-from train import bench, compare, settings
+from train import bench, compare, options
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results"
@@ -198,15 +198,15 @@ def test_the_documented_commands_are_those_of_the_plain_runs():
     assert set(commands) == {name for name in RUNS if name.endswith("plain")}
     for name, words in commands.items():
         for key, text in words.items():
-            assert settings.OPTIONS[key].read(text) == as_option(RUNS[name]["options"][key]), (name, key)
+            assert options.OPTIONS[key].read(text) == as_option(RUNS[name]["options"][key]), (name, key)
 
 
 def test_the_documented_commands_are_those_of_the_timed_steps():
     for words in documented_words("bench"):
         name = f"steps-{words.get('model', 'embedded')}"
-        options = parse([f"{key}={text}" for key, text in words.items()], bench.OPTIONS)
-        options.pop("output")
-        assert options == {key: as_option(STEPS[name]["options"][key]) for key in options}
+        found = parse([f"{key}={text}" for key, text in words.items()], bench.OPTIONS)
+        found.pop("output")
+        assert found == {key: as_option(STEPS[name]["options"][key]) for key in found}
     assert len(documented_words("bench")) == len(STEPS)
 
 
