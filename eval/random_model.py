@@ -14,7 +14,9 @@ from llava_pitome.cli.bench.targets import LLAVA_TARGETS, save_checkpoint
 from llava_pitome.cli.options import Option, folder, one_of
 
 OPTIONS = {
-    "name": Option(LLAVA_TARGETS[0], one_of(*LLAVA_TARGETS), " | ".join(LLAVA_TARGETS), "which shapes; 2.1 and 14 GB"),
+    "name": Option(
+        LLAVA_TARGETS[0], one_of(*LLAVA_TARGETS), " | ".join(LLAVA_TARGETS), "which shapes; 2.1 and 14 GB"
+    ),
     "output": Option("output/random", folder, "a folder", "where a folder of that name is written"),
 }
 

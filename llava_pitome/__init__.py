@@ -7,7 +7,7 @@ from llava_pitome.hooks.merge_step import MergeRecord
 from llava_pitome.merge.plan import MergePlan, trace, unmerge
 from llava_pitome.merge.spectral import spectral_distance
 from llava_pitome.methods import METHODS
-from llava_pitome.methods.registry import parents
+from llava_pitome.methods.registry import Method, parents, register_method
 from llava_pitome.models.hf_llava import UnsupportedModelError
 
 __version__ = "0.2.0"
@@ -17,12 +17,14 @@ __all__ = [
     "MergeHandle",
     "MergePlan",
     "MergeRecord",
+    "Method",
     "UnsupportedModelError",
     "applied",
     "apply",
     "load",
     "merge_tokens",
     "parents",
+    "register_method",
     "remove",
     "spectral_distance",
     "trace",

@@ -21,7 +21,7 @@ Kernels = bool | Literal["triton"]
 
 
 class _Applied(NamedTuple):
-    """What `remove` needs: the handle, the processor that was fitted, and what the model's config held before."""
+    """What `remove` needs: the handle, the fitted processor, and what the model's config held before."""
 
     handle: MergeHandle
     processor: Any
@@ -36,9 +36,9 @@ def apply(
 ) -> MergeHandle:
     """Makes a model merge its visual tokens, from the next forward pass until `remove`.
 
-    The model changes by forward hooks, an attention function registered with transformers, and attributes of
-    instances, all of which `remove` takes back. A config that was applied before is replaced; where this raises,
-    the model and the processor are as they were.
+    The model changes by forward hooks, an attention function registered with transformers, and attributes
+    of instances, all of which `remove` takes back. A config that was applied before is replaced; where this
+    raises, the model and the processor are as they were.
 
     Args:
         model: a model of `models.hf_llava.SUPPORTED`.
@@ -46,9 +46,10 @@ def apply(
             `from_pretrained` of a model that was saved while it merged.
         processor: the model's processor, which then writes as many <image> placeholders as tokens reach the
             language model. Without it the caller has to. Models of the original package take none.
-        kernels: True uses this package's kernels where they are known to be faster (docs/performance.md); False
-            leaves everything to the model's own attention and plain PyTorch; "triton" adds the kernels for CUDA,
-            which need triton and a model on a GPU. Kernels change roundings alone, and are not saved.
+        kernels: True uses this package's kernels where they are known to be faster (docs/performance.md);
+            False leaves everything to the model's own attention and plain PyTorch; "triton" adds the
+            kernels for CUDA, which need triton and a model on a GPU. Kernels change roundings alone, and
+            are not saved.
 
     Returns:
         The handle; `plans()` says after a forward pass which patches became which token.
@@ -177,8 +178,8 @@ def load(
     """A LLaVA and its processor, merging as `config` says, or else as the checkpoint was saved.
 
     Args:
-        path: a folder, a hub id, or "embedded" for the small model in this package; of a whole model, or of an
-            adapter, whose base model is then loaded too.
+        path: a folder, a hub id, or "embedded" for the small model in this package; of a whole model, or of
+            an adapter, whose base model is then loaded too.
         config: how to merge; None takes up `token_merging` from the checkpoint, where it has one.
         quantization: "4bit" or "8bit" (bitsandbytes) for the language model, or None.
         kernels: as for `apply`.
@@ -200,6 +201,6 @@ def load(
 
 
 def _reset_compiled() -> None:
-    """Drops compiled graphs, which contain the hooks of their time; torch does not check whether they changed."""
+    """Drops compiled graphs, which contain the hooks of their time: torch does not check for changes."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -135,8 +135,8 @@ class MergeConfig(TokenCounts):
         "raster",
         "choice",
         "method",
-        "raster keeps surviving tokens in raster order; method uses the order of the method's authors. In the "
-        "language model the order is always kept",
+        "raster keeps tokens in raster order; method uses the order of the method's authors. In the language "
+        "model the order is always kept",
         Order,
     )
     site: Site = _field(

@@ -331,7 +331,9 @@ def test_a_random_checkpoint_loads_and_generates_merged(command, tmp_path, monke
     else:
         from train import bench
 
-        assert bench._random(tmp_path / bench.SHAPES) == bench._random(tmp_path / bench.SHAPES)
+        assert bench._random_model(tmp_path / bench.RANDOM_MODEL) == bench._random_model(
+            tmp_path / bench.RANDOM_MODEL
+        )
     (folder,) = tmp_path.iterdir()
     assert folder.name == "llava-7b-2layer"
     model, processor = load(str(folder), MergeConfig(tokens=20))

@@ -80,8 +80,9 @@ def test_a_parameter_whose_value_the_method_cannot_use_raises_where_it_is_made(p
 
 
 @pytest.mark.parametrize("change", [
-    lambda d: d.update(alpha=7.0), lambda d: d.pop("energy"), lambda d: d.clear(), lambda d: d.setdefault("a", 1),
-    lambda d: d.__setitem__("alpha", 7.0), lambda d: d.__delitem__("energy"), lambda d: d.__ior__({"alpha": 7.0}),
+    lambda d: d.update(alpha=7.0), lambda d: d.pop("energy"), lambda d: d.clear(),
+    lambda d: d.setdefault("a", 1), lambda d: d.__setitem__("alpha", 7.0),
+    lambda d: d.__delitem__("energy"), lambda d: d.__ior__({"alpha": 7.0}),
 ])  # fmt: skip
 def test_the_dicts_of_a_config_cannot_change(change):
     config = MergeConfig.recipe("released", ratio=0.9)

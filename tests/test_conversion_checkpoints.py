@@ -251,7 +251,7 @@ def test_convert_refuses_other_checkpoints_and_used_folders(folder, tmp_path, ca
     assert cli.main(["convert", "/nowhere/at/all", str(tmp_path / "new")]) == 2
     assert "neither a folder" in capsys.readouterr().err
     assert cli.main(["convert", str(folder), str(folder)]) == 2
-    assert "holds something; name a folder that is new or empty" in capsys.readouterr().err
+    assert "is not empty; give a new or empty folder" in capsys.readouterr().err
     assert cli.main(["convert", str(folder), str(tmp_path / "new")]) == 0
     assert cli.main(["convert", str(tmp_path / "new"), str(tmp_path / "newer")]) == 2
     assert "not of the original package" in capsys.readouterr().err

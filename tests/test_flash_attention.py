@@ -1,7 +1,7 @@
 """Proportional attention under kernels that take no mask: equal to the masked form.
 
-A stand-in for flash attention computes plain SDPA row by row and refuses additive masks. flash_attention_2 itself needs
-a GPU: the last test.
+A stand-in for flash attention computes plain SDPA row by row and refuses additive masks. flash_attention_2
+itself needs a GPU: the last test.
 """
 
 import pytest

@@ -124,7 +124,9 @@ def test_the_speeds_in_the_documents_are_the_measured_ones(name):
 
 def test_the_readmes_speeds_are_measured_ones():
     sides = ("dense", *(f"{ratio}, own attention" for ratio in (0.975, 0.95, 0.9)))
-    assert short_table(summarise([row for row in SPEED["llava-7b"]["rows"] if row["side"] in sides])) in README
+    assert (
+        short_table(summarise([row for row in SPEED["llava-7b"]["rows"] if row["side"] in sides])) in README
+    )
 
 
 def documented_benchmarks() -> list[dict]:

@@ -145,7 +145,9 @@ class MergingTrainer(Trainer):
         """Writes the adapter, with its merge config and the name of its base model."""
         super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
-            adapters.save_merge_config(Path(output_dir or self.args.output_dir), self._base_model, self._configs[0])
+            adapters.save_merge_config(
+                Path(output_dir or self.args.output_dir), self._base_model, self._configs[0]
+            )
 
     def finish(self) -> None:
         """Removes merging and writes the adapter."""

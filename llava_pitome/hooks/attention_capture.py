@@ -1,12 +1,12 @@
 """The attention function of a vision tower that merges: captures keys and queries, weighs keys by token size.
 
-It is registered with transformers' AttentionInterface under the name of the implementation it wraps with a prefix,
-chosen by the tower's config while merging is applied, and given back by `restore`. Without a forward pass's state it
-is the wrapped implementation, bit for bit.
+It is registered with transformers' AttentionInterface under the name of the implementation it wraps with a
+prefix, chosen by the tower's config while merging is applied, and given back by `restore`. Without a
+forward pass's state it is the wrapped implementation, bit for bit.
 
-Proportional attention adds log s to the scores (the paper, section 3.2). Implementations that take masks are given it
-as a mask. Flash attention takes none: there every query gets one more channel sqrt(C), and every key log s, which
-adds the same to their product (see `add_size_channel`).
+Proportional attention adds log s to the scores (the paper, section 3.2). Implementations that take masks
+are given it as a mask. Flash attention takes none: there every query gets one more channel sqrt(C), and
+every key log s, which adds the same to their product (see `add_size_channel`).
 Shapes: B images, T tokens, H heads, C channels a head.
 """
 
@@ -87,8 +87,8 @@ def merging_attention(
         key: (B, H or fewer, P + T, C).
         value: as `key`.
         attention_mask: as `base` takes it.
-        token_merging: the state of the forward pass; its `before_attention` captures, and returns the log sizes
-            (B, P + T) of the keys' tokens, or None where attention is not weighted.
+        token_merging: the state of the forward pass; its `before_attention` captures, and returns the log
+            sizes (B, P + T) of the keys' tokens, or None where attention is not weighted.
         **kwargs: scaling, dropout and others for `base`.
     """
     log_sizes, fast = None, False
@@ -126,8 +126,9 @@ def add_size_channel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values whose plain attention, scaled by 1 / sqrt(C), is proportional attention.
 
-    Query channel C is sqrt(C) and key channel C is log s, so that q k / sqrt(C) + log s is the scaled product.
-    Further channels are zeros, up to a multiple of ALIGNMENT; those of the values are to be cut off again.
+    Query channel C is sqrt(C) and key channel C is log s, so that q k / sqrt(C) + log s is the scaled
+    product. Further channels are zeros, up to a multiple of ALIGNMENT; those of the values are to be cut
+    off again.
 
     Args:
         query: (B, H, T, C).
@@ -196,8 +197,8 @@ class _Named:
 class AttentionSwitch:
     """Makes a config choose the attention function of this file, and takes it back.
 
-    Models may share one config: it is given back when the last that merges is restored. A copy of the config is
-    restored by its name alone.
+    Models may share one config: it is given back when the last that merges is restored. A copy of the
+    config is restored by its name alone.
     """
 
     _active: ClassVar["weakref.WeakSet[AttentionSwitch]"] = weakref.WeakSet()

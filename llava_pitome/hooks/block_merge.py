@@ -1,7 +1,8 @@
 """A merge inside a transformer block: between attention and MLP, or after the block.
 
-Between attention and MLP: a pre-hook on the second norm merges what goes into the MLP, a hook on the MLP keeps its
-output and hands the block a zero to add to the longer residual, and a hook on the block returns the merged sum.
+Between attention and MLP: a pre-hook on the second norm merges what goes into the MLP, a hook on the MLP
+keeps its output and hands the block a zero to add to the longer residual, and a hook on the block returns
+the merged sum.
 """
 
 from collections.abc import Callable
@@ -28,8 +29,8 @@ class BlockMerge:
         Args:
             block: where to merge.
             site: "attention", between attention and MLP, or "block", after it.
-            state: the state of this forward pass, where the block merges in it; None otherwise. Its `pending` is a
-                dict for what the hooks of a block hand to each other.
+            state: the state of this forward pass, where the block merges in it; None otherwise. Its
+                `pending` is a dict for what the hooks of a block hand to each other.
             merge: from the state and hidden states (B, T, D) to merged ones.
         """
         self.block, self.site, self.state, self.merge = block, site, state, merge

@@ -1,7 +1,7 @@
 """The state of one forward pass through a language model in which tokens merge.
 
-Segment s is the layers after s merges. What is known of it is in entry s of a list, and is written again with the same
-values where a layer runs again (gradient checkpointing).
+Segment s is the layers after s merges. What is known of it is in entry s of a list, and is written again
+with the same values where a layer runs again (gradient checkpointing).
 Shapes: B prompts, T tokens, P tokens in the cache, I images over all prompts, n tokens an image.
 """
 

@@ -1,9 +1,10 @@
 """The features that reached the language model, and what is known of each of their tokens.
 
-Between the projector and the language model features are passed on by others: generate repeats them for beams, users
-keep them for a second question. So they are recognised by their values, and a prompt whose features are not those
-that were encoded last is an error instead of an answer with the sizes of another image. Where prompts come without
-ids, as those of the original package do, images are also located in them that way.
+Between the projector and the language model features are passed on by others: generate repeats them for
+beams, users keep them for a second question. So they are recognised by their values, and a prompt whose
+features are not those that were encoded last is an error instead of an answer with the sizes of another
+image. Where prompts come without ids, as those of the original package do, images are also located in them
+that way.
 Shapes: P images that were encoded, I images in B prompts of T tokens, n tokens an image, D channels.
 """
 
@@ -116,8 +117,8 @@ class ImageFeatures:
             same = _equal(probed.unsqueeze(1), known.unsqueeze(0)).flatten(2).all(2)  # (I, P)
         if not bool(same.any(1).all()):
             raise RuntimeError(
-                "the features of an image in this prompt are not those of the images that were encoded last, so "
-                "it is unknown what their tokens stand for; encode the images of a prompt right before it"
+                "the features of an image in this prompt are not those of the images that were encoded last, "
+                "so it is unknown what their tokens stand for; encode the images of a prompt right before it"
             )
         return same.to(torch.uint8).argmax(1)
 

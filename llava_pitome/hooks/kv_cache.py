@@ -1,8 +1,8 @@
 """What a KV cache whose layers differ in length has to remember, and the attention masks that follow.
 
-A cache knows how long its layers are, not which of their tokens are padding. That is kept as an attribute of the
-cache, and so is copied with it; generate, beams and later turns find it there. A segment is the layers between two
-merges, which all see tokens of one length.
+A cache knows how long its layers are, not which of their tokens are padding. That is kept as an attribute
+of the cache, and so is copied with it; generate, beams and later turns find it there. A segment is the
+layers between two merges, which all see tokens of one length.
 Shapes: B prompts, P tokens in the cache, T tokens of this forward pass.
 """
 
@@ -91,8 +91,8 @@ def recall(cache: Any, settings: CacheSettings, batch: int) -> CacheState | None
         length = cache.get_seq_length(layer)
         if length > segment.length:
             raise RuntimeError(
-                f"layer {layer} of this cache holds {length} tokens, but {segment.length} are known to it: it "
-                "was filled while nothing merged, or under another merge config"
+                f"layer {layer} of this cache holds {length} tokens, but {segment.length} are known to it: "
+                "it was filled while nothing merged, or under another merge config"
             )
         rows = next((len(x) for x in (segment.real, segment.bias, state.shift) if x is not None), batch)
         if rows != batch:
@@ -124,8 +124,8 @@ def mask(
 ) -> Tensor | None:
     """The additive attention mask (B or 1, 1, T, P + T) of the last `queries` tokens of `now`.
 
-    None where the kernel needs none: a single query that sees everything, or, where the kernel is causal without a
-    mask (`is_causal`), a first forward pass without padding or bias.
+    None where the kernel needs none: a single query that sees everything, or, where the kernel is causal
+    without a mask (`is_causal`), a first forward pass without padding or bias.
     """
     total = now.length
     if now.real is None and now.bias is None and (queries == 1 or (is_causal and queries == total)):
@@ -142,7 +142,7 @@ def mask(
 
 
 def cast(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask in the dtype and on the device of `like`; the lowest value of a wider dtype would become infinite."""
+    """A mask in the dtype and on the device of `like`, without infinities from a wider dtype."""
     if mask.dtype != like.dtype:
         mask = mask.to(like.dtype).clamp(min=torch.finfo(like.dtype).min)
     return mask.to(like.device)
@@ -163,8 +163,8 @@ def biased(
 def padding_mask(now: SegmentCache, batch: int, device: torch.device) -> Tensor:
     """The padding mask (B, P + T) that flash attention takes.
 
-    There is one even without padding: without a mask transformers takes position ids with gaps, which merged tokens
-    have, for packed sequences.
+    There is one even without padding: without a mask transformers takes position ids with gaps, which
+    merged tokens have, for packed sequences.
     """
     if now.real is not None:
         return now.real.to(device)

@@ -1,8 +1,9 @@
 """Merging image tokens inside the language model during prefill.
 
-A layer that merges does so after its own attention, so that the KV cache of later layers is really shorter. The cache
-of the first layer is never changed: positions, masks and `get_seq_length` are read from it. The state of a forward
-pass (forward_state.py) is made before the language model and handed to its layers as a keyword argument.
+A layer that merges does so after its own attention, so that the KV cache of later layers is really shorter.
+The cache of the first layer is never changed: positions, masks and `get_seq_length` are read from it. The
+state of a forward pass (forward_state.py) is made before the language model and handed to its layers as a
+keyword argument.
 Shapes: B prompts, T tokens, I images over all prompts, n tokens an image, D channels.
 """
 

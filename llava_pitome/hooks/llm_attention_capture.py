@@ -1,9 +1,10 @@
 """What a method may need of a language model layer that merges: keys, and attention to the image's tokens.
 
-Computed from the layer's own queries, keys and mask for the rows that are needed, so that any attention kernel serves.
-Hooks on the projections capture queries and keys before their positions are rotated in; similarity is measured on
-these, attention on the rotated ones.
-Shapes: B prompts, T tokens, P tokens in the cache, I images, n tokens an image, Q text tokens, H heads, C channels.
+Computed from the layer's own queries, keys and mask for the rows that are needed, so that any attention
+kernel serves. Hooks on the projections capture queries and keys before their positions are rotated in;
+similarity is measured on these, attention on the rotated ones.
+Shapes: B prompts, T tokens, P tokens in the cache, I images, n tokens an image, Q text tokens,
+H heads, C channels.
 """
 
 from collections.abc import Callable
@@ -157,8 +158,8 @@ class LayerAttention(NamedTuple):
     def _captured(self, found: Tensor | None) -> Tensor:
         if found is None:
             raise RuntimeError(
-                "a layer that is to merge computed no queries or keys: its projections were replaced after apply; "
-                "apply again"
+                "a layer that is to merge computed no queries or keys: its projections were replaced after "
+                "apply; apply again"
             )
         return found
 

@@ -25,7 +25,8 @@ class ProjectorHooks:
     """The hook on a projector.
 
     Attributes:
-        tokens: the tokens that reached the language model in the last forward pass; None before there was one.
+        tokens: the tokens that reached the language model in the last forward pass; None before there was
+            one.
         features: what is remembered of them for the language model; None where it needs nothing.
         step: what merges.
     """
@@ -104,7 +105,7 @@ class ProjectorHooks:
         return self.step.merge(output, metric, length, before, self._point, inputs)
 
     def _before(self, output: Tensor) -> TokenState:
-        """The tokens that the projector was given; of features from elsewhere than the tower nothing is known."""
+        """The tokens that the projector was given; of features from elsewhere nothing is known."""
         sizes = torch.ones(output.shape[:2], device=output.device)
         last = self.tower.last.tokens[-1] if self.tower.last is not None else None
         if last is not None and last.patch_sizes.shape == sizes[:, self.num_prefix_tokens :].shape:
@@ -120,8 +121,8 @@ class ProjectorHooks:
         found = None if self.tower.last is None else self.tower.last.captured.get(self.tower.num_layers - 1)
         if found is None:
             raise RuntimeError(
-                "the projector was given features that the vision tower did not compute right before, so that "
-                "their keys are unknown"
+                "the projector was given features that the vision tower did not compute right before, so "
+                "that their keys are unknown"
             )
         return found
 
@@ -149,7 +150,7 @@ def uses_keys(config: MergeConfig) -> bool:
 
 
 def feature_keys(config: MergeConfig) -> str | None:
-    """What the merge after the projector needs of the feature layer's attention, as VisionTowerHooks takes it."""
+    """What the merge after the projector needs of the feature layer's attention (VisionTowerHooks)."""
     if not config.merges_in_prefix:
         return None
     if needs_attention(config.method):

@@ -1,8 +1,9 @@
 """Where the images of a batch of prompts are, and which tokens remain when some of theirs merge.
 
-Prompts differ in length and in the number of their images, so that fewer tokens can need different padding. All
-images have the same number of tokens.
-Shapes: B prompts, T tokens of the longest, I images over all prompts, n tokens an image before a merge, m after it.
+Prompts differ in length and in the number of their images, so that fewer tokens can need different padding.
+All images have the same number of tokens.
+Shapes: B prompts, T tokens of the longest, I images over all prompts, n tokens an image before a merge,
+m after it.
 """
 
 from typing import NamedTuple
@@ -22,8 +23,8 @@ class PromptLayout(NamedTuple):
         real: (B, T) False for padding; None: there is none.
         lengths: tokens of each prompt without padding.
         origin: (B, T) position of each token before the first layer; None: its own.
-        current: (B, T before the first layer) position now of each token of the prompt, or of the token it merged
-            into; None: its own.
+        current: (B, T before the first layer) position now of each token of the prompt, or of the token it
+            merged into; None: its own.
         shape: B and T.
         num_prefix_tokens: tokens before each image's patches that never merge.
     """
@@ -66,8 +67,8 @@ def locate(
     tokens = is_image.sum(1).tolist()
     if partial := [n for n in tokens if n % tokens_per_image]:
         raise ValueError(
-            f"a prompt holds {partial[0]} image tokens, which are not whole images of {tokens_per_image}: tokens "
-            "merge image by image, so a prompt cannot be prefilled in chunks that cut one"
+            f"a prompt holds {partial[0]} image tokens, which are not whole images of {tokens_per_image}: "
+            "tokens merge image by image, so a prompt cannot be prefilled in chunks that cut one"
         )
     images = is_image.flatten().nonzero().view(-1, tokens_per_image)[:, num_prefix_tokens:]
     lengths = [length] * batch if real is None else real.sum(1).tolist()
@@ -99,7 +100,7 @@ class Shortening(NamedTuple):
 
 
 def shorten(layout: PromptLayout, plan: MergePlan) -> Shortening:
-    """The prompts without the tokens of each image (I, n) that `plan` merges into others; all keep their order."""
+    """The prompts without the tokens of each image (I, n) that `plan` merges into others, in order."""
     batch, before = layout.shape
     fewer = plan.gone.shape[1]
     lengths = tuple(n - k * fewer for n, k in zip(layout.lengths, layout.counts))
@@ -136,7 +137,7 @@ def _remaining(remains: Tensor, length: int, real: Tensor | None) -> Tensor:
 
 
 def replace(x: Tensor, short: Shortening, merged: Tensor) -> Tensor:
-    """The hidden states (B, T, D) of the tokens that remain, with merged ones (I, m, D) for the images' own."""
+    """The hidden states (B, T, D) of the tokens that remain, the images' replaced by `merged` (I, m, D)."""
     out = gather_tokens(x, short.index)
     width = x.shape[2]
     return out.view(-1, width).index_copy(0, short.kept.flatten(), merged.reshape(-1, width)).view_as(out)

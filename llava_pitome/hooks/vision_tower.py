@@ -1,8 +1,9 @@
-"""Merging in the layers of a vision tower: what starts a forward pass, what each layer does, what is kept of it.
+"""Merging in the layers of a vision tower.
 
-A pre-hook on the tower makes the state of a forward pass and hands it to every layer as a keyword argument. Layer i
-reads entry i of the state and writes entry i + 1, so that running a layer again (gradient checkpointing, retries) is
-harmless. The attention function captures keys (attention_capture.py), the hooks of a layer merge (block_merge.py).
+A pre-hook on the tower makes the state of a forward pass and hands it to every layer as a keyword argument.
+Layer i reads entry i of the state and writes entry i + 1, so that running a layer again (gradient
+checkpointing, retries) is harmless. The attention function captures keys (attention_capture.py), the hooks
+of a layer merge (block_merge.py).
 Shapes: B images, T tokens with prefix tokens, N without them, D channels.
 """
 
@@ -59,7 +60,7 @@ class TowerState:
         return self.lengths[layer] != self.lengths[layer + 1]
 
     def before_attention(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
-        """Captures what later merges need, and returns the log sizes (B, T) that weight the layer's attention.
+        """Captures what merges need, and returns the log sizes (B, T) that weight the layer's attention.
 
         Args:
             layer: its index.
@@ -198,8 +199,8 @@ class VisionTowerHooks:
         self.last = kwargs[STATE]
         if self.last.tokens[-1] is None:
             raise RuntimeError(
-                "a layer of the vision tower did not call transformers' attention interface, so that its tokens "
-                "could not merge"
+                "a layer of the vision tower did not call transformers' attention interface, so that its "
+                "tokens could not merge"
             )
 
     def _merge(self, state: TowerState, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Proportional attention on CPUs in bfloat16: two batched matrix products and a softmax, in blocks.
 
-torch's own CPU kernel multiplies bfloat16 at a sixth of the speed of the same processor's plain matrix product
-(docs/performance.md has the measurement). Scores are rounded to bfloat16 before the softmax, as transformers' eager
-attention does; torch's kernel keeps them in float32.
+torch's own CPU kernel multiplies bfloat16 at a sixth of the speed of the same processor's plain matrix
+product (docs/performance.md has the measurement). Scores are rounded to bfloat16 before the softmax, as
+transformers' eager attention does; torch's kernel keeps them in float32.
 Shapes: B images, T tokens, H heads, C channels a head.
 """
 
@@ -18,9 +18,9 @@ LEAST = (
 def is_faster(query: Tensor) -> bool:
     """Whether this kernel was measured to be faster than SDPA for queries (B, H, T, C).
 
-    It was for many tokens in bfloat16 on a processor with AVX-512's bfloat16 products; one with AMX tiles, which
-    torch's own kernel uses, was not measured. The number of images does not matter, so that the answer to one does
-    not depend on the others.
+    It was for many tokens in bfloat16 on a processor with AVX-512's bfloat16 products; one with AMX tiles,
+    which torch's own kernel uses, was not measured. The number of images does not matter, so that the
+    answer to one does not depend on the others.
     """
     _, heads, tokens, channels = query.shape
     return (

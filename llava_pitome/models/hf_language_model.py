@@ -60,8 +60,9 @@ class LlamaLike:
 
         Args:
             inputs: what the module is called with.
-            last_patches: patches of the images that were encoded last. Features that were encoded before the
-                call may have been cut where a prompt is prefilled in chunks, so that their own length can mislead.
+            last_patches: patches of the images that were encoded last. Features that were encoded before
+                the call may have been cut where a prompt is prefilled in chunks, so that their own length
+                can mislead.
         """
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
@@ -107,7 +108,7 @@ class LlamaLike:
         positions = inputs.get("position_ids") if inputs.get("pixel_values") is not None else None
         if mask is None and cache is None and positions is not None and bool((positions.diff() != 1).any()):
             raise ValueError(
-                "position_ids without attention_mask start again within a row, as where sequences are packed; "
+                "position_ids without attention_mask start again within a row, as in packed sequences; "
                 "merging inside the language model needs one prompt per row"
             )
 

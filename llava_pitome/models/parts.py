@@ -26,13 +26,14 @@ class LlavaParts(NamedTuple):
 
     Attributes:
         tower: the vision tower, without any wrapper.
-        feature_layer: index of the tower's hidden states that are the features; a list where there are several.
+        feature_layer: index of the tower's hidden states that are the features; a list where there are
+            several.
         reads_first_token: whether the first token of the hidden states is among the features.
         projector: the module between tower and language model.
         llm: the language model without its head; None where it is not transformers'.
         multimodal: the module that is called with prompts and images; None as for `llm`.
-        image_token: the id of the placeholder that a prompt holds once per image token; None where a prompt holds
-            one mark per image, in whose place the model puts the projected features.
+        image_token: the id of the placeholder that a prompt holds once per image token; None where a prompt
+            holds one mark per image, in whose place the model puts the projected features.
     """
 
     tower: nn.Module
@@ -81,8 +82,8 @@ class LanguageModelParts(NamedTuple):
         blocks: its layers.
         norm: the norm after the last layer.
         rotary: from hidden states and position_ids (B or 1, T) to cosine and sine of the rotary embedding.
-        image_token: the id of the image placeholder; None where prompts reach the model without ids, and images
-            are recognised by their features.
+        image_token: the id of the image placeholder; None where prompts reach the model without ids, and
+            images are recognised by their features.
         num_feature_prefix_tokens: tokens before each image's patches that never merge.
         family: the functions that know this family of language models.
     """

@@ -1,7 +1,8 @@
 """Processors that write as many <image> placeholders as image tokens reach the language model.
 
-transformers writes one placeholder per patch and compares their number with the features'. Token counts are known
-beforehand, so the processor is changed, and nothing after it (generate, padding, labels, caches) has to be.
+transformers writes one placeholder per patch and compares their number with the features'. Token counts are
+known beforehand, so the processor is changed, and nothing after it (generate, padding, labels, caches) has
+to be.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ METHODS = ("replace_image_token", "_get_num_multimodal_tokens")
 
 
 def check(processor: Any, patch_size: int) -> None:
-    """Raises ValueError where a processor writes no placeholders, or has another patch size than the model."""
+    """Raises ValueError for a processor without placeholders, or of another patch size than the model."""
     if not all(hasattr(type(processor), name) for name in METHODS):
         raise ValueError(
             f"{type(processor).__name__} writes no image placeholders; "
@@ -55,6 +56,6 @@ def _get_num_multimodal_tokens(
 
 
 def _merged_count(processor: Any, tokens_for: Callable[[int], int], placeholders: int) -> int:
-    """Placeholders of merged tokens; those for tokens that are no patch (a class token that is read too) stay."""
+    """Placeholders of merged tokens; those for tokens that are no patch (a class token) stay."""
     extra = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
     return tokens_for(placeholders - extra) + extra

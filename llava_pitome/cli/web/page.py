@@ -228,7 +228,9 @@ def _draw(trace: ImageTrace, point: Point | None) -> tuple[Any, Any, str]:
     tokens = panels.tokens(trace, point, SIZE)
     energy = panels.energy(trace, point, SIZE, fallback=True)
     before = trace.trace.merge(point.place, point.layer).before.tokens
-    caption = f"{point.title}: **{tokens.caption}** of {patches} patches; energy of the {before} tokens before"
+    caption = (
+        f"{point.title}: **{tokens.caption}** of {patches} patches; energy of the {before} tokens before"
+    )
     return tokens.image, energy.image, caption
 
 

@@ -108,7 +108,7 @@ class Session:
     def answer(
         self, image: "Image.Image | None", question: str, config: MergeConfig | None
     ) -> Iterator[Answer]:
-        """Yields the answer as it grows; the last one has the statistics. Closing the iterator ends generation.
+        """Yields the answer as it grows, at last with statistics. Closing the iterator ends generation.
 
         Args:
             image: which the question is about, if any.

@@ -137,7 +137,8 @@ def _merge_handle(tower: nn.Module, projector: nn.Module, config: Any, merging: 
     )
     parts = hf_llava.find(tower)._replace(
         num_feature_layers=layers,
-        num_feature_prefix_tokens=num_prefix_tokens if reads_first_token else 0, llava=llava
+        num_feature_prefix_tokens=num_prefix_tokens if reads_first_token else 0,
+        llava=llava,
     )
     return MergeHandle(parts, merging, True, None)
 
