@@ -16,7 +16,9 @@ for version in 5.17.0 5.24.0; do
     "$main/bin/python" -m venv "$venv"
     echo "$packages" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
     grep -vE "^(transformers|tokenizers|huggingface_hub|hf-xet)==" constraints.txt >"$venv/pins.txt"
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$venv/pins.txt" "transformers==$version"
+    # pip also lists the unmet dependencies of the packages that setup.sh installs without theirs
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$venv/pins.txt" "transformers==$version" \
+      >"$venv/pip.log" 2>&1 || { cat "$venv/pip.log" >&2 && exit 1; }
     echo "$stamp" >"$venv/stamp"
   fi
   echo "transformers $("$venv/bin/python" -c 'import transformers; print(transformers.__version__)')"

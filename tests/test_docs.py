@@ -34,7 +34,7 @@ SHORTER = {
     r"max_steps=\d+": "max_steps=1",
     r"scenes=\d{3,}": "scenes=32",
     r"evaluate=true": r"\g<0> limit=4",
-    r"-m train.bench$": r"\g<0> rounds=1 steps=1 scenes=32 output=output/bench",
+    r"-m train.bench$": r"\g<0> rounds=1 steps=2 scenes=32 output=output/bench",
     r"-m train.embedded$": r"\g<0> tower_steps=1 language_steps=1 together_steps=1 batch_size=4 validate=4 "
     "output=output/embedded",
     r"-m eval.merge_image$": r"\g<0> output=merged.png",
@@ -89,7 +89,7 @@ def folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("folder")
     Image.fromarray(render(scene(5))).save(folder / "picture.png")
-    for name in ("eval", "train", "llava_pitome"):
+    for name in ("eval", "train"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
