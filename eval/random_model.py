@@ -1,47 +1,40 @@
-"""Writes a LLaVA of real shapes with random weights: python eval/random_model.py key=value ...
+"""Writes a LLaVA of real shapes with random weights: python -m eval.random_model key=value ...
 
-For measuring servers, since speed depends on shapes alone. The tokenizer and the chat template are those of
-the embedded model, and weights are named as vLLM's own LLaVA and transformers both read them. What it says
-means nothing.
+For measuring servers, whose speed depends on shapes alone. The tokenizer and the chat template are the
+embedded model's; the names of weights are those that vLLM's LLaVA and transformers both read.
 """
 
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from eval.helping import helped
-from llava_pitome.cli.bench.targets import ANSWERING
-from llava_pitome.cli.bench.targets import write as write_target
-from llava_pitome.cli.options import Option, folder, one_of, parse
+from eval.command import run_command
+from llava_pitome.cli.bench.targets import LLAVA_TARGETS, save_checkpoint
+from llava_pitome.cli.options import Option, folder, one_of
 
 OPTIONS = {
-    "name": Option(ANSWERING[0], one_of(*ANSWERING), " | ".join(ANSWERING), "which shapes; 2.1 and 14 GB"),
-    "output": Option(
-        "output/random", folder, "a folder", "where the checkpoint goes, in a folder of its name"
-    ),
+    "name": Option(LLAVA_TARGETS[0], one_of(*LLAVA_TARGETS), " | ".join(LLAVA_TARGETS), "which shapes; 2.1 and 14 GB"),
+    "output": Option("output/random", folder, "a folder", "where a folder of that name is written"),
 }
 
 
 def main(words: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    if helped(words, __doc__, OPTIONS):
-        return 0
-    try:
-        options = parse(words, OPTIONS)
-    except ValueError as error:
-        print(f"random_model: {error}", file=sys.stderr)
-        return 2
+    return run_command("random_model", __doc__, OPTIONS, words, lambda options: options, _execute)
+
+
+def _execute(options: dict[str, Any]) -> None:
     print(write(options["name"], Path(options["output"]) / options["name"]))
-    return 0
 
 
-def write(name: str, into: Path) -> Path:
-    """Writes the model of a name, with a processor, and returns where."""
-    from llava_pitome.integrations.vllm import renamed
+def write(name: str, target: Path) -> Path:
+    """Writes the model of a name in LLAVA_TARGETS, with a processor, and returns its folder."""
+    from llava_pitome.integrations.vllm import weight_names
 
-    with tempfile.TemporaryDirectory(dir=into.parent if into.parent.is_dir() else None) as beside:
-        write_target(name, Path(beside))
-        return renamed.write(Path(beside), into)
+    with tempfile.TemporaryDirectory(dir=target.parent if target.parent.is_dir() else None) as temporary:
+        save_checkpoint(name, Path(temporary))
+        return weight_names.copy_with_old_names(Path(temporary), target)
 
 
 if __name__ == "__main__":

@@ -1,154 +1,110 @@
-"""Evaluates a merged LLaVA beside the unmerged one: python eval/run.py key=value ...
+"""Evaluates a merged LLaVA beside the unmerged one: python -m eval.run key=value ...
 
-Everything is checked before anything is loaded. Answers are cached as they come, so that the same command
-goes on where it was stopped.
+Everything is checked before anything is loaded. Answers are cached as they are generated, so the same command
+resumes a run that was stopped.
 """
 
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from eval import readers
-from eval.helping import helped
-from eval.sizes import stay_offline
+from eval.command import FIELDS, child_environment, count, run_command, switch
 from llava_pitome import embedded
-from llava_pitome.cli.bench.run import Load
-from llava_pitome.cli.options import Option, boolean, fields, listed, one_of, parse, shares, whole
-from llava_pitome.config import RECIPES, MergeConfig, combined
+from llava_pitome.cli.options import Option, listed, merge_options, one_of
+from llava_pitome.config import MergeConfig, combined
 from llava_pitome.config_validation import AMOUNTS
-from llava_pitome.methods import METHODS
 from llava_pitome.models import adapters
 from llava_pitome.models.checkpoints import DTYPES, QUANTIZATIONS
 
 if TYPE_CHECKING:
-    from eval.plan import Plan
+    from eval.evaluation.plan import EvaluationPlan
 
-RATIO = 0.9  # where nothing says how far
-
+RATIO = 0.9  # where no option says how far to merge
+TEXT_TOKENS = 60  # beside the image's, about a VQAv2 prompt's
 OPTIONS = {
-    "ratio": Option(
-        None,
-        shares,
-        "a number in (0, 1], or one per layer with commas",
-        f"share each tower layer keeps; {RATIO}, or what an adapter says, where nothing else says how far",
-    ),
-    "tokens": Option(
-        None, whole(1), "a whole number from 1", "image tokens at the language model, instead of ratio"
-    ),
-    "prefix": Option(
-        None, readers.amount, "a share (0.5) or a number of tokens (64)", "what stays behind the projector"
-    ),
-    "decoder": Option(
-        None,
-        readers.layers,
-        "layer:share or layer:number with commas (8:0.5,16:64)",
-        "what stays at layers of the LLM",
-    ),
-    "resize": Option(
-        None, readers.sides, "rows x columns (9x10)", "patches to which pictures are shrunk beforehand"
-    ),
-    "recipe": Option("paper", one_of(*RECIPES), " | ".join(RECIPES), "how to merge"),
-    "method": Option(None, one_of(*METHODS), " | ".join(METHODS), "who joins whom, instead of the recipe's"),
-    "merging": Option(
-        None,
-        fields,
-        "a JSON object of MergeConfig's fields",
-        "further fields, instead of the recipe's",
-    ),
     "model": Option(
         "auto", str, "auto | embedded | a hub id | a folder", "what to evaluate; a model or an adapter"
     ),
-    "tasks": Option(("vqav2_val",), listed, "names of lmms-eval tasks, with commas", "what to ask"),
+    "tasks": Option(("vqav2_val",), listed, "names of lmms-eval tasks, with commas", "what to evaluate on"),
     "data": Option(
-        "auto", str, "auto | hub | embedded | a folder in VQAv2's form", "where the questions are"
+        "auto", str, "auto | hub | embedded | a folder in VQAv2's form", "source of the questions"
     ),
-    "batch_size": Option(16, whole(1), "a whole number from 1", "questions at a time"),
-    "limit": Option(None, whole(1), "a whole number from 1", "ask only the first so many"),
-    "processes": Option(1, whole(1), "a whole number from 1", "processes, one a GPU"),
+    "batch_size": count(16, "questions per batch"),
+    "limit": count(None, "use only the first so many questions"),
+    "processes": count(1, "processes, one per GPU"),
     "dtype": Option("auto", one_of(*DTYPES), " | ".join(DTYPES), "of the weights; auto: as saved"),
     "quantization": Option(None, one_of(*QUANTIZATIONS), " | ".join(QUANTIZATIONS), "of the language model"),
     "attention": Option("sdpa", one_of("sdpa", "eager"), "sdpa | eager", "attention kernel"),
-    "output": Option("output", str, "a folder", "where results go"),
+    "output": Option("output", str, "a folder", "where results are written"),
     "questions": Option(
-        None, str, "a folder", "where the embedded questions are kept; output's cache where not given"
+        None, str, "a folder", "where the embedded questions are stored; by default the cache in output"
     ),
-    "baseline": Option(True, boolean, "true | false", "evaluate the unmerged model too"),
-    "blank": Option(
-        False, boolean, "true | false", "show grey pictures, to see what the questions alone give away"
-    ),
-    "text": Option(
-        Load._field_defaults["text"],
-        whole(0),
-        "a whole number from 0",
-        "tokens beside the image's, for a dry run's FLOPs",
-    ),
-    "dry_run": Option(False, boolean, "true | false", "say what would run, with its FLOPs, and stop"),
+    "baseline": switch(True, "evaluate the unmerged model too"),
+    "blank": switch(False, "replace images by grey ones, to measure what the questions alone reveal"),
+    "text": count(TEXT_TOKENS, "text tokens of a prompt, for a dry run's FLOPs", low=0),
+    "dry_run": switch(False, "print what would run, with its FLOPs, and stop"),
+    **merge_options(help={"ratio": f"; {RATIO}, or an adapter's own, where nothing else says how far"}),
 }
 
 
 def main(words: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    if helped(words, __doc__, OPTIONS):
-        return 0
-    try:
-        plan = planned(parse(words, OPTIONS))
-    except ValueError as error:
-        print(f"eval: {error}", file=sys.stderr)
-        return 2
-    if (
-        plan.options["processes"] > 1
-        and "TORCHELASTIC_RUN_ID" not in os.environ
-        and not plan.options["dry_run"]
-    ):
-        return _spread(words, plan.options["processes"])
-    if os.environ.get("RANK", "0") == "0":
-        print(plan.announcement, flush=True)
-    if plan.options["dry_run"]:
-        print(plan.describe())
-        return 0
-    from eval.evaluate import run
-
-    return run(plan)
+    return run_command("eval", __doc__, OPTIONS, words, make_plan, partial(execute, words=words))
 
 
-def planned(options: dict) -> "Plan":
-    """The plan that the options ask for.
+def make_plan(options: dict[str, Any]) -> "EvaluationPlan":
+    """The evaluation that the options describe.
 
     Raises:
-        ValueError: values that do not go together, or do not fit the model.
+        ValueError: values that contradict each other, or do not fit the model.
     """
-    if options["model"] == "embedded":  # read by the hub's library when it is imported
+    if options["model"] == embedded.NAME:  # read by huggingface_hub when it is imported
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     elif options["dry_run"]:
-        stay_offline()
-    merging = config(options)
-    from eval.plan import Plan  # the heavy libraries, once the words are known to be good
+        from eval.evaluation.model_costs import set_offline_without_network
 
-    return Plan.make(options, merging)
+        set_offline_without_network()
+    merging = merge_config(options)
+    from eval.evaluation.plan import EvaluationPlan  # heavy imports, once the words are known to be good
+
+    return EvaluationPlan.make(options, merging)
 
 
-def config(options: dict) -> MergeConfig:
-    """The merge config that the options ask for.
+def merge_config(options: dict[str, Any]) -> MergeConfig:
+    """The merge config that the options describe; an adapter's own where they say nothing.
 
     Raises:
-        ValueError: values that do not go together.
+        ValueError: values that contradict each other.
     """
-    changes = combined({k: options[k] for k in (*AMOUNTS, "method")}, options["merging"])
+    changes = combined({name: options[name] for name in FIELDS}, options["merging"])
     if options["merging"] is None and not changes and options["recipe"] == "paper":
-        own = None if options["model"] in ("auto", embedded.NAME) else adapters.merging(options["model"])
+        own = None if options["model"] in ("auto", embedded.NAME) else adapters.merge_config(options["model"])
         return MergeConfig(ratio=RATIO) if own is None else MergeConfig.from_dict(own)
     if options["merging"] is None and not changes.keys() & set(AMOUNTS):
         changes["ratio"] = RATIO
     return MergeConfig.recipe(options["recipe"], **changes)
 
 
-def _spread(words: list[str], processes: int) -> int:
-    """Runs the same command in several processes, which share the questions out."""
-    threads = max((os.cpu_count() or 1) // processes, 1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    return subprocess.run([*command, __file__, *words], env=environment, check=False).returncode
+def execute(plan: "EvaluationPlan", words: list[str]) -> int:
+    """Carries out a plan, in several processes where it asks for them; returns the exit status."""
+    processes, dry_run = plan.options["processes"], plan.options["dry_run"]
+    if processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and not dry_run:
+        threads = max((os.cpu_count() or 1) // processes, 1)
+        environment = child_environment({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))})
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *torchrun, "-m", "eval.run", *words]
+        return subprocess.run(command, env=environment, check=False).returncode
+    if os.environ.get("RANK", "0") == "0":
+        print(plan.announcement, flush=True)
+    if dry_run:
+        print(plan.describe())
+        return 0
+    from eval.evaluation.lmms_eval_runner import evaluate
+
+    evaluate(plan)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,34 +1,32 @@
-"""Looks for a better way to merge: python eval/search.py [start=...] [pictures=N] [output=FILE] [jobs=N].
+"""Searches for better settings: python -m eval.search [start=...] [pictures=N] [output=FILE] [jobs=N].
 
-One setting after the other is changed, on training pictures alone; whichever change helps most over all token
-budgets is kept, until none helps. Every trial is written down; a stopped search goes on from them.
+A greedy search on training images: of all changes of one setting, the one that helps most over all token
+budgets is kept, until none helps. Every trial is written; a stopped search resumes from them.
 """
 
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.helping import helped
-from eval.quiz import BUDGETS, TRAINING, everyone
+from eval.command import count, run_command, write_whole
+from eval.embedded_accuracy import BUDGETS, TRAINING, evaluate_all
 from llava_pitome import MergeConfig
-from llava_pitome.cli.options import Option, parse, whole
+from llava_pitome.cli.options import Option, fields
 
 OPTIONS = {
-    "start": Option(
-        {}, json.loads, "fields of MergeConfig as JSON", "where to begin; {}: the paper's recipe"
-    ),
-    "pictures": Option(1024, whole(1), "a whole number from 1", "training pictures, three questions each"),
+    "start": Option({}, fields, "fields of MergeConfig as JSON", "where to begin; {}: the paper's recipe"),
+    "pictures": count(1024, "training images, three questions each"),
     "gain": Option(0.1, float, "a number", "points on average by which a change must help"),
-    "rounds": Option(6, whole(1), "a whole number from 1", "changes to make at most"),
-    "jobs": Option(os.cpu_count() or 1, whole(1), "a whole number from 1", "processes"),
+    "rounds": count(6, "changes to make at most"),
+    "jobs": count(os.cpu_count() or 1, "processes"),
     "output": Option("output/search.json", str, "a file", "where the trials are written"),
 }
-FIELDS = {  # of MergeConfig, and what to try for each
+CANDIDATES = {  # of MergeConfig, with the values to try
     "prefix_share": (0.0, 0.25, 0.5, 0.75, 1.0),
     "metric": ("keys", "hidden"),
     "prefix_metric": (None, "keys"),
@@ -52,21 +50,21 @@ DEFAULTS = {"candidates": 2.0, "split": "energy", "start": 0.9, "end": 0.0, "alp
 
 
 def main(words: list[str]) -> int:
-    """Searches, and prints the way there."""
-    if helped(words, __doc__, OPTIONS):
-        return 0
-    try:
-        options = parse(words, OPTIONS)
-        best = MergeConfig.from_dict(options["start"] | {"tokens": BUDGETS[0]})
-    except ValueError as error:
-        print(f"search: {error}", file=sys.stderr)
-        return 2
-    trials = Trials(Path(options["output"]), options["pictures"], options["jobs"])
-    trials.asked = {"start": options["start"], "gain": options["gain"], "first_seed": TRAINING}
+    """Searches; returns the command's exit status."""
+    return run_command("search", __doc__, OPTIONS, words, _prepare, _execute)
+
+
+def _prepare(options: dict[str, Any]) -> tuple[dict[str, Any], MergeConfig]:
+    return options, MergeConfig.from_dict(options["start"] | {"tokens": BUDGETS[0]})
+
+
+def _execute(prepared: tuple[dict[str, Any], MergeConfig]) -> None:
+    """Searches, and prints every config that is kept."""
+    options, best = prepared
+    trials = Trials(options)
     (score,) = trials.scores([best])
-    trials.way = []
     trials.keep(best)
-    print(f"{score:.2f}  to begin with: {described(best)}", flush=True)
+    print(f"{score:.2f}  start: {changes(best)}", flush=True)
     for _ in range(options["rounds"]):
         changed = neighbours(best)
         found = trials.scores(changed)
@@ -75,59 +73,53 @@ def main(words: list[str]) -> int:
             break
         best, score = changed[top], found[top]
         trials.keep(best)
-        print(f"{score:.2f}  {described(best)}", flush=True)
-    print(f"nothing changes it by {options['gain']} or more; trials in {options['output']}")
-    return 0
+        print(f"{score:.2f}  {changes(best)}", flush=True)
+    print(f"no further change gains {options['gain']} points; trials in {options['output']}")
 
 
 class Trials:
-    """Accuracies by config and budget, kept in a file."""
+    """Accuracies by config and budget, stored in a file."""
 
-    def __init__(self, path: Path, pictures: int, jobs: int):
-        """Takes up what the file holds of the same pictures."""
-        self.path, self.pictures, self.jobs = path, pictures, jobs
-        self.known: dict[str, list[float]] = {}
-        self.asked: dict[str, Any] = {}
-        self.way: list[str] = []  # what was kept, one after the other
-        if path.exists():
-            held = json.loads(path.read_text())
-            if held["pictures"] == pictures:
-                self.known = held["trials"]
+    def __init__(self, options: dict[str, Any]):
+        """Reads what the file holds for the same images."""
+        self.options = options
+        self.file = Path(options["output"])
+        self.accuracies: dict[str, list[float]] = {}
+        self.kept: list[str] = []
+        if self.file.exists():
+            saved = json.loads(self.file.read_text())
+            if saved["pictures"] == options["pictures"]:
+                self.accuracies = saved["trials"]
 
     def scores(self, configs: list[MergeConfig]) -> list[float]:
         """The mean accuracy of each config over the budgets, in per cent."""
-        new = [c for c in configs if described(c) not in self.known]
-        asked = [replace(c, tokens=tokens) for c in new for tokens in BUDGETS]
-        if asked:
-            found = everyone(asked, TRAINING, self.pictures, self.jobs)
+        new = [c for c in configs if changes(c) not in self.accuracies]
+        trials = [replace(c, tokens=tokens) for c in new for tokens in BUDGETS]
+        if trials:
+            found = evaluate_all(trials, TRAINING, self.options["pictures"], self.options["jobs"])
             for config in new:
-                self.known[described(config)] = [100 * float(next(found).mean()) for _ in BUDGETS]
+                self.accuracies[changes(config)] = [100 * float(next(found).mean()) for _ in BUDGETS]
                 self._write()
-        return [float(np.mean(self.known[described(c)])) for c in configs]
+        return [float(np.mean(self.accuracies[changes(c)])) for c in configs]
 
     def keep(self, config: MergeConfig) -> None:
-        """Notes a config as the best so far."""
-        self.way.append(described(config))
+        """Records a config as the best so far."""
+        self.kept.append(changes(config))
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        held = self.asked | {
-            "pictures": self.pictures,
-            "budgets": BUDGETS,
-            "trials": self.known,
-            "path": self.way,
-        }
-        partial.write_text(json.dumps(held, indent=1) + "\n")
-        partial.replace(self.path)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        facts = {key: self.options[key] for key in ("start", "gain")} | {"first_seed": TRAINING}
+        facts |= {"pictures": self.options["pictures"], "budgets": BUDGETS}
+        facts |= {"trials": self.accuracies, "path": self.kept}
+        write_whole(self.file, json.dumps(facts, indent=1) + "\n")
 
 
 def neighbours(config: MergeConfig) -> list[MergeConfig]:
     """The configs that differ in one setting."""
     found = [
         replace(config, **{name: value})
-        for name, values in FIELDS.items()
+        for name, values in CANDIDATES.items()
         for value in values
         if value != getattr(config, name)
     ]
@@ -137,26 +129,24 @@ def neighbours(config: MergeConfig) -> list[MergeConfig]:
             if value != own[name]:
                 changed = {k: v for k, v in (own | {name: value}).items() if v != DEFAULTS[k]}
                 found.append(replace(config, parameters=changed))
-    return [c for c in found if matters(c)]
+    return [c for c in found if has_effect(c)]
 
 
-def matters(config: MergeConfig) -> bool:
-    """Whether a config says nothing that has no effect."""
-    plain = MergeConfig(tokens=1)
+def has_effect(config: MergeConfig) -> bool:
+    """Whether every field that a config changes has an effect."""
+    default = MergeConfig(tokens=1)
     if not config.merges_in_tower:
         tower_only = ("metric", "site", "proportional", "depths")
-        if any(getattr(config, name) != getattr(plain, name) for name in tower_only) or (
-            config.parameters.get("start", 0.9) != 0.9
+        if any(getattr(config, name) != getattr(default, name) for name in tower_only) or (
+            config.parameters.get("start", DEFAULTS["start"]) != DEFAULTS["start"]
         ):
             return False
     return config.merges_in_prefix or config.prefix_metric is None
 
 
-def described(config: MergeConfig) -> str:
-    """What a config changes, beside its tokens."""
-    plain = asdict(MergeConfig(tokens=1))
-    changes = {k: v for k, v in asdict(config).items() if v != plain[k] and k != "tokens"}
-    return json.dumps(changes, sort_keys=True)
+def changes(config: MergeConfig) -> str:
+    """What a config changes besides its tokens, as JSON."""
+    return json.dumps({k: v for k, v in config.changes().items() if k != "tokens"}, sort_keys=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Times every combination of a sweep in one interleaved run: python eval/timing.py input=FOLDER key=value ...
+"""Times every combination of a sweep in one interleaved run: python -m eval.timing input=FOLDER key=value ...
 
-All sides take turns in every round, so that whatever else the machine does falls on all of them. Batch 1.
+Every round runs all combinations, so that other load on the machine affects all of them alike. Batch 1.
 Writes timing.json.
 """
 
@@ -12,103 +12,104 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eval import batch
-from eval.helping import helped
+from eval.command import count, run_command, write_whole
+from eval.sweep.processes import Job, identity
 from llava_pitome import MergeConfig, embedded
-from llava_pitome.cli.bench.machine import machine, packages
-from llava_pitome.cli.bench.run import Load, measure
-from llava_pitome.cli.bench.sides import side
-from llava_pitome.cli.bench.summary import summarise
+from llava_pitome.cli.bench.environment import machine, packages
+from llava_pitome.cli.bench.report import summarise
 from llava_pitome.cli.bench.targets import Target
-from llava_pitome.cli.options import Option, parse, whole
+from llava_pitome.cli.bench.timing import Workload, measure
+from llava_pitome.cli.bench.variants import make_variant
+from llava_pitome.cli.options import Option
 from llava_pitome.models import checkpoints
 from llava_pitome.models import hf_llava as llava
 
-ROUNDS, WARMUP, ANSWER = 9, 2, 4
+WARMUP = 2  # rounds
 OPTIONS = {
     "input": Option("output/sweep", str, "the folder of a sweep", "what to time"),
-    "rounds": Option(ROUNDS, whole(1), "a whole number from 1", "times that each is timed"),
-    "new_tokens": Option(ANSWER, whole(2), "a whole number from 2", "tokens of an answer"),
+    "rounds": count(9, "times that each combination is timed"),
+    "new_tokens": count(4, "generated tokens of an answer", low=2),
 }
 
 
-class Timed(NamedTuple):
-    """How often everything is timed, and the length of an answer."""
+class TimingSettings(NamedTuple):
+    """How often everything is timed, and the generated tokens of an answer."""
 
-    rounds: int = ROUNDS
-    new_tokens: int = ANSWER
+    rounds: int
+    new_tokens: int
 
 
 def main(words: list[str]) -> int:
     """Times a sweep; returns the command's exit status."""
-    if helped(words, __doc__, OPTIONS):
-        return 0
-    try:
-        options = parse(words, OPTIONS)
-        folder = Path(options["input"])
-        asked, told = _asked(folder, Timed(options["rounds"], options["new_tokens"]))
-    except (ValueError, OSError) as error:
-        print(f"timing: {error}", file=sys.stderr)
-        return 2
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    load = Load(1, asked["text"], (asked["new_tokens"],), asked["rounds"], WARMUP)
-    with torch.inference_mode():
-        rows = summarise(measure(_sides(asked), load))
-    facts = {
-        "options": asked,
-        "fingerprint": told,
-        "machine": machine(),
-        "packages": packages(),
-        "rows": rows,
-    }
-    partial = folder / "timing.json.part"
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
-    partial.replace(folder / "timing.json")
-    return 0
+    return run_command("timing", __doc__, OPTIONS, words, _prepare, _execute)
 
 
-def job(folder: Path, timed: Timed) -> batch.Job:
+def settings(options: dict[str, Any]) -> TimingSettings | None:
+    """The settings of a command that can time its runs; None where it is not to."""
+    return TimingSettings(options["rounds"], options["new_tokens"]) if options["timing"] else None
+
+
+def job(folder: Path, time_settings: TimingSettings) -> Job:
     """The process that times a sweep whose combinations are finished."""
-    words = (f"input={folder}", f"rounds={timed.rounds}", f"new_tokens={timed.new_tokens}")
-    return batch.Job("timing", (__file__, *words), folder / "timing.json", batch.mark(*_asked(folder, timed)))
+    words = (f"input={folder}", *(f"{key}={value}" for key, value in time_settings._asdict().items()))
+    known = identity(*_inputs(folder, time_settings))
+    return Job("timing", ("-m", "eval.timing", *words), folder / "timing.json", known)
 
 
-def _asked(folder: Path, timed: Timed) -> tuple[dict[str, Any], str]:
-    """Everything that the times depend on but the code and the machine, and the fingerprint of these.
+def _prepare(options: dict[str, Any]) -> tuple[Path, dict[str, Any], str]:
+    """The folder, and what `_inputs` returns for it."""
+    folder = Path(options["input"])
+    if not (folder / "sweep.json").exists():
+        raise ValueError(f"input={folder} holds no sweep.json: give a folder that eval.sweep has written")
+    return folder, *_inputs(folder, TimingSettings(options["rounds"], options["new_tokens"]))
 
-    Of a method that draws, the first seed alone is timed. Prompts are as long as the first question's.
+
+def _execute(prepared: tuple[Path, dict[str, Any], str]) -> None:
+    """Times, and writes timing.json."""
+    folder, inputs, fingerprint = prepared
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    workload = Workload(1, inputs["text"], (inputs["new_tokens"],), inputs["rounds"], WARMUP)
+    with torch.inference_mode():
+        rows = summarise(measure(_sides(inputs), workload))
+    facts = {"options": inputs, "fingerprint": fingerprint, "machine": machine(), "packages": packages()}
+    write_whole(folder / "timing.json", json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+
+
+def _inputs(folder: Path, time_settings: TimingSettings) -> tuple[dict[str, Any], str]:
+    """Everything that the times depend on besides the code and the machine, and the sweep's fingerprint.
+
+    Of a random method, only the first seed is timed. Prompts are as long as the first question's.
 
     Raises:
-        ValueError: nothing of the sweep is finished.
-        OSError: there is no sweep in the folder.
+        ValueError: no combination of the sweep is finished.
     """
     sweep = json.loads((folder / "sweep.json").read_text())
     configs: dict[str, Any] = {}
-    seen, text = set(), None
+    known, text = set(), None
     for c in sweep["combinations"]:
         file = folder / (c["folder"] or "") / "results.json"
         kind = (c["method"], c["place"], c["tokens"])
-        if c["folder"] and file.exists() and (c["seed"] is None or kind not in seen):
-            seen.add(kind)
+        if c["folder"] and file.exists() and (c["seed"] is None or kind not in known):
+            known.add(kind)
             configs[c["name"]] = c["config"]
             row = json.loads(file.read_text())["rows"][-1]
             text = row["prompt_tokens"] - row["image_tokens"] if text is None else text
     if not configs:
         raise ValueError(f"no combination of {folder} is finished, so there is nothing to time")
-    asked = {k: sweep[k] for k in ("model", "dtype", "attention")} | timed._asdict()
-    return asked | {"text": text, "configs": configs}, sweep["fingerprint"]
+    shared = {k: sweep[k] for k in ("model", "dtype", "attention")} | time_settings._asdict()
+    return shared | {"text": text, "configs": configs}, sweep["fingerprint"]
 
 
-def _sides(asked: dict[str, Any]) -> list:
-    """A side for every config, which share their weights; the unmerged model first."""
-    path = str(embedded.PATH) if asked["model"] == "embedded" else asked["model"]
-    model, _ = checkpoints.load(path, None, dtype=asked["dtype"], attn_implementation=asked["attention"])
+def _sides(inputs: dict[str, Any]) -> list:
+    """A benchmark side for every config, all sharing one model; the unmerged model first."""
+    path = str(embedded.PATH) if inputs["model"] == embedded.NAME else inputs["model"]
+    model, _ = checkpoints.load(path, None, dtype=inputs["dtype"], attn_implementation=inputs["attention"])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    target = Target(asked["model"], model, True, llava.find(model).patches)
-    plain_first = sorted(asked["configs"].items(), key=lambda named: named[1] is not None)
+    target = Target(inputs["model"], model, True, llava.find(model).patches)
+    unmerged_first = sorted(inputs["configs"].items(), key=lambda item: item[1] is not None)
     return [
-        side(target, None if config is None else MergeConfig.from_dict(config), name, True, "off")
-        for name, config in plain_first
+        make_variant(target, None if config is None else MergeConfig.from_dict(config), name, True, "off")
+        for name, config in unmerged_first
     ]
 
 

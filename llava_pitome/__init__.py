@@ -1,19 +1,30 @@
 """llava_pitome: LLaVA with its visual tokens merged by PiToMe."""
 
-from llava_pitome.api import apply, load, merge_tokens, remove
+from llava_pitome.api import applied, apply, load, merge_tokens, remove
 from llava_pitome.config import MergeConfig
+from llava_pitome.hooks.handle import MergeHandle
+from llava_pitome.hooks.merge_step import MergeRecord
+from llava_pitome.merge.plan import MergePlan, trace, unmerge
 from llava_pitome.merge.spectral import spectral_distance
 from llava_pitome.methods import METHODS
 from llava_pitome.methods.registry import parents
+from llava_pitome.models.hf_llava import UnsupportedModelError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "METHODS",
     "MergeConfig",
+    "MergeHandle",
+    "MergePlan",
+    "MergeRecord",
+    "UnsupportedModelError",
+    "applied",
     "apply",
     "load",
     "merge_tokens",
     "parents",
     "remove",
     "spectral_distance",
+    "trace",
+    "unmerge",
 ]

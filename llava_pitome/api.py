@@ -1,31 +1,29 @@
-"""The verbs: apply, remove, both as a context; and load, which takes a saved config up."""
+"""apply, remove, merge_tokens and load: how a model starts and stops merging its visual tokens."""
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from llava_pitome.config import MergeConfig
+from llava_pitome.config import KEY, MergeConfig
 from llava_pitome.hooks.handle import MergeHandle, installed
 from llava_pitome.hooks.vision_tower import KERNELS
-from llava_pitome.kernels import triton_is_there, triton_takes
-from llava_pitome.models import checkpoints
-from llava_pitome.models import hf_language_model as language
-from llava_pitome.models import hf_llava as llava
-from llava_pitome.models import processors as placeholders
+from llava_pitome.kernels import has_triton, supports_triton
+from llava_pitome.models import checkpoints, hf_language_model, hf_llava, processors
+from llava_pitome.models.parts import ModelParts
 
-FIELD = "token_merging"  # of the model's config
+Kernels = bool | Literal["triton"]
 
 
 class _Applied(NamedTuple):
-    """What `remove` needs: the hooks, the fitted processor, and what the model's config held before."""
+    """What `remove` needs: the handle, the processor that was fitted, and what the model's config held before."""
 
-    merging: MergeHandle
+    handle: MergeHandle
     processor: Any
     before: dict[str, Any] | None
 
@@ -34,130 +32,153 @@ _applied: WeakKeyDictionary[nn.Module, _Applied] = WeakKeyDictionary()
 
 
 def apply(
-    model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool | str = True
+    model: nn.Module, config: MergeConfig | None = None, processor: Any = None, *, kernels: Kernels = True
 ) -> MergeHandle:
     """Makes a model merge its visual tokens, from the next forward pass until `remove`.
 
-    The model is touched through hooks only. A config that was applied before is replaced, unless this raises.
-    Wrap with peft first: a tower's key projection that is replaced later is merged on without what was added.
-    Hooks of one's own on a tower's projections see one token where a kernel computes the attention.
+    The model changes by forward hooks, an attention function registered with transformers, and attributes of
+    instances, all of which `remove` takes back. A config that was applied before is replaced; where this raises,
+    the model and the processor are as they were.
 
     Args:
-        model: see `llava.SUPPORTED`.
-        config: how to merge; saved as `model.config.token_merging`.
-        processor: the model's processor, which then writes as many <image> placeholders as tokens arrive.
-            Without it the caller has to. The original package's models need none, and none is allowed.
-        kernels: True lets this package's kernels compute what they are known to be faster at
-            (docs/performance.md); False leaves everything to the model's own attention and plain PyTorch;
-            "triton" adds the kernels for CUDA, which need triton and a model on a GPU; methods and orders
-            that have none are left to PyTorch. Not saved with the model: they change roundings alone.
+        model: a model of `models.hf_llava.SUPPORTED`.
+        config: how to merge; saved as `model.config.token_merging`. None takes up what is there, as after
+            `from_pretrained` of a model that was saved while it merged.
+        processor: the model's processor, which then writes as many <image> placeholders as tokens reach the
+            language model. Without it the caller has to. Models of the original package take none.
+        kernels: True uses this package's kernels where they are known to be faster (docs/performance.md); False
+            leaves everything to the model's own attention and plain PyTorch; "triton" adds the kernels for CUDA,
+            which need triton and a model on a GPU. Kernels change roundings alone, and are not saved.
 
     Returns:
-        The hooks; `plans()` tells after a forward pass which patches became which token.
+        The handle; `plans()` says after a forward pass which patches became which token.
 
     Raises:
-        ValueError: the model is not supported, or cannot do what the config or `kernels` asks.
+        UnsupportedModelError: the model is not supported.
+        ValueError: the model cannot do what the config or `kernels` asks, or no config is given or saved.
     """
-    parts = llava.find(model)
-    llava.check(parts, config)
+    parts = hf_llava.find(model)
+    if config is None:
+        saved = getattr(parts.model.config, KEY, None)
+        if saved is None:
+            raise ValueError(f"give a config: the model was not saved with one (its config has no {KEY!r})")
+        config = MergeConfig.from_dict(saved)
+    hf_llava.check(parts, config)
     _check_kernels(parts, kernels)
     if processor is not None:
-        if parts.whole is not None and parts.whole.image_token is None:
-            raise ValueError(
-                f"{type(parts.model).__name__} puts merged tokens where <image> stands by itself, whatever "
-                f"their number; leave processor={type(processor).__name__} out"
-            )
-        placeholders.check(processor, parts.patch_size)
-    merging = MergeHandle(parts, config, kernels, language.find(parts, config))
-    remove(model)  # from here on nothing can fail
-    if processor is not None:
-        placeholders.fit(processor, partial(config.tokens_at, layers=parts.feature))
-    _applied[parts.model] = _Applied(merging, processor, getattr(parts.model.config, FIELD, None))
-    setattr(parts.model.config, FIELD, config.to_dict())
-    merging.install()
-    _forget_compiled()
-    return merging
+        _check_processor(parts, processor)
+    handle = MergeHandle(parts, config, kernels, hf_language_model.find(parts, config))
+    previous = _applied.get(parts.model)
+    remove(model)
+    with ExitStack() as undo:
+        if previous is not None:
+            undo.callback(_install, parts.model, previous, previous.handle.config)
+        applied = _Applied(handle, processor, getattr(parts.model.config, KEY, None))
+        _install(parts.model, applied, config)
+        undo.pop_all()
+    return handle
+
+
+def _install(model: nn.Module, applied: _Applied, config: MergeConfig) -> None:
+    """Installs the hooks, fits the processor, and notes the config in the model's."""
+    applied.handle.install()
+    if applied.processor is not None:
+        layers = applied.handle.tower.num_layers
+        processors.fit(applied.processor, partial(config.tokens_at, layers=layers))
+    _applied[model] = applied
+    setattr(model.config, KEY, config.to_dict())
+    _reset_compiled()
 
 
 def remove(model: nn.Module) -> None:
     """Gives a model, its config and its processor back as they were before `apply`."""
-    model = llava.unwrap(model)
+    model = hf_llava.unwrap(model)
     applied = _applied.pop(model, None)
     if applied is None:
-        _remove_copied(model)
+        _remove_from_copy(model)
         return
-    applied.merging.remove()
+    applied.handle.remove()
     if applied.processor is not None:
-        placeholders.unfit(applied.processor)
+        processors.restore(applied.processor)
     if applied.before is None:
-        vars(model.config).pop(FIELD, None)
+        vars(model.config).pop(KEY, None)
     else:
-        setattr(model.config, FIELD, applied.before)
-    _forget_compiled()
+        setattr(model.config, KEY, applied.before)
+    _reset_compiled()
 
 
 def applied(model: nn.Module) -> MergeConfig | None:
     """How a model merges now; None where it does not."""
-    found = _applied.get(llava.unwrap(model))
-    return found.merging.config if found is not None else None
+    found = _applied.get(hf_llava.unwrap(model))
+    return found.handle.config if found is not None else None
 
 
 def image_tokens(model: nn.Module) -> int:
-    """Tokens that a picture of the tower's size has in a model's prompts, as it merges now, patches alone."""
-    parts, config = llava.find(model), applied(model)
-    return parts.patches if config is None else config.tokens_at(parts.patches, parts.feature)
+    """Image tokens in a model's prompts for an image of the tower's own size, as it merges now."""
+    parts, config = hf_llava.find(model), applied(model)
+    return parts.patches if config is None else config.tokens_at(parts.patches, parts.num_feature_layers)
 
 
-def _check_kernels(parts: llava.ModelParts, kernels: bool | str) -> None:
+def _check_processor(parts: ModelParts, processor: Any) -> None:
+    """Raises ValueError for a processor that cannot write the model's placeholders."""
+    if parts.llava is not None and parts.llava.image_token is None:
+        raise ValueError(
+            f"{type(parts.model).__name__} puts merged tokens where <image> stands, whatever their number; "
+            f"leave processor={type(processor).__name__} out"
+        )
+    processors.check(processor, parts.patch_size)
+
+
+def _check_kernels(parts: ModelParts, kernels: Kernels) -> None:
     """Raises ValueError for kernels that are unknown, or that cannot run here."""
     if not isinstance(kernels, bool) and kernels != "triton":
         raise ValueError(f"kernels={kernels!r} is unknown; allowed are {', '.join(map(repr, KERNELS))}")
-    if kernels == "triton" and not triton_is_there():
+    if kernels == "triton" and not has_triton():
         raise ValueError("kernels='triton' needs triton, which is not installed: pip install triton")
-    if kernels == "triton" and not triton_takes(next(parts.tower.parameters()).detach()):
+    if kernels == "triton" and not supports_triton(next(parts.tower.parameters()).detach()):
         raise ValueError(
             "kernels='triton' needs a vision tower on a GPU, not in float64: move the model first"
         )
 
 
-def _remove_copied(model: nn.Module) -> None:
+def _remove_from_copy(model: nn.Module) -> None:
     """Takes the hooks off a model that was copied while it merged."""
-    places = installed(model)
-    for place in places:
-        place.remove()
-    if places:
-        vars(model.config).pop(FIELD, None)
-        _forget_compiled()
+    found = installed(model)
+    for hooks in found:
+        hooks.remove()
+    if found:
+        vars(model.config).pop(KEY, None)
+        _reset_compiled()
 
 
 @contextmanager
 def merge_tokens(
-    model: nn.Module, config: MergeConfig, processor: Any = None, *, kernels: bool | str = True
+    model: nn.Module, config: MergeConfig | None = None, processor: Any = None, *, kernels: Kernels = True
 ) -> Iterator[MergeHandle]:
-    """`apply` for a with block; what was applied before comes back, also when it raises."""
-    outer = _applied.get(llava.unwrap(model))
-    merging = apply(model, config, processor, kernels=kernels)
+    """`apply` for a with block; what was applied before is applied again after it, also when it raises."""
+    outer = _applied.get(hf_llava.unwrap(model))
+    handle = apply(model, config, processor, kernels=kernels)
     try:
-        yield merging
+        yield handle
     finally:
         remove(model)
         if outer is not None:
-            apply(model, outer.merging.config, outer.processor, kernels=outer.merging.kernels)
+            apply(model, outer.handle.config, outer.processor, kernels=outer.handle.kernels)
 
 
 def load(
     path: str,
     config: MergeConfig | None = None,
     *,
-    quantization: str | None = None,
-    kernels: bool | str = True,
+    quantization: Literal["4bit", "8bit"] | None = None,
+    kernels: Kernels = True,
     **options: Any,
 ) -> tuple[nn.Module, Any]:
     """A LLaVA and its processor, merging as `config` says, or else as the checkpoint was saved.
 
     Args:
-        path: a folder, a hub id, or "embedded" for the small model inside this package; of a whole model, or
-            of an adapter, whose model is then loaded too.
+        path: a folder, a hub id, or "embedded" for the small model in this package; of a whole model, or of an
+            adapter, whose base model is then loaded too.
         config: how to merge; None takes up `token_merging` from the checkpoint, where it has one.
         quantization: "4bit" or "8bit" (bitsandbytes) for the language model, or None.
         kernels: as for `apply`.
@@ -168,9 +189,9 @@ def load(
             package cannot read.
     """
     model, processor = checkpoints.load(path, quantization, **options)
-    saved = getattr(model.config, FIELD, None)
+    saved = getattr(model.config, KEY, None)
     if saved is not None:
-        vars(model.config).pop(FIELD)  # `remove` is to leave a plain model
+        vars(model.config).pop(KEY)  # `remove` is to leave a plain model
     if config is None and saved is not None:
         config = MergeConfig.from_dict(saved)
     if config is not None:
@@ -178,7 +199,7 @@ def load(
     return model, processor
 
 
-def _forget_compiled() -> None:
-    """Compiled graphs have the hooks of their time built in, and torch does not look whether they changed."""
+def _reset_compiled() -> None:
+    """Drops compiled graphs, which contain the hooks of their time; torch does not check whether they changed."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

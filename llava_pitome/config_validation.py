@@ -85,7 +85,7 @@ KINDS: dict[str, Kind] = {
     ),
     "fraction": Kind(lambda x: _number(x) and 0 <= x <= 1, "a number in [0, 1]"),
     "interval": Kind(_interval, "two numbers, 0 <= first < second <= 1"),
-    "flag": Kind(lambda x: isinstance(x, bool), "true or false"),
+    "flag": Kind(lambda x: isinstance(x, bool), "True or False"),
     "layers": Kind(lambda x: isinstance(x, dict), "a share or a number of tokens for each layer"),
     "json": Kind(lambda x: isinstance(x, dict), "a dict"),
 }
@@ -99,8 +99,6 @@ def check(config: Any) -> None:
     _amounts(config)
     _early(config)
     check_method(config.method, config.parameters)
-    if "depth" in config.parameters:
-        raise ValueError("parameters may not hold 'depth': it follows from the layer")
     if config.order == "method" and not METHODS[config.method].has_order:
         raise ValueError(
             f"order='method' is not allowed: method {config.method!r} defines no order of its own"
@@ -112,12 +110,12 @@ def _field(field: Any, value: Any) -> None:
     """Checks one field by its own description."""
     kind, name = field.metadata["kind"], field.name
     if kind == "choice":
-        if value not in (field.default, *field.metadata["choices"]):
+        if value is not field.default and value not in field.metadata["choices"]:
             raise ValueError(
-                f"{name}={value!r} is unknown; allowed are {', '.join(map(repr, field.metadata['choices']))}"
+                f"{name}={value!r} is unknown; allowed are {', '.join(field.metadata['choices'])}"
             )
         return
-    if kind == "method" or value == field.default:
+    if kind == "method" or value is field.default:
         return
     if kind == "amount":
         _unambiguous(name, value)

@@ -1,6 +1,6 @@
-"""What a prompt with pictures costs: floating-point operations, counted and by formula.
+"""FLOPs of the prefill of a prompt with one image, counted and in closed form; a multiply-add is two FLOPs.
 
-Units: FLOPs, a multiply-add being two. Prefill only, which is what merging shortens.
+Merging shortens the prefill alone, so decoding is left out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,12 @@ from llava_pitome.models import hf_llava as llava
 from llava_pitome.models.hf_llava import Shapes
 
 SITES = get_args(Site)
-QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes layers, whose products torch's counter does not see
+QUANTIZED = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes, whose products torch's counter does not see
+CPU_ATTENTION = {  # nor does it know this operation
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
+        sdpa_flop_count(query, key, value)
+    )
+}
 
 
 class Flops(NamedTuple):
@@ -28,39 +33,41 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.tower + self.projector + self.llm
 
 
 def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
-    """Runs the prompt once and counts the matrix products and attentions that really ran.
+    """Runs a prefill; returns the FLOPs of the matrix products and attentions that ran.
 
     Raises:
-        ValueError: the original package's model, which is not told apart by part.
+        ValueError: the original package's model, whose parts cannot be told apart.
     """
     parts = llava.find(model)
-    if parts.whole is None or parts.whole.image_token is None:
+    if parts.llava is None or parts.llava.image_token is None:
         raise ValueError(
             f"FLOPs are counted of a LlavaForConditionalGeneration, not of a {type(parts.model).__name__}; "
             "load makes one of an original checkpoint"
         )
-    quantized: list[int] = []  # matrix products inside bitsandbytes, all in the language model
-    hooks = [
-        module.register_forward_hook(
-            lambda m, args, _out: quantized.append(2 * args[0].numel() * m.out_features)
-        )
-        for module in parts.model.modules()
-        if type(module).__name__ in QUANTIZED
-    ]
-    with FlopCounterMode(display=False, depth=None, custom_mapping=EXTRA) as counter, torch.no_grad():
-        parts.model(**inputs, use_cache=False, logits_to_keep=1)
-    for hook in hooks:
-        hook.remove()
-    by_name = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    total = by_name["Global"]
-    tower = max((n for name, n in by_name.items() if name.endswith("vision_tower")), default=0)
-    projector = max((n for name, n in by_name.items() if name.endswith("multi_modal_projector")), default=0)
-    return Flops(tower, projector, total - tower - projector + sum(quantized))
+    quantized: list[int] = []  # all in the language model
+
+    def count_quantized(module: nn.Module, args: tuple, _output: Any) -> None:
+        quantized.append(2 * args[0].numel() * module.out_features)
+
+    modules = [m for m in parts.model.modules() if type(m).__name__ in QUANTIZED]
+    hooks = [module.register_forward_hook(count_quantized) for module in modules]
+    try:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
+            parts.model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    tower, projector = (
+        max((n for name, n in by_module.items() if name.endswith(part)), default=0)
+        for part in ("vision_tower", "multi_modal_projector")
+    )
+    return Flops(tower, projector, by_module["Global"] - tower - projector + sum(quantized))
 
 
 def closed_form(
@@ -70,24 +77,23 @@ def closed_form(
     llm_lengths: Sequence[int] | None = None,
     site: str = "attention",
 ) -> Flops:
-    """FLOPs of one picture and `text` further tokens by formula, with attention counted in full.
+    """Returns the FLOPs of one image and `text` further tokens by formula, with attention counted in full.
 
-    Left out is what a SigLIP tower pools at its end, which LLaVA does not read, and what choosing and merging
-    cost.
+    Not included: SigLIP's attention pooling, which LLaVA does not read, and the cost of matching and merging.
 
     Args:
-        model: a LLaVA, or its sizes.
-        lengths: patches before the first block of the tower and after each, as `MergeConfig.lengths` gives
-            them; for a plain model, the same number throughout.
+        model: a LLaVA, or its shapes.
+        lengths: patches before the first block of the tower and after each, as `MergeConfig.lengths` returns
+            them; for a dense model, the same number throughout.
         text: tokens of the prompt that are no image tokens.
         llm_lengths: image tokens before the first block of the language model and after each, as
-            `MergeConfig.llm_lengths` gives them; None: what the tower leaves, throughout.
+            `MergeConfig.llm_lengths` returns them; None: the tower's last length throughout.
         site: where in a block tokens merge, as in MergeConfig.
 
     Raises:
-        ValueError: not one length per block of the language model, or an unknown site.
+        ValueError: `llm_lengths` has not one number per block and one more, or the site is unknown.
     """
-    s = _sizes(model)
+    s = model if isinstance(model, Shapes) else llava.shapes(model)
     if site not in SITES:
         raise ValueError(f"site={site!r} is unknown; allowed are {', '.join(map(repr, SITES))}")
     if llm_lengths is None:
@@ -96,47 +102,35 @@ def closed_form(
         raise ValueError(
             f"llm_lengths holds {len(llm_lengths)} numbers; {s.llm_layers} layers need {s.llm_layers + 1}"
         )
+    blocks = list(_tokens_by_block(lengths, s.num_prefix_tokens, site))
+    # after the feature layer, a merging tower runs on one token
+    rest = lengths[-1] + s.num_prefix_tokens if lengths[-1] == lengths[0] else 1
+    blocks += [(rest, rest)] * (s.tower_layers - len(blocks))
     tower = 2 * s.patch_inputs * s.tower_width * lengths[0]
-    for n, m in _passed(lengths, s.class_tokens, site):
-        tower += _block(n, m, s.tower_width, s.tower_width, s.tower_mlp, 2)
-    idle = s.tower_layers - (len(lengths) - 1)
-    rest = lengths[-1] + s.class_tokens if lengths[-1] == lengths[0] else 1
-    tower += idle * _block(rest, rest, s.tower_width, s.tower_width, s.tower_mlp, 2)
+    tower += sum(_block(n, m, s.tower_width, s.tower_width, s.tower_mlp, 2) for n, m in blocks)
     projector = 2 * lengths[-1] * (s.tower_width * s.llm_width + s.llm_width**2)
     llm = 2 * s.llm_width * s.vocabulary
-    for n, m in _passed(llm_lengths, text, site):
+    for n, m in _tokens_by_block(llm_lengths, text, site):
         llm += _block(n, m, s.llm_width, s.llm_kv, s.llm_mlp, 3)
     return Flops(tower, projector, llm)
 
 
 def literature(model: nn.Module | Shapes, tokens: int) -> float:
-    """The formula in common use, T (4 n d^2 + 2 n^2 d + 2 n d m), n being `tokens`: multiply-adds.
+    """Returns the multiply-adds of FastV's formula T (4 n d^2 + 2 n^2 d + 2 n d m), where n is `tokens`.
 
-    It leaves out the tower and one of the three MLP matrices; given for comparison with papers.
+    It leaves out the tower and one of the three MLP matrices; for comparison with papers, which use it.
     """
-    s = _sizes(model)
+    s = model if isinstance(model, Shapes) else llava.shapes(model)
     layer = 4 * tokens * s.llm_width**2 + 2 * tokens**2 * s.llm_width + 2 * tokens * s.llm_width * s.llm_mlp
     return s.llm_layers * layer
 
 
-def _sizes(model: nn.Module | Shapes) -> Shapes:
-    return model if isinstance(model, Shapes) else llava.shapes(model)
-
-
-def _passed(lengths: Sequence[int], others: int, site: str) -> Iterator[tuple[int, int]]:
-    """For each block, tokens in its attention and in its MLP, with the `others` that never merge."""
+def _tokens_by_block(lengths: Sequence[int], others: int, site: str) -> Iterator[tuple[int, int]]:
+    """Yields each block's tokens in attention and in the MLP, including `others` that never merge."""
     for before, after in pairwise(lengths):
         yield before + others, (after if site == "attention" else before) + others
 
 
 def _block(n: int, m: int, width: int, kv: int, mlp: int, matrices: int) -> int:
-    """FLOPs of a block: attention over n tokens, an MLP of `matrices` matrices over the m that are left."""
+    """Returns the FLOPs of a block: attention over n tokens, and an MLP of `matrices` matrices over m."""
     return 2 * n * width * (2 * width + 2 * kv) + 4 * n * n * width + 2 * matrices * m * width * mlp
-
-
-def _attention(query: tuple, key: tuple, value: tuple, *_args: Any, **_kwargs: Any) -> int:
-    """FLOPs of an attention from the shapes of its inputs."""
-    return sdpa_flop_count(query, key, value)
-
-
-EXTRA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch's counter lacks it

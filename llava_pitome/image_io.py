@@ -1,156 +1,145 @@
-"""Opening picture files that come from anywhere: small enough, whole, upright, in colour.
+"""Opening image files from any source: size-checked, complete, upright, RGB.
 
-The only file that opens pictures for people: chat, web page, server and `draw` all come here. Needs pillow,
-and numpy for 16-bit pictures, which are imported when a picture is opened.
+All images that users give to chat, web page, server and `draw` are opened here. Pillow and numpy are imported
+when an image is opened.
 """
 
 import io
 import struct
 import zlib
+from contextlib import closing
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS = 2**26  # 67 million, 8192 x 8192: what phones take fits, and is 192 MiB in colour
-LONGEST = 50  # times the shorter side; processors stretch that side to the tower's, and the other with it
+MAX_PIXELS = 2**26  # 67 million, 8192 x 8192: larger than a phone's images; 192 MiB as RGB
+MAX_ASPECT = 50  # longer side over shorter side; processors resize the shorter one to the tower's input size
 # what browsers and cameras write; no format whose reader starts other programs, such as EPS
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
-BROKEN = (  # the first four were met when files were damaged, the others stand in pillow's readers
+DECODING_ERRORS = (  # pillow raised the first four on damaged files; its readers contain the others
     OSError, SyntaxError, ValueError, RuntimeError, EOFError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
-WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # pillow's modes of 16-bit greys
-BEHIND = (255, 255, 255)  # what shows through where a picture is transparent
+GREY_16_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # pillow's modes
+BACKGROUND = (255, 255, 255, 255)  # of transparent images
 
 
 def open_image(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> "Image.Image":
-    """The picture in a file, or in the bytes of one: RGB, upright, transparency on white.
+    """The image in a file or in the bytes of one: RGB, upright, transparency on white.
 
-    Of animations it is the first frame. The size is known from the file's head, so that nothing is decoded
-    of a picture that is too large.
+    The first frame of an animation. The size is read from the file's header, so that one that is too large is
+    never decoded.
 
     Args:
-        source: a file's path, or what would be in it.
-        max_pixels: width times height that are allowed. Pillow itself refuses more than 179 million.
+        source: the path or the content of a file.
+        max_pixels: the most pixels (width times height). Pillow itself refuses more than 179 million.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, is no picture in one of FORMATS, is truncated or
-            damaged, has too many pixels, or is too narrow; the message names the file and the reason.
-        RuntimeError: another package told pillow to fill truncated pictures up.
+        ValueError: the file is missing or cannot be read, is not in one of FORMATS, is truncated or damaged,
+            has too many pixels, or is too narrow; the message names the file and the reason.
+        RuntimeError: another package set LOAD_TRUNCATED_IMAGES, with which pillow completes truncated files.
     """
-    from PIL import Image, ImageFile
+    from PIL import Image, ImageFile, ImageOps
 
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so that truncated pictures cannot be told from whole "
-            "ones; some package set it: set it to False again"
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides that an image is truncated; some package "
+            "set it: set it to False again"
         )
-    name = "the picture" if isinstance(source, bytes) else str(source)
-    with io.BytesIO(source) if isinstance(source, bytes) else _opened(Path(source)) as data:
+    is_bytes = isinstance(source, bytes)
+    name = "the image" if is_bytes else str(source)
+    with closing(io.BytesIO(source) if is_bytes else _open_file(Path(source))) as file:
         try:
-            found = _recognised(data, name)
+            image = _identify(file, name)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"{name} has too many pixels; allowed are {max_pixels:,}: {error}") from error
-        with found:
-            _check(found, name, max_pixels)
-            return _decoded(found, name)
+        with image:
+            _check_size(*image.size, name, max_pixels)
+            try:
+                image.load()
+            except DECODING_ERRORS as error:
+                state = "truncated" if "truncated" in str(error).lower() else "damaged or truncated"
+                raise ValueError(f"{name} is {state}: {error}") from error
+            try:
+                upright = ImageOps.exif_transpose(image)
+            except DECODING_ERRORS as error:
+                raise ValueError(f"{name} has damaged EXIF data: {error}") from error
+            return _to_rgb(upright, name)
 
 
-def _opened(path: Path) -> IO[bytes]:
-    """A file, to be read.
+def _open_file(path: Path) -> IO[bytes]:
+    """A file, opened for reading.
 
     Raises:
-        ValueError: it is not there, no file, or cannot be read.
+        ValueError: it is missing, no regular file, or cannot be read.
     """
     try:
         if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is no file; give a picture file")
+            raise ValueError(f"{path} is no file; give an image file")
         return path.open("rb")
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is not there; give a picture file") from error
+        raise ValueError(f"{path} does not exist; give an image file") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _recognised(data: IO[bytes], name: str) -> "Image.Image":
-    """The picture in a file, of which only the head is read.
+def _identify(file: IO[bytes], name: str) -> "Image.Image":
+    """The image in a file, of which only the header is read.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the file is in none of FORMATS, or its header is damaged.
     """
     from PIL import Image
 
     Image.init()
     try:
-        return Image.open(data, formats=[f for f in FORMATS if f in Image.OPEN])  # AVIF from pillow 11.3
+        return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])  # AVIF from pillow 11.3
     except Image.UnidentifiedImageError as error:
-        data.seek(0)
-        head = data.read(8)
+        file.seek(0)
+        start = file.read(8)
         raise ValueError(
-            f"{name} is no picture: {repr(head) if head else 'an empty file'} is no beginning of "
+            f"{name} is no image: {repr(start) if start else 'an empty file'} is not the start of "
             f"{', '.join(FORMATS)}"
         ) from error
-    except BROKEN as error:
+    except DECODING_ERRORS as error:
         raise ValueError(f"{name} is damaged: {error}") from error
 
 
-def _check(found: "Image.Image", name: str, max_pixels: int) -> None:
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     """Raises ValueError for a size that is not allowed."""
-    width, height = found.size
-    if width * height > max_pixels:
+    pixels = width * height
+    if pixels > max_pixels:
         raise ValueError(
-            f"{name} has too many pixels: {width} x {height} are {width * height:,}, allowed are "
-            f"{max_pixels:,}"
+            f"{name} has too many pixels: {width} x {height} are {pixels:,}, allowed are {max_pixels:,}"
         )
-    if not width * height:
+    if not pixels:
         raise ValueError(f"{name} has no pixels: it is {width} x {height}")
-    if max(width, height) > LONGEST * min(width, height):
+    if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(
-            f"{name} is too narrow: {width} x {height}; one side may be {LONGEST} times the other at most"
+            f"{name} is too narrow: {width} x {height}; one side may be at most {MAX_ASPECT} times the other"
         )
 
 
-def _decoded(found: "Image.Image", name: str) -> "Image.Image":
-    """The pixels of a picture that was opened.
+def _to_rgb(image: "Image.Image", name: str) -> "Image.Image":
+    """The image in RGB.
 
     Raises:
-        ValueError: there are fewer than its head says, they are damaged, or no colours.
-    """
-    from PIL import ImageOps
-
-    try:
-        found.load()
-    except BROKEN as error:
-        what = "truncated" if "truncated" in str(error).lower() else "damaged or truncated"
-        raise ValueError(f"{name} is {what}: {error}") from error
-    try:
-        upright = ImageOps.exif_transpose(found)
-    except BROKEN as error:
-        raise ValueError(f"{name} has damaged EXIF data: {error}") from error
-    return _coloured(upright, name)
-
-
-def _coloured(picture: Any, name: str) -> "Image.Image":
-    """The picture in RGB.
-
-    Raises:
-        ValueError: its numbers are no colours.
+        ValueError: its values are no colours.
     """
     import numpy as np
     from PIL import Image
 
-    if picture.mode in WIDE:  # pillow would cut 16 bits off at 255
-        grey = np.asarray(picture).astype(np.int64)
+    if image.mode in GREY_16_BIT:  # pillow's conversion would clip 16 bits at 255
+        grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(
-                f"{name} holds numbers from {grey.min()} to {grey.max()}; greys may have 8 or 16 bits"
+                f"{name} has values from {grey.min()} to {grey.max()}; greys may have 8 or 16 bits"
             )
         return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise ValueError(f"{name} holds fractions, which are no colours; save it with 8 or 16 bits")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    clear = picture.convert("RGBA")
-    behind = Image.new("RGBA", clear.size, (*BEHIND, 255))
-    return Image.alpha_composite(behind, clear).convert("RGB")
+    if image.mode == "F":
+        raise ValueError(f"{name} has floating-point values, which are no colours; save it with 8 or 16 bits")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, BACKGROUND), rgba).convert("RGB")

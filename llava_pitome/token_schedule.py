@@ -1,7 +1,7 @@
-"""How many tokens each layer keeps: numbers in, numbers out, known before any image is seen.
+"""How many tokens each layer keeps: the only place where tokens are counted.
 
-The only place where tokens are counted. A layer that keeps the share r of N patches leaves N - floor(N - N
-r), the class token not counted (the paper, section 3.2).
+Counts follow from the config and the image's size, before any image is encoded. A layer that keeps the share
+r of N patches leaves N - floor(N - N r), the class token not counted (PiToMe, section 3.2).
 """
 
 from collections.abc import Sequence
@@ -10,80 +10,77 @@ from functools import lru_cache
 from math import floor, isqrt
 
 
-def after(tokens: int, keep: float) -> int:
-    """Tokens that are left of some when the share `keep` stays; at least one.
+def kept_by_ratio(tokens: int, ratio: float) -> int:
+    """Returns how many tokens the share `ratio` keeps, at least one.
 
-    Shares are read as the decimals they were written as, so that 0.9 of 10 is 9 and not a rounding error away
-    from it.
+    Shares are read as the decimals they were written as, so that 0.9 of 10 is exactly 9.
     """
-    return max(tokens - floor(tokens * (1 - Fraction(str(keep)))), 1)
+    return max(tokens - floor(tokens * (1 - Fraction(str(ratio)))), 1)
 
 
-def left(tokens: int, keep: float | int, what: str) -> int:
-    """Tokens that are left of some: the share `keep`, or, where it is a whole number, that many.
+def kept_tokens(tokens: int, amount: float | int, setting: str) -> int:
+    """Returns how many tokens `amount` keeps: a share (float), or that many (int).
 
     Raises:
-        ValueError: more are to be left than there are; `what` names the setting that says so.
+        ValueError: the amount exceeds the tokens; `setting` names the field of the config.
     """
-    if isinstance(keep, float):
-        return after(tokens, keep)
-    if keep > tokens:
-        raise ValueError(
-            f"{what}={keep} does not fit: {tokens} tokens arrive there, allowed is 1 to {tokens}"
-        )
-    return keep
+    if isinstance(amount, float):
+        return kept_by_ratio(tokens, amount)
+    if amount > tokens:
+        raise ValueError(f"{setting}={amount} does not fit: {tokens} tokens remain, allowed is 1 to {tokens}")
+    return amount
 
 
-def shortens(keep: float | int) -> bool:
-    """Whether this asks for a merge: the share 1.0 does not, the whole number 1 does."""
-    return isinstance(keep, int) or keep != 1
+def is_reduction(amount: float | int) -> bool:
+    """Returns whether an amount asks for a merge: the share 1.0 does not, a whole number does."""
+    return isinstance(amount, int) or amount != 1
 
 
 @lru_cache(maxsize=256)
-def lengths(patches: int, keep: tuple[float, ...]) -> tuple[int, ...]:
-    """Patches before the first layer and after each one: len(keep) + 1 numbers, `patches` first."""
-    return _lengths(patches, keep)
+def lengths(patches: int, ratios: tuple[float, ...]) -> tuple[int, ...]:
+    """Returns the patches before the first layer and after each one: len(ratios) + 1 numbers."""
+    return _lengths(patches, ratios)
 
 
-def _lengths(patches: int, keep: Sequence[float]) -> tuple[int, ...]:
+def _lengths(patches: int, ratios: Sequence[float]) -> tuple[int, ...]:
     counts = [patches]
-    for share in keep:
-        counts.append(after(counts[-1], share))
+    for ratio in ratios:
+        counts.append(kept_by_ratio(counts[-1], ratio))
     return tuple(counts)
 
 
-@lru_cache(maxsize=256)  # asked once an image by the processor
-def lengths_for(patches: int, merging: tuple[bool, ...], tokens: int) -> tuple[int, ...]:
-    """Lengths that end at exactly `tokens`, as close to one common share per layer as whole tokens allow.
+@lru_cache(maxsize=256)  # the processor calls it once an image
+def lengths_for(patches: int, is_merging: tuple[bool, ...], tokens: int) -> tuple[int, ...]:
+    """Returns lengths that end at exactly `tokens`, as close to one common ratio as whole tokens allow.
 
-    The largest share that does not end above `tokens` is found first; where it ends below, the surplus is
-    given back from the last layer on, so that earlier layers keep the common share.
+    They follow the largest ratio that does not end above `tokens`; where it ends below, the last layers merge
+    less.
 
     Args:
-        patches: tokens in front of the first layer.
-        merging: for each layer, whether it may merge.
-        tokens: how many are to be left.
+        patches: before the first layer.
+        is_merging: for each layer, whether it may merge.
+        tokens: after the last layer.
 
     Raises:
-        ValueError: `tokens` is not in [1, patches], or there is no layer that could merge.
+        ValueError: `tokens` is not in [1, patches], or no layer may merge.
     """
     if not 1 <= tokens <= patches:
         raise ValueError(
             f"tokens={tokens} does not fit: this image has {patches} patches, allowed is 1 to {patches}"
         )
     if tokens == patches:
-        return (patches,) * (len(merging) + 1)
-    if not any(merging):
+        return (patches,) * (len(is_merging) + 1)
+    if not any(is_merging):
         raise ValueError(
-            f"tokens={tokens} needs a layer that can merge, and none lies before the feature layer"
+            f"tokens={tokens} needs a layer before the feature layer that can merge; there is none"
         )
-    share = solve(patches, sum(merging), tokens)
-    counts = _lengths(patches, [share if may else 1.0 for may in merging])
-    return tuple(max(count, tokens) for count in counts)  # no layer may end below what is wanted at the end
+    ratio = common_ratio(patches, sum(is_merging), tokens)
+    counts = _lengths(patches, [ratio if merges else 1.0 for merges in is_merging])
+    return tuple(max(count, tokens) for count in counts)
 
 
-def solve(patches: int, layers: int, tokens: int) -> float:
-    """The largest share, to six decimals, that leaves at most `tokens` of `patches` after `layers` layers."""
+def common_ratio(patches: int, layers: int, tokens: int) -> float:
+    """Returns the largest ratio, to six decimals, that leaves at most `tokens` after the layers."""
     low, high = 0, 10**6
     while high - low > 1:
         middle = (low + high) // 2
@@ -94,16 +91,16 @@ def solve(patches: int, layers: int, tokens: int) -> float:
     return low / 10**6
 
 
-def divided(patches: int, tokens: int, last: float) -> int:
-    """Tokens between two steps that lead from `patches` to `tokens`, the second with the share `last` of it.
+def tokens_between(patches: int, tokens: int, last_share: float) -> int:
+    """Returns the tokens between two merges from `patches` to `tokens`.
 
-    Shares are of the logarithm: with 0.5 both steps keep the same share of what they are given.
+    The second does `last_share` of the reduction, on a logarithmic scale: at 0.5 both keep the same ratio.
     """
-    return max(min(round(patches * (tokens / patches) ** (1 - last)), patches), tokens)
+    return max(min(round(patches * (tokens / patches) ** (1 - last_share)), patches), tokens)
 
 
 class TokenCounts:
-    """What follows for token counts from a MergeConfig's fields; see there."""
+    """The token counts that follow from the fields of a MergeConfig, which inherits this class."""
 
     ratio: float | tuple[float, ...] | None
     tokens: int | None
@@ -117,15 +114,15 @@ class TokenCounts:
 
     @property
     def merges_in_tower(self) -> bool:
-        """Whether the tower is asked to merge; how much depends on the image's size."""
-        shares = self.ratio if isinstance(self.ratio, tuple) else (self.ratio or 1,)
-        return self.prefix_share < 1 and (self.tokens is not None or any(share < 1 for share in shares))
+        """Whether the config asks the vision tower to merge; how much depends on the image's size."""
+        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio or 1,)
+        return self.prefix_share < 1 and (self.tokens is not None or any(ratio < 1 for ratio in ratios))
 
     @property
     def merges_in_prefix(self) -> bool:
-        """Whether tokens merge behind the projector."""
-        divided = self.prefix_share > 0 and self.ratio != 1
-        return divided or (self.prefix is not None and shortens(self.prefix))
+        """Whether tokens merge after the projector."""
+        has_share = self.prefix_share > 0 and self.ratio != 1
+        return has_share or (self.prefix is not None and is_reduction(self.prefix))
 
     @property
     def reaches_llm(self) -> bool:
@@ -135,27 +132,26 @@ class TokenCounts:
     @property
     def merging_layers(self) -> tuple[int, ...]:
         """The language model's layers that merge, in order."""
-        return tuple(i for i, keep in self.decoder.items() if shortens(keep))
+        return tuple(i for i, amount in self.decoder.items() if is_reduction(amount))
 
     def patches_at(self, patches: int) -> int:
-        """Patches that the tower sees, of an image's `patches`.
+        """Returns the patches that the vision tower encodes, after `resize`, of an image's `patches`.
 
         Raises:
-            ValueError: `resize` asks for more than there are.
+            ValueError: `resize` exceeds the image.
         """
-        seen = patches if self.resize is None else self.resize[0] * self.resize[1]
-        side = isqrt(patches)
-        if self.resize is not None and (
-            max(self.resize) > side if side * side == patches else seen > patches
-        ):
+        if self.resize is None:
+            return patches
+        resized, side = self.resize[0] * self.resize[1], isqrt(patches)
+        if (max(self.resize) > side) if side * side == patches else (resized > patches):
             raise ValueError(f"resize={self.resize} does not fit: this image has {patches} patches")
-        return seen
+        return resized
 
     def lengths(self, patches: int, layers: int) -> tuple[int, ...]:
-        """Patches before the first and after each of the `layers` tower layers that may merge.
+        """Returns the patches before the first and after each of the tower's layers that may merge.
 
         Args:
-            patches: what the tower sees.
+            patches: that the tower encodes.
             layers: up to the feature layer.
 
         Raises:
@@ -167,67 +163,65 @@ class TokenCounts:
                 f"tokens={tokens} does not fit: this image has {patches} patches, allowed is 1 to {patches}"
             )
         if tokens is not None:
-            left = divided(patches, tokens, self.prefix_share)
-            return lengths_for(patches, self._may(layers), left)
+            after_tower = tokens_between(patches, tokens, self.prefix_share)
+            return lengths_for(patches, self._is_merging(layers), after_tower)
         if isinstance(self.ratio, tuple) and len(self.ratio) != layers:
             raise ValueError(
                 f"ratio holds {len(self.ratio)} shares; the tower has {layers} layers that can merge"
             )
-        return lengths(patches, self._shares(layers))
+        return lengths(patches, self._ratios(layers))
 
     def prefix_length(self, tokens: int, patches: int, layers: int) -> int:
-        """Tokens that the prefix leaves of `tokens` that the projector makes.
+        """Returns how many of the projector's `tokens` are kept before the language model.
 
         Args:
-            tokens: of an image, what the tower has left.
-            patches: what the tower saw.
+            tokens: of an image, after the tower.
+            patches: that the tower encoded.
             layers: as for `lengths`.
 
         Raises:
-            ValueError: `prefix` asks for more than there are.
+            ValueError: `prefix` exceeds the tokens.
         """
         if self.prefix is not None:
-            return left(tokens, self.prefix, "prefix")
+            return kept_tokens(tokens, self.prefix, "prefix")
         return min(self._budget(patches, layers), tokens) if self.prefix_share else tokens
 
     def tokens_at(self, patches: int, layers: int) -> int:
-        """Image tokens that reach the language model, of an image's `patches`."""
-        seen = self.patches_at(patches)
-        return self.prefix_length(self.lengths(seen, layers)[-1], seen, layers)
-
-    def _budget(self, patches: int, layers: int) -> int | None:
-        """What tower and prefix are to leave together; None where the tower's ratio alone says."""
-        if self.tokens is not None or not self.prefix_share:
-            return self.tokens
-        return lengths(patches, self._shares(layers))[-1]
-
-    def _may(self, layers: int) -> tuple[bool, ...]:
-        """Which tower layers `tokens` or a single `ratio` is for."""
-        return tuple(self.depths[0] <= i / layers < self.depths[1] for i in range(layers))
-
-    def _shares(self, layers: int) -> tuple[float, ...]:
-        """The share that each tower layer keeps."""
-        if isinstance(self.ratio, tuple):
-            return self.ratio
-        may = self._may(layers)
-        if self.ratio not in (None, 1) and not any(may):
-            raise ValueError(f"depths={self.depths} holds none of the {layers} layers that can merge")
-        return tuple(self.ratio if m and self.ratio else 1.0 for m in may)
+        """Returns the image tokens before the language model's first layer, of an image's `patches`."""
+        encoded = self.patches_at(patches)
+        return self.prefix_length(self.lengths(encoded, layers)[-1], encoded, layers)
 
     def llm_lengths(self, tokens: int, layers: int) -> tuple[int, ...]:
-        """Image tokens in front of the first and behind each of the language model's `layers` layers.
+        """Returns the image tokens before the first and after each of the language model's layers.
 
         Raises:
-            ValueError: `decoder` names a layer that is not there, or that has none behind it, or asks for
-                more tokens than there are.
+            ValueError: `decoder` names a layer that the model lacks, or its last one, or exceeds the tokens.
         """
         if wrong := [i for i in self.decoder if i > layers - 2]:
             raise ValueError(
                 f"decoder names layer {wrong[0]}; the language model has {layers} layers, and a layer that "
-                f"merges needs one behind it: allowed are 0 to {layers - 2}"
+                f"merges needs one after it: allowed are 0 to {layers - 2}"
             )
         counts = [tokens]
         for i in range(layers):
-            keep = self.decoder.get(i, 1.0)
-            counts.append(left(counts[-1], keep, f"decoder[{i}]"))
+            counts.append(kept_tokens(counts[-1], self.decoder.get(i, 1.0), f"decoder[{i}]"))
         return tuple(counts)
+
+    def _budget(self, patches: int, layers: int) -> int | None:
+        """Returns the tokens left by tower and prefix together; None where the ratio alone decides."""
+        if self.tokens is not None or not self.prefix_share:
+            return self.tokens
+        return lengths(patches, self._ratios(layers))[-1]
+
+    def _is_merging(self, layers: int) -> tuple[bool, ...]:
+        """Returns which tower layers lie within `depths`."""
+        return tuple(self.depths[0] <= i / layers < self.depths[1] for i in range(layers))
+
+    def _ratios(self, layers: int) -> tuple[float, ...]:
+        """Returns the ratio of each tower layer."""
+        if isinstance(self.ratio, tuple):
+            return self.ratio
+        is_merging = self._is_merging(layers)
+        if self.ratio not in (None, 1) and not any(is_merging):
+            raise ValueError(f"depths={self.depths} holds none of the {layers} layers that can merge")
+        return tuple(self.ratio if merges and self.ratio else 1.0 for merges in is_merging)

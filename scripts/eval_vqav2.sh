@@ -3,4 +3,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 bash "$root/scripts/setup.sh"
-exec "${VENV:-$root/.venv}/bin/python" "$root/eval/run.py" "$@"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 # relative paths stay the caller's
+exec "${VENV:-$root/.venv}/bin/python" -m eval.run "$@"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs the tests of the Triton kernels, in Triton's interpreter where there is no GPU; arguments go to pytest.
-# They have a venv of their own, .venv.triton, made when it is missing or stale: beside a CPU torch, triton changes what
-# other libraries (bitsandbytes, torch's inductor) believe about the machine.
+# Runs the tests of the Triton kernels, without a GPU in Triton's interpreter; arguments go to pytest.
+# Their venv, .venv.triton, is made when it is missing or stale. It is separate because beside a CPU torch, triton
+# changes what other libraries (bitsandbytes, torch's inductor) detect.
 # Environment: PYTHON (interpreter).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=.venv.triton
-TRITON=3.7.1 # what torch 2.13.0 is built against; on Linux alone there are wheels of it
+TRITON=3.7.1 # the version that torch 2.13.0 is built against; it has wheels for Linux only
 TORCH=$(sed -n 's/^torch==//p' constraints.txt)
 
 kind=cpu
@@ -16,7 +16,7 @@ stamp="$kind $(cat constraints.txt scripts/test_triton.sh | cksum) $PWD"
 fresh() { [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/stamp" 2>/dev/null)" = "$stamp" ]; }
 
 make_venv() {
-  local python said
+  local python output
   for python in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
     if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
     python=
@@ -29,12 +29,12 @@ make_venv() {
   rm -rf "$VENV"
   "$python" -m venv "$VENV"
   local install=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt)
-  # torch as scripts/setup.sh chooses it: without a GPU its CPU build, where pip's sources have one
+  # torch as scripts/setup.sh chooses it: without a GPU the CPU build, where pip's index has one
   if [ "$kind" = gpu ]; then
     "${install[@]}" "torch===$TORCH"
-  elif ! said=$("${install[@]}" "torch==$TORCH+cpu" 2>&1); then
-    if [[ $said != *"No matching distribution"* ]]; then
-      echo "$said" >&2
+  elif ! output=$("${install[@]}" "torch==$TORCH+cpu" 2>&1); then
+    if [[ $output != *"No matching distribution"* ]]; then
+      echo "$output" >&2
       return 1
     fi
     echo "test_triton: no CPU build of torch $TORCH; taking the default build, which may bring CUDA packages" >&2
@@ -46,7 +46,7 @@ make_venv() {
 }
 
 if ! fresh; then
-  if command -v flock >/dev/null; then # two scripts started at once make it once
+  if command -v flock >/dev/null; then # scripts started at once make one venv
     exec 9>"$VENV.lock"
     flock 9
   fi
@@ -54,5 +54,5 @@ if ! fresh; then
   exec 9>&-
 fi
 if [ "$kind" = cpu ]; then export TRITON_INTERPRET=1; fi
-# conftest.py is for tests that need transformers
+# conftest.py needs transformers, which this venv lacks
 exec "$VENV/bin/python" -m pytest --noconftest tests/test_kernels_triton.py "$@"

@@ -1,11 +1,11 @@
-"""Merged features, computed with transformers, handed to an unmodified vLLM.
+"""Merged features, computed with transformers, as inputs of an unmodified vLLM.
 
     .venv.vllm/bin/python scripts/vllm_image_embeds.py
 
-This package does nothing inside vLLM here: its plugin is off, and vLLM has not even a tower, since no picture
-is allowed as pixels. Four ways to merge make features of four lengths. Each length is a call of its own: vLLM
-0.32 takes features of different lengths one after the other, but not in the same step. Prints each answer
-beside transformers' own; exits with 1 where two differ.
+The plugin is off, and vLLM does not load a vision tower, since no image is allowed as pixels. Four configs
+give features of four lengths, each in a call of its own: vLLM 0.32 takes features of different lengths one
+after the other, but not in the same step. Prints each answer beside that of transformers; exits with 1 where
+two differ.
 """
 
 import os
@@ -23,45 +23,45 @@ from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
 
 CONFIGS = (MergeConfig(ratio=1.0), MergeConfig(ratio=0.9), MergeConfig(tokens=20), MergeConfig(prefix=0.5))
-QUESTIONS = 4  # for each of them
-WORDS = 8  # of an answer, at most
+QUESTIONS = 4  # for each config
+NEW_TOKENS = 8
 
 
 @torch.inference_mode()
-def encoded(model, processor, seed: int) -> tuple[str, torch.Tensor, str]:
-    """A question on a scene, its picture's features (tokens, channels), and transformers' answer."""
-    shown = scene(seed)
-    prompt = f"USER: <image>\n{ask(shown, 1)[0].text}{HINT} ASSISTANT:"
-    inputs = processor(images=Image.fromarray(render(shown)), text=prompt, return_tensors="pt")
+def encode(model, processor, seed: int) -> tuple[str, torch.Tensor, str]:
+    """A prompt about a scene, its image's features (tokens, channels), and the answer of transformers."""
+    drawn = scene(seed)
+    prompt = f"USER: <image>\n{ask(drawn, 1)[0].text}{HINT} ASSISTANT:"
+    inputs = processor(images=Image.fromarray(render(drawn)), text=prompt, return_tensors="pt")
     features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0]
-    said = model.generate(**inputs, max_new_tokens=WORDS, do_sample=False)
-    answer = processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return prompt, features, answer
 
 
 def main() -> int:
-    """Asks all questions; 1 where an answer differs from transformers'."""
+    """Answers all questions; returns 1 where an answer differs from that of transformers."""
     model, processor = load(embedded.NAME, dtype="float32")
     llm = LLM(
         str(embedded.PATH),
         dtype="float32",
         enable_mm_embeds=True,
-        limit_mm_per_prompt={"image": 0},  # in pixels: the tower is not even loaded
+        limit_mm_per_prompt={"image": 0},  # as pixels, so that the vision tower is not loaded
         max_model_len=1024,
         kv_cache_memory_bytes=2**28,
         enforce_eager=True,
     )
-    differ = False
+    status = 0
     for i, config in enumerate(CONFIGS):
         with merge_tokens(model, config, processor):
-            cases = [encoded(model, processor, QUESTIONS * i + n) for n in range(QUESTIONS)]
-        asked = [{"prompt": p, "multi_modal_data": {"image": [features]}} for p, features, _ in cases]
-        outputs = llm.generate(asked, SamplingParams(max_tokens=WORDS, temperature=0), use_tqdm=False)
-        for (_, features, answer), output in zip(cases, outputs):
-            said, length = output.outputs[0].text, len(output.prompt_token_ids)
-            differ |= said != answer
-            print(f"{len(features)} image tokens of {length}: vLLM{said!r}, transformers{answer!r}")
-    return int(differ)
+            cases = [encode(model, processor, QUESTIONS * i + n) for n in range(QUESTIONS)]
+        requests = [{"prompt": p, "multi_modal_data": {"image": [features]}} for p, features, _ in cases]
+        sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
+        for (_, features, expected), output in zip(cases, llm.generate(requests, sampling, use_tqdm=False)):
+            answer, length = output.outputs[0].text, len(output.prompt_token_ids)
+            print(f"{len(features)} image tokens of {length}: vLLM{answer!r}, transformers{expected!r}")
+            status |= answer != expected
+    return int(status)
 
 
 if __name__ == "__main__":

@@ -166,9 +166,9 @@ def divprune(tokens: list[list[float]], remove: int) -> list[int]:
 
 
 def ratings(
-    tokens: list[list[float]], text: list[list[float]], attention: list[list[float]], asks: list[bool]
+    tokens: list[list[float]], text: list[list[float]], attention: list[list[float]], mask: list[bool]
 ) -> list[float]:
-    words = [q for q in range(len(text)) if asks[q]]
+    words = [q for q in range(len(text)) if mask[q]]
     relevance = dict.fromkeys(words, 0.0)
     for token in tokens:
         products = {q: math.exp(sum(x * y for x, y in zip(token, text[q]))) for q in words}

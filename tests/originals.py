@@ -1,4 +1,4 @@
-"""A tiny LLaVA of the original package, and checkpoints of it as that package's authors publish them."""
+"""A tiny LLaVA of the original package, and checkpoints of it in the form of the published ones."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from prompts import images_of
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 IMAGE, ROWS = IMAGE_TOKEN_INDEX, 340
-SHAPES = {"wide": (40, 77, 3), "tall": (90, 31, 3), "square": (48, 48, 3), "small": (7, 5, 3)}
+SHAPES = [(40, 77, 3), (90, 31, 3), (48, 48, 3), (7, 5, 3)]  # wide, tall, square, small
 SENTENCES = [
     "USER: What is this? ASSISTANT: a red cat</s>",
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -27,7 +27,7 @@ TOKENIZER = {
     "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 2048, "padding_side": "right",
     "legacy": False,
 }  # fmt: skip
-PUBLISHED = {  # keys as published LLaVA-1.5 checkpoints have them, written by transformers 4; sizes of here
+PUBLISHED = {  # the keys of published LLaVA-1.5 checkpoints, written by transformers 4, with sizes as here
     "_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"], "bos_token_id": 1,
     "eos_token_id": 2, "freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False,
     "hidden_act": "silu", "hidden_size": 32, "image_aspect_ratio": "pad", "initializer_range": 0.02,
@@ -43,11 +43,11 @@ PUBLISHED = {  # keys as published LLaVA-1.5 checkpoints have them, written by t
 
 
 def dialogue(*turns):
-    """The prompt that the original package makes of questions and answers, in turns."""
-    talk = conv_templates["vicuna_v1"].copy()
+    """The original package's prompt for questions and answers, in turns."""
+    conversation = conv_templates["vicuna_v1"].copy()
     for i, turn in enumerate([*turns, None]):
-        talk.append_message(talk.roles[i % 2], turn)
-    return talk.get_prompt()
+        conversation.append_message(conversation.roles[i % 2], turn)
+    return conversation.get_prompt()
 
 
 QUESTION = "<image>\nWhat is this?"
@@ -81,7 +81,7 @@ def make_original(tower, **options):
 
 
 def make_vocabulary(folder):
-    """A tokenizer.model with bytes for what it does not know, as Llama's has."""
+    """A tokenizer.model with byte fallback, as Llama's."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 9), model_prefix=str(folder / "tokenizer"), vocab_size=ROWS,
         model_type="bpe", byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
@@ -91,22 +91,22 @@ def make_vocabulary(folder):
 
 
 def save(model, vocabulary, folder, tokenizer=None, **changes):
-    """The model's folder, with changes to its config.json; None takes a key away."""
+    """A checkpoint of the model, with changes to its config.json; None removes a key."""
     model.save_pretrained(folder)
     shutil.copy(vocabulary, folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER | (tokenizer or {})))
-    return changed(folder, **changes)
+    return change_config(folder, **changes)
 
 
-def changed(folder, **changes):
+def change_config(folder, **changes):
     file = folder / "config.json"
     raw = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
     return folder
 
 
-def sharded(folder, rename=lambda name: name, count=3):
-    """Turns a folder's weights into .bin shards, as the published checkpoints have."""
+def shard(folder, rename=str, count=3):
+    """Replaces a checkpoint's weights by .bin shards, as published ones have."""
     from safetensors.torch import load_file
 
     weights = load_file(folder / "model.safetensors")
@@ -121,39 +121,40 @@ def sharded(folder, rename=lambda name: name, count=3):
     return folder
 
 
-def given(model, folder, prompts, images=None):
-    """What the original package calls its model with, padded on the left."""
+def pad(rows, images, left=True):
+    """Inputs of the original class, of rows of ids."""
+    longest = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        fill = [0] * (longest - len(row))
+        ids.append(fill + row if left else row + fill)
+        mask.append(fill + [1] * len(row) if left else [1] * len(row) + fill)
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "images": images}
+
+
+def original_inputs(model, folder, prompts, images=None):
+    """Inputs of the original class, as its package makes them of one list of images."""
     tokenizer = AutoTokenizer.from_pretrained(folder, config=LlamaConfig(), use_fast=False)
     ids = [tokenizer_image_token(prompt, tokenizer) for prompt in prompts]
-    longest = max(map(len, ids))
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
-    pixels = None
     if images:
-        pixels = process_images(images, model.get_vision_tower().image_processor, model.config)
-    return {"input_ids": ids, "attention_mask": mask, "images": pixels}
+        images = process_images(images, model.get_vision_tower().image_processor, model.config)
+    return pad(ids, images)
 
 
-def generate(model, inputs, count=6, **options):
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False} | options
-    inputs = dict(inputs)
-    return model.generate(inputs.pop("input_ids"), **inputs, **options)
-
-
-def make_pictures():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)) for shape in SHAPES.values()]
-
-
-def asked(processor, prompts, pictures):
-    images = [images_of(prompt, pictures) for prompt in prompts]
+def converted_inputs(processor, prompts, images):
+    """Inputs of the Hugging Face class."""
+    images = [images_of(prompt, images) for prompt in prompts]
     return processor(images=images, text=prompts, return_tensors="pt", padding=True)
 
 
-def flat(prompts, pictures):
-    return [image for prompt in prompts for image in images_of(prompt, pictures)]
+def generate(model, inputs, count=6, **options):
+    """Greedy answers, of either class: the original's `generate` returns no prompts."""
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False} | options
+    inputs = dict(inputs)
+    answers = model.generate(inputs.pop("input_ids"), **inputs, **options)
+    return answers if "images" in inputs else answers[:, -count:]
 
 
-def answer(model, inputs, **options):
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
-    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+def make_images():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)) for shape in SHAPES]

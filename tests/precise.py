@@ -1,4 +1,4 @@
-"""Whole models in float64, so that equality can be tight and no near tie falls otherwise."""
+"""Whole models in float64, so that equality can be tight and near ties are decided alike."""
 
 import torch
 from prompts import batch, single
@@ -13,7 +13,7 @@ ENCODES_FIRST = hasattr(
 
 
 def precise(model):
-    """The model in float64 throughout; Llama's own norm goes through float32."""
+    """Returns the model in float64 throughout; Llama's own norm computes in float32."""
     model.double()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -29,6 +29,7 @@ def doubled(inputs):
 
 
 def padded(processor, prompts, pictures, side="left"):
+    """Returns a padded batch of prompts."""
     processor.tokenizer.padding_side = side
     if not any("<image>" in prompt for prompt in prompts):
         return dict(processor(text=prompts, return_tensors="pt", padding=True))
@@ -36,25 +37,26 @@ def padded(processor, prompts, pictures, side="left"):
 
 
 def alone(processor, prompt, pictures):
+    """Returns a batch of one prompt."""
     return doubled(single(processor, prompt, pictures))
 
 
 def positions(mask, count):
-    """Of the last `count` tokens, as generate numbers them."""
+    """Returns the position ids of the last `count` tokens, as `generate` numbers them."""
     return (mask.cumsum(1) - 1).clamp(min=0)[:, -count:]
 
 
 def run(model, inputs, **options):
-    """One forward pass; rotations are rounded to float32, so that rows must have positions of their own."""
-    given = positions(inputs["attention_mask"], inputs["input_ids"].shape[1])
+    """Returns the output of one forward pass; position ids are per row, as rotations are float32."""
+    position_ids = positions(inputs["attention_mask"], inputs["input_ids"].shape[1])
     if "pixel_values" in inputs:
         inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
     with torch.no_grad():
-        return model(**inputs, position_ids=given, **{"use_cache": True} | options)
+        return model(**inputs, position_ids=position_ids, **{"use_cache": True} | options)
 
 
 def answer(model, inputs, count=5, **options):
-    """The tokens that generate adds, with no end and no image among them."""
+    """Returns `count` generated tokens, without an end or an image token."""
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False} | options
-    found = model.generate(**inputs, suppress_tokens=[4], **options)
-    return found[:, inputs["input_ids"].shape[1] :]
+    generated = model.generate(**inputs, suppress_tokens=[4], **options)
+    return generated[:, inputs["input_ids"].shape[1] :]

@@ -1,4 +1,4 @@
-"""Chat: what is asked, remembered, refused and shown, in a conversation and in the terminal."""
+"""Chat: the conversation, its streamed answers, the terminal and the command."""
 
 import io
 import json
@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_pitome import MergeConfig, apply, load, merge_tokens
-from llava_pitome.cli.chat import command
+from llava_pitome import MergeConfig, load, merge_tokens
+from llava_pitome.api import applied
 from llava_pitome.cli.chat import terminal as terminals
 from llava_pitome.cli.chat.conversation import Conversation
-from llava_pitome.cli.chat.terminal import Terminal
+from llava_pitome.cli.chat.terminal import Terminal, with_amount
 from llava_pitome.cli.main import main
 from llava_pitome.embedded import render, scenes
 from llava_pitome.embedded.questions import HINT, ask
 
-RATIO = MergeConfig(ratio=0.9)
+CONFIG = MergeConfig(ratio=0.9)  # 65 tokens of 196 patches
 
 
 @pytest.fixture(scope="module")
@@ -26,219 +26,211 @@ def embedded():
 
 
 @pytest.fixture
-def talk(embedded):
+def conversation(embedded):
     model, processor = embedded
-    with merge_tokens(model, RATIO, processor):
+    with merge_tokens(model, CONFIG, processor):
         yield Conversation(model, processor, max_new_tokens=8)
+
+
+@pytest.fixture
+def terminal(conversation):
+    return Terminal(conversation, CONFIG, io.StringIO())
 
 
 def scene(seed: int) -> Image.Image:
     return Image.fromarray(render.render(scenes.scene(seed)))
 
 
-def offline(embedded, question: str, picture: Image.Image, config: MergeConfig | None) -> str:
+def generate(embedded, question: str, image: Image.Image, config: MergeConfig) -> str:
+    """The answer of plain `generate`."""
     model, processor = embedded
     content = [{"type": "image"}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    with merge_tokens(model, config or MergeConfig(ratio=1.0), processor), torch.no_grad():
-        inputs = processor(text=prompt, images=picture, return_tensors="pt").to(model.device, model.dtype)
-        said = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    return processor.tokenizer.decode(
-        said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    ).strip()
+    with merge_tokens(model, config, processor), torch.no_grad():
+        inputs = processor(text=prompt, images=image, return_tensors="pt").to(model.device, model.dtype)
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def test_streamed_answers_are_those_of_generate(embedded, talk):
+def test_streamed_answers_equal_those_of_generate(embedded, conversation):
     for seed in range(4):
         question = ask(scenes.scene(seed), 1)[0].text + HINT
-        talk.reset()
-        talk.show(scene(seed))
-        assert "".join(talk.ask(question)).strip() == offline(embedded, question, scene(seed), RATIO)
+        conversation.reset()
+        conversation.add_image(scene(seed))
+        assert "".join(conversation.ask(question)).strip() == generate(
+            embedded, question, scene(seed), CONFIG
+        )
 
 
-def test_the_numbers_are_those_of_the_prompt(talk):
-    talk.show(scene(0))
-    talk.show(scene(1))
-    answer = "".join(talk.ask("Which colors are there?"))
-    found = talk.numbers
-    assert found.patches == 2 * 196 and found.image_tokens == 2 * 65
-    assert found.image_tokens < found.prompt_tokens < found.image_tokens + 60
-    assert 1 <= found.answer_tokens <= 8 and found.first_token > 0 and found.memory > 0
-    assert (found.tokens_per_second is None) == (found.answer_tokens == 1), answer
+def test_stats_count_the_tokens_of_the_prompt(conversation):
+    conversation.add_image(scene(0))
+    conversation.add_image(scene(1))
+    answer = "".join(conversation.ask("Which colors are there?"))
+    stats = conversation.stats
+    assert stats.patches == 2 * 196 and stats.image_tokens == 2 * 65
+    assert stats.image_tokens < stats.prompt_tokens < stats.image_tokens + 60
+    assert 1 <= stats.answer_tokens <= 8 and stats.first_token > 0 and stats.memory > 0
+    assert (stats.tokens_per_second is None) == (stats.answer_tokens == 1), answer
 
 
-def test_every_turn_reads_what_came_before(talk):
-    talk.show(scene(0))
-    first = "".join(talk.ask("Is there a circle?"))
-    one = talk.numbers.prompt_tokens
-    talk.show(scene(1))
-    "".join(talk.ask("And here?"))
-    assert talk.numbers.image_tokens == 2 * 65 and talk.numbers.prompt_tokens > one + 65
-    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * 2
-    assert talk.turns[1]["content"][0]["text"] == first.strip()
+def test_every_prompt_contains_the_turns_before_it(conversation):
+    conversation.add_image(scene(0))
+    first = "".join(conversation.ask("Is there a circle?"))
+    length = conversation.stats.prompt_tokens
+    conversation.add_image(scene(1))
+    "".join(conversation.ask("And here?"))
+    assert conversation.stats.image_tokens == 2 * 65 and conversation.stats.prompt_tokens > length + 65
+    assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"] * 2
+    assert conversation.turns[1]["content"][0]["text"] == first.strip()
 
 
-def test_an_answer_that_is_left_early_is_kept_as_far_as_it_was_read(embedded):
-    model, processor = embedded
-    talk = Conversation(model, processor, max_new_tokens=400)
-    model.generation_config.eos_token_id, before = None, model.generation_config.eos_token_id
-    try:
-        answer = talk.ask("What is this?")
-        piece = next(answer)
-        answer.close()  # returns once generation has stopped
-    finally:
-        model.generation_config.eos_token_id = before
-    assert talk.turns[1]["content"][0]["text"] == piece.strip()
-    assert talk.numbers.answer_tokens < 400
+def test_an_answer_that_is_closed_early_stops_generation_and_is_kept(embedded, monkeypatch):
+    conversation = Conversation(*embedded, max_new_tokens=400)
+    monkeypatch.setattr(conversation.model.generation_config, "eos_token_id", None)
+    answer = conversation.ask("What is this?")
+    piece = next(answer)
+    answer.close()  # returns once generation has stopped
+    assert conversation.turns[1]["content"][0]["text"] == piece.strip()
+    assert conversation.stats.answer_tokens < 400
 
 
-def test_an_answer_that_is_interrupted_is_kept_as_far_as_it_was_read(held, monkeypatch):
-    def interrupted(text):
-        held.out.write(text)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(held, "say", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        held.take("Is there a circle?")
-    assert len(held.conversation.turns) == 2 and len(held.record) == 1
-    assert held.record[0]["answer"] == held.conversation.turns[1]["content"][0]["text"] != ""
-
-
-def test_a_saved_way_to_merge_stays_when_only_the_amount_changes():
-    saved = MergeConfig(ratio=0.8, method="tome", llm_proportional=True)
-    changed = command._changed(saved, tokens=20)
-    assert changed == MergeConfig(tokens=20, method="tome", llm_proportional=True)
-    assert command._changed(None, ratio=0.7) == MergeConfig(ratio=0.7)
-
-
-def test_an_error_in_generation_reaches_who_reads_and_changes_nothing(talk, monkeypatch):
+def test_a_failure_of_generate_reaches_the_caller_and_changes_nothing(conversation, monkeypatch):
     def fails(**_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(talk.model, "generate", fails)
-    talk.show(scene(0))
+    monkeypatch.setattr(conversation.model, "generate", fails)
+    conversation.add_image(scene(0))
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(talk.ask("What is this?"))
-    assert talk.turns == [] and talk.pictures == []
+        list(conversation.ask("What is this?"))
+    assert conversation.turns == [] and conversation.images == []
     monkeypatch.undo()
-    "".join(talk.ask("What is this?"))
-    assert talk.numbers.patches == 196  # the picture waited for its question
-
-
-@pytest.mark.parametrize("question, reason", [(" ", "empty"), ("a <image> b", "cannot hold <image>")])
-def test_questions_that_cannot_be_asked_are_refused(talk, question, reason):
-    with pytest.raises(ValueError, match=reason):
-        next(talk.ask(question))
-    assert talk.turns == []
-
-
-def test_a_conversation_that_is_too_long_is_refused(talk):
-    for _ in range(32):
-        talk.show(scene(0))
-    with pytest.raises(ValueError, match=r"has 2\d+ tokens, .* reads 2048"):
-        next(talk.ask("What is this?"))
+    "".join(conversation.ask("What is this?"))
+    assert conversation.stats.patches == 196  # the image stays with the next question
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}]
+    "question, images, reason",
+    [
+        (" ", 0, "empty"), ("a <image> b", 0, "cannot contain <image>"),
+        ("What is this?", 32, r"has 2\d+ tokens, .* context is 2048"),
+    ],
+)  # fmt: skip
+def test_questions_that_cannot_be_answered_are_refused(conversation, question, images, reason):
+    for _ in range(images):
+        conversation.add_image(scene(0))
+    with pytest.raises(ValueError, match=reason):
+        next(conversation.ask(question))
+    assert conversation.turns == []
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}]
 )
-def test_settings_out_of_range_are_refused(embedded, options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}="):
-        Conversation(*embedded, **options)
+def test_settings_out_of_range_are_refused(embedded, settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
+        Conversation(*embedded, **settings)
 
 
-@pytest.fixture
-def held(talk):
-    def change(**amount):
-        return MergeConfig(**amount)
-
-    return Terminal(talk, RATIO, change, io.StringIO())
-
-
-def test_lines_ask_and_commands_change_what_merges(held, tmp_path, embedded):
+def test_lines_ask_questions_and_change_the_config(terminal, tmp_path):
     scene(0).save(tmp_path / "a.png")
-    saved = tmp_path / "said.json"
+    saved = tmp_path / "record.json"
     lines = [f"/image {tmp_path / 'a.png'}", "Is there a circle?", "/tokens 20", "Why?", "/plain", "So?",
-             f"/save {saved}", "/reset", "Is it?", "/quit", "never asked"]  # fmt: skip
-    held.hold(lines, interactive=False)
-    shown = held.out.getvalue()
-    numbers = re.findall(r"\[(\d+) image tokens of (\d+) · first token [\d.]+ s · .* · [\d.]+ GB\]", shown)
-    assert numbers == [("65", "196"), ("20", "196"), ("196", "196"), ("0", "0")]
-    said = json.loads(saved.read_text())
-    assert [s["question"] for s in said] == ["Is there a circle?", "Why?", "So?"]
-    assert [s["token_merging"] and s["token_merging"]["tokens"] for s in said] == [None, 20, None]
-    assert said[0]["token_merging"]["ratio"] == 0.9 and said[2]["token_merging"] is None
-    assert "never asked" not in shown
+             f"/save {saved}", "/reset", "Is it?", "/quit", "never read"]  # fmt: skip
+    terminal.run(lines, interactive=False)
+    written = terminal.out.getvalue()
+    stats = re.findall(r"\[(\d+) image tokens of (\d+) · first token [\d.]+ s · .* · [\d.]+ GB\]", written)
+    assert stats == [("65", "196"), ("20", "196"), ("196", "196"), ("0", "0")]
+    record = json.loads(saved.read_text())
+    assert [entry["question"] for entry in record] == ["Is there a circle?", "Why?", "So?"]
+    configs = [MergeConfig.from_dict(c) if (c := entry["token_merging"]) else None for entry in record]
+    assert configs == [CONFIG, MergeConfig(tokens=20), None]
+    assert record[0]["numbers"]["image_tokens"] == 65
+    assert "never read" not in written
 
 
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("/ratio 2", "ratio=2"), ("/ratio x", "'x' is not allowed"), ("/tokens 0", "tokens=0"),
-        ("/tokens 500", "does not fit"), ("/image nothing.png", "nothing.png is not there"),
-        ("/image", "needs the name"),
-        ("/imag a.png", "/imag is no command"),
-        ("/save", "needs the name"), ("/save /none/x", "cannot be written"),
+        ("/ratio 2", "ratio='2' is not allowed"), ("/ratio x", "'x' is not allowed"),
+        ("/tokens 0", "tokens='0' is not allowed"), ("/tokens 500", "does not fit"),
+        ("/image nothing.png", "nothing.png does not exist"), ("/image", "/image needs FILE"),
+        ("/ratio", "/ratio needs R"), ("/imag a.png", "/imag is no command; allowed are /image, /ratio"),
+        ("/save", "/save needs FILE"), ("/save /none/x", "cannot be written"),
     ],
 )  # fmt: skip
-def test_lines_that_cannot_be_done_say_why_and_change_nothing(held, line, reason):
+def test_lines_that_are_not_allowed_give_the_reason_and_change_nothing(terminal, line, reason):
     with pytest.raises(ValueError, match=reason):
-        held.hold([line], interactive=False)
-    held.hold([line, "Is there a circle?"], interactive=True)
-    assert reason in held.out.getvalue() and held.config == RATIO and len(held.record) == 1
+        terminal.run([line], interactive=False)
+    terminal.run([line, "Is there a circle?"], interactive=True)
+    assert reason in terminal.out.getvalue() and terminal.config == CONFIG and len(terminal.record) == 1
 
 
-def test_an_answer_that_is_stopped_before_it_begins_has_no_numbers(held, monkeypatch):
-    def stopped(_):
+def test_an_interrupted_answer_is_kept_as_far_as_it_was_written(terminal, monkeypatch):
+    def interrupted(text):
+        terminal.out.write(text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        terminal.handle("Is there a circle?")
+    assert len(terminal.conversation.turns) == 2 and len(terminal.record) == 1
+    assert terminal.record[0]["answer"] == terminal.conversation.turns[1]["content"][0]["text"] != ""
+
+
+def test_an_answer_that_is_interrupted_before_its_first_token_has_no_stats(terminal, monkeypatch):
+    def interrupted(_, **__):
         raise KeyboardInterrupt
         yield
 
-    held.hold(["Is there a circle?"], interactive=True)
-    monkeypatch.setattr("llava_pitome.cli.chat.streaming.Stream.pieces", stopped)
-    held.hold(["Is there a square?"], interactive=True)
-    assert [said["numbers"] is None for said in held.record] == [False, True]
+    terminal.run(["Is there a circle?"], interactive=True)
+    monkeypatch.setattr("llava_pitome.cli.chat.streaming.AnswerStream.generate", interrupted)
+    terminal.run(["Is there a square?"], interactive=True)
+    assert [entry["numbers"] is None for entry in terminal.record] == [False, True]
+    assert "(stopped)" in terminal.out.getvalue()
 
 
-def test_help_names_every_command(held):
-    held.take("/help")
-    assert all(name in held.out.getvalue() for name in terminals.COMMANDS)
+def test_another_amount_keeps_the_rest_of_the_config():
+    config = MergeConfig(ratio=0.8, method="tome", llm_proportional=True)
+    changed = MergeConfig(tokens=20, method="tome", llm_proportional=True)
+    assert with_amount(config, "tokens", 20) == changed
+    assert with_amount(None, "ratio", 0.7) == MergeConfig(ratio=0.7)
 
 
-def test_the_command_answers_piped_questions(monkeypatch, capsys, tmp_path):
+def test_help_lists_every_command(terminal):
+    terminal.handle("/help")
+    assert all(name in terminal.out.getvalue() for name in terminals.COMMANDS)
+
+
+def test_the_command_answers_piped_questions(embedded, monkeypatch, capsys, tmp_path):
     scene(3).save(tmp_path / "a.png")
     question = ask(scenes.scene(3), 1)[0].text
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n"))
     assert main(["chat", "--ratio", "0.9", "--image", str(tmp_path / "a.png")]) == 0
-    shown = capsys.readouterr().out
-    assert "[65 image tokens of 196 · " in shown
-    assert shown.split("\n")[0] == offline(load("embedded"), question, scene(3), RATIO)
+    written = capsys.readouterr().out
+    assert "[65 image tokens of 196 · " in written
+    assert written.split("\n")[0] == generate(embedded, question, scene(3), CONFIG)
 
 
 @pytest.mark.parametrize(
     "words, reason",
     [
-        (["--ratio", "0"], "0"), (["--image", "no.png"], "no.png is not there"),
+        (["--ratio", "0"], "0"), (["--image", "no.png"], "no.png does not exist"),
         (["--max-new-tokens", "0"], "whole number from 1"), (["--recipe", "best"], "not how far"),
         (["--device", "cuda:9"], "cuda:9"), (["--temperature", "-1"], "a number from 0"),
-        (["--temperature", "inf"], "a number from 0"),
+        (["--temperature", "inf"], "a number from 0"), (["--prefix", "1"], "number of tokens (64)"),
     ],
 )  # fmt: skip
-def test_the_command_refuses_before_it_talks(monkeypatch, capsys, words, reason):
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+def test_the_command_refuses_before_a_model_is_loaded(monkeypatch, capsys, words, reason):
+    monkeypatch.setattr("llava_pitome.cli.chat.command.load", lambda *_: pytest.fail("a model was loaded"))
     try:
-        code = main(["chat", *words])
+        status = main(["chat", *words])
     except SystemExit as error:  # argparse
-        code = error.code
-    assert code == 2 and reason in capsys.readouterr().err
+        status = error.code
+    assert status == 2 and reason in capsys.readouterr().err
 
 
-def test_what_was_applied_is_known(embedded):
-    from llava_pitome import remove
-    from llava_pitome.api import applied
-
-    model, processor = embedded
-    assert applied(model) is None
-    apply(model, RATIO, processor)
-    assert applied(model) == RATIO
-    remove(model)
-    assert applied(model) is None
+def test_applied_is_the_config_of_a_merging_model_alone(embedded):
+    assert applied(embedded[0]) is None
+    with merge_tokens(embedded[0], CONFIG, embedded[1]):
+        assert applied(embedded[0]) == CONFIG
+    assert applied(embedded[0]) is None

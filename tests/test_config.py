@@ -1,10 +1,13 @@
+import copy
+import dataclasses
 import json
 import math
+import pickle
 
 import pytest
 
 from llava_pitome import METHODS, MergeConfig
-from llava_pitome.config_validation import CHOICES
+from llava_pitome.config import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_ratio_and_tokens_together_or_neither_raise(both):
         ("early_depth", 1.5, r"\[0, 1\]"),
         ("early_depth", -0.5, r"\[0, 1\]"),
         ("parameters", {"margn": 0.5}, "margin, start, end, alpha, energy, candidates, split"),
-        ("parameters", {"depth": 0.5}, "the layer sets it"),
+        ("parameters", {"depth": 0.5}, "no parameter 'depth'"),
     ],
 )
 def test_a_value_out_of_range_raises_with_what_is_allowed(field, value, allowed):
@@ -59,7 +62,7 @@ def test_a_value_out_of_range_raises_with_what_is_allowed(field, value, allowed)
         MergeConfig(ratio=0.9, **{field: value})
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].ordered is None])
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].has_order])
 def test_an_order_that_the_method_lacks_raises(method):
     with pytest.raises(ValueError, match=f"'{method}' defines no order"):
         MergeConfig(ratio=0.9, method=method, order="method")
@@ -76,13 +79,60 @@ def test_a_parameter_whose_value_the_method_cannot_use_raises_where_it_is_made(p
         MergeConfig(ratio=0.9, parameters=parameters)
 
 
-def test_a_recipe_is_not_changed_through_a_config_made_of_it():
-    MergeConfig.recipe("released", ratio=0.9).parameters["alpha"] = 7.0
-    found = MergeConfig.recipe("released", ratio=0.9).parameters
-    try:
-        assert found == {"energy": "elu"}
-    finally:
-        found.pop("alpha", None)
+@pytest.mark.parametrize("change", [
+    lambda d: d.update(alpha=7.0), lambda d: d.pop("energy"), lambda d: d.clear(), lambda d: d.setdefault("a", 1),
+    lambda d: d.__setitem__("alpha", 7.0), lambda d: d.__delitem__("energy"), lambda d: d.__ior__({"alpha": 7.0}),
+])  # fmt: skip
+def test_the_dicts_of_a_config_cannot_change(change):
+    config = MergeConfig.recipe("released", ratio=0.9)
+    with pytest.raises(TypeError, match="cannot change"):
+        change(config.parameters)
+    assert config.parameters == RECIPES["released"]["parameters"] == {"energy": "elu"}
+
+
+def test_a_config_has_no_part_in_what_it_was_made_of():
+    parameters, decoder = {"alpha": 0.5}, {1: 0.5}
+    config = MergeConfig(parameters=parameters, decoder=decoder)
+    parameters["alpha"], decoder[2] = 7.0, 0.5
+    assert config.parameters == {"alpha": 0.5} and config.decoder == {1: 0.5}
+
+
+def test_equal_configs_have_one_hash_and_others_do_not():
+    first = MergeConfig(decoder={8: 0.5, 4: 0.5}, parameters={"alpha": 0.5, "margin": 0.1})
+    second = MergeConfig(decoder={4: 0.5, 8: 0.5}, parameters={"margin": 0.1, "alpha": 0.5})
+    assert len({first, second, pickle.loads(pickle.dumps(first)), copy.deepcopy(first)}) == 1
+    assert len({first, MergeConfig(decoder={4: 0.5}), MergeConfig(ratio=0.9)}) == 3
+
+
+@pytest.mark.parametrize("values", [{"prefix": 1}, {"decoder": {3: 1}}])
+def test_the_whole_number_1_is_ambiguous(values):
+    with pytest.raises(ValueError, match=r"=1 is ambiguous: give 1\.0 to keep every token"):
+        MergeConfig(**values)
+
+
+def test_configs_of_version_1_load():
+    old = {"version": 1, "prefix": 1, "decoder": {"8": 1, "4": 0.5}, "ratio": 0.9}
+    config = MergeConfig.from_dict(old)
+    assert config.tokens_at(576, 23) == 1
+    assert config.decoder[4] == 0.5 and config.llm_lengths(64, 12)[-1] == 1
+    assert MergeConfig.from_dict({"version": 1, "prefix": 64}) == MergeConfig(prefix=64)
+
+
+def test_a_saved_config_comes_back(tmp_path):
+    config = MergeConfig.recipe("best", tokens=64)
+    config.save_pretrained(tmp_path / "new")
+    assert MergeConfig.from_pretrained(tmp_path / "new") == config
+    (tmp_path / "config.json").write_text(json.dumps({"token_merging": config.to_dict()}))
+    assert MergeConfig.from_pretrained(tmp_path) == config
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no merge config"):
+        MergeConfig.from_pretrained(tmp_path)
+
+
+def test_every_field_has_one_description():
+    for field in dataclasses.fields(MergeConfig):
+        assert field.metadata["help"] and field.metadata["group"]
+        assert f"{field.name}: {field.metadata['help']}" in MergeConfig.__doc__
 
 
 def test_an_unknown_field_raises_with_the_nearest_name():
@@ -117,7 +167,7 @@ CONFIGS = (
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_config_survives_json(config):
     values = config.to_dict()
-    assert values["version"] == 1
+    assert values["version"] == 2
     assert MergeConfig.from_dict(values) == config
     assert MergeConfig.from_dict(json.loads(json.dumps(values))) == config
 
@@ -140,8 +190,8 @@ def test_the_paper_is_the_default():
     assert (config.method, config.metric, config.site, config.order) == (
         "pitome",
         "keys",
-        CHOICES["site"][0],
-        CHOICES["order"][0],
+        "attention",
+        "raster",
     )
     assert config.size_weighted and config.proportional
 

@@ -51,7 +51,7 @@ def test_a_method_merges_where_its_definition_makes_sense_and_raises_elsewhere(
     method, place, model, processor, pictures
 ):
     if place not in METHODS[method].places:
-        with pytest.raises(ValueError, match=f"'{method}' cannot merge in the {place}: its definition fits"):
+        with pytest.raises(ValueError, match=f"'{method}' cannot merge in the {place}: it is defined for"):
             MergeConfig(method=method, **PLACES[place])
         MergeConfig(method=method, **{k: {0: 1.0} if k == "decoder" else 1.0 for k in PLACES[place]})
         return
@@ -60,7 +60,7 @@ def test_a_method_merges_where_its_definition_makes_sense_and_raises_elsewhere(
 
 
 @pytest.mark.parametrize("values", [{"prefix": 0.5, "decoder": {0: 0.5}}, {"decoder": {0: 0.5, 1: 0.5}},
-                                    {"prefix": 1, "decoder": {1: 3}}])  # fmt: skip
+                                    {"prefix": 2, "decoder": {1: 3}}])  # fmt: skip
 def test_a_grid_is_there_for_the_first_merge_only(values):
     with pytest.raises(ValueError, match="'grid' works on the grid of patches"):
         MergeConfig(method="grid", **values)
@@ -76,7 +76,7 @@ def test_a_grid_behind_a_tower_that_merges_raises(values):
 
 
 CONFIGS = [
-    MergeConfig(prefix=1),
+    MergeConfig(prefix=2),
     MergeConfig(prefix=1.0),
     MergeConfig(prefix=0.25, prefix_metric="keys"),
     MergeConfig(decoder={16: 0.5, 8: 3, 0: 1.0}),
@@ -89,7 +89,7 @@ CONFIGS = [
 def test_a_config_survives_json(config):
     found = MergeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert found == config
-    assert repr(found) == repr(config)  # 1 is not 1.0, tuples are tuples, layers are numbers in order
+    assert repr(found) == repr(config)  # tuples are tuples, layers are numbers in order
     assert list(found.decoder) == sorted(found.decoder)
 
 

@@ -1,9 +1,8 @@
-"""LLaVA's data: rows read one at a time, broken ones told, and loss on the assistant's words alone."""
+"""LLaVA's data: rows decoded one at a time, broken ones left out, labels on the assistant's turns alone."""
 
 import copy
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,12 @@ from PIL import Image
 from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.embedded.questions import ask
 from llava_pitome.embedded.scenes import scene
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "train"))
-
-import embedded_data  # noqa: E402
-import encoding  # noqa: E402
-import export  # noqa: E402
-from broken import Broken  # noqa: E402
-from conversations import BrokenRow, read  # noqa: E402
-from data import Collate, Conversations  # noqa: E402
-from expand import expand  # noqa: E402
-from records import Records  # noqa: E402
+from train import export
+from train.collator import Collator, expand
+from train.conversation import IGNORE_INDEX, BrokenRow, encode, parse_row, render
+from train.data import ConversationDataset
+from train.embedded.data import TURNS, encode_conversations
+from train.rows import BrokenRows, JsonRows
 
 PATCHES = 196
 AWKWARD = [
@@ -34,8 +27,12 @@ AWKWARD = [
 ]
 
 
-def said(*words: str) -> list[dict]:
-    return [{"from": ("human", "gpt")[i % 2], "value": w} for i, w in enumerate(words)]
+def turns(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def row(*texts: str, **fields) -> dict:
+    return {"conversations": turns(*texts)} | fields
 
 
 @pytest.fixture(scope="module")
@@ -45,175 +42,159 @@ def embedded():
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, colour in (("a.png", "red"), ("b.png", "blue")):
-        Image.new("RGB", (50, 40), colour).save(tmp_path / name)
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (50, 40), color).save(tmp_path / name)
     return tmp_path
 
 
-def written(folder: Path, rows: list, lines: bool = False) -> Records:
+def json_rows(folder: Path, rows: list) -> JsonRows:
     file = folder / "rows.json"
-    file.write_text("\n\n".join(map(json.dumps, rows)) if lines else json.dumps(rows, indent=1))
-    return Records(file)
+    file.write_text(json.dumps(rows))
+    return JsonRows(file)
 
 
-def dataset(folder: Path, rows: list, processor, longest: int = 2048, tolerated: int = 0) -> Conversations:
-    broken = Broken(tolerated, folder / "broken.jsonl")
-    return Conversations(written(folder, rows), folder, processor, PATCHES, longest, broken)
+def dataset(
+    folder: Path, rows: list, processor, max_length=2048, allowed=0, image_tokens=None
+) -> ConversationDataset:
+    broken = BrokenRows(allowed, folder / "broken.jsonl")
+    return ConversationDataset(
+        json_rows(folder, rows), folder, processor, PATCHES, max_length, broken, image_tokens
+    )
 
 
-# Records
-
-
-@pytest.mark.parametrize("ascii_only", [True, False])
-@pytest.mark.parametrize("indent", [None, 2])
-def test_rows_of_an_array_are_those_of_json(tmp_path, indent, ascii_only):
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps(AWKWARD, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
-    found = Records(file)
-    assert [found[i] for i in range(len(found))] == AWKWARD
-    again = pickle.loads(pickle.dumps(found))  # as a loading process gets it
-    assert [again[i] for i in range(len(again))] == AWKWARD
-
-
-def test_rows_of_lines_are_those_of_json(tmp_path):
-    found = written(tmp_path, AWKWARD, lines=True)
-    assert [found[i] for i in range(len(found))] == AWKWARD
+# Rows of a file
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    "text",
     [
+        json.dumps(AWKWARD, ensure_ascii=False),
+        json.dumps(AWKWARD, indent=2),
+        "\n\n".join(map(json.dumps, AWKWARD)),
+        "\n".join(json.dumps(found, ensure_ascii=False) for found in AWKWARD) + "\n",
+    ],
+    ids=["array", "indented array", "lines", "unicode lines"],
+)
+def test_rows_are_those_of_json(tmp_path, text):
+    (tmp_path / "rows").write_text(text, encoding="utf-8")
+    rows = JsonRows(tmp_path / "rows")
+    assert list(rows) == AWKWARD
+    assert list(pickle.loads(pickle.dumps(rows))) == AWKWARD  # for worker processes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is not a file"),
         ("", "is empty"),
-        ("[]", "holds no rows"),
+        ("[]", "has no rows"),
         ("[{}, {", "ends within its array"),
-        ("[{}, 3, {}]", "is no array of objects: byte 5 begins '3, '"),
-        ("[{}] more", "begins 'more'"),
+        ("[{}, 3, {}]", "is not an array of objects: at byte 5 is '3, '"),
+        ("[{}] more", "is 'more'"),
     ],
 )
-def test_a_file_that_is_not_whole_raises(tmp_path, text, why):
+def test_malformed_file_raises(tmp_path, text, message):
     file = tmp_path / "rows.json"
-    file.write_text(text)
+    if text is not None:
+        file.write_text(text)
     with pytest.raises(ValueError, match="data=") as error:
-        Records(file)
-    assert why in str(error.value)
-
-
-def test_a_file_that_is_not_there_raises(tmp_path):
-    with pytest.raises(ValueError, match="is no file"):
-        Records(tmp_path / "none.json")
-
-
-# Rows
+        JsonRows(file)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("row", "why"),
+    ("broken", "message"),
     [
         ([], 'it has no list "conversations"'),
         ({"conversations": []}, 'it has no list "conversations"'),
         ({"conversations": ["hello"]}, "a turn is from None"),
         ({"conversations": [{"from": "cat", "value": "x"}]}, "a turn is from 'cat'; allowed are human, user"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "a turn says 3, which is no text"),
-        ({"conversations": said("x")}, "the assistant answers nothing"),
-        ({"conversations": said("x") + said("y", "z")}, "two turns of the user after each other"),
-        (
-            {"image": "a.png", "conversations": said("x", "<image> y")},
-            "<image> in the words of the assistant",
-        ),
-        (
-            {"image": ["a.png"] * 2, "conversations": said("<image> x", "y")},
-            "1 <image> in its words, but 2 im",
-        ),
-        ({"image": "a.png", "conversations": said("x", "y")}, "0 <image> in its words, but 1 images"),
-        ({"image": "none.png", "conversations": said("<image> x", "y")}, "none.png is missing"),
-        ({"image": 3, "conversations": said("<image> x", "y")}, '"image" is 3; it must be a name or a list'),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "a turn is from ['human']"),
-        ({"conversations": said("x", "\ud83d")}, "half of a surrogate pair"),
-        ({"image": "data:" + "a" * 5000, "conversations": said("<image> x", "y")}, "is missing"),
-        ({"image": "\ud83d.png", "conversations": said("<image> x", "y")}, "is missing"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "the value of a turn is 3, which is not text"),
+        ({"conversations": turns("x") + turns("y", "z")}, "two consecutive turns of the user"),
+        (row("x"), "it has no answer of the assistant"),
+        (row("x", "<image> y", image="a.png"), "<image> in a turn of the assistant"),
+        (row("<image> x", "y", image=["a.png"] * 2), "1 <image> in its text, but 2 images"),
+        (row("x", "y", image="a.png"), "0 <image> in its text, but 1 images"),
+        (row("<image> x", "y", image="none.png"), "none.png is missing"),
+        (row("<image> x", "y", image=3), '"image" is 3; it must be a name or a list'),
+        (row("x", "\ud83d"), "half of a surrogate pair"),
+        (row("<image> x", "y", image="data:" + "a" * 5000), "is missing"),
+        (row("<image> x", "y", image="\ud83d.png"), "is missing"),
     ],
 )
-def test_a_broken_row_says_why(folder, row, why):
+def test_broken_row_raises(folder, broken, message):
     with pytest.raises(BrokenRow) as error:
-        read(row, folder)
-    assert why in str(error.value)
+        parse_row(broken, folder)
+    assert message in str(error.value)
 
 
-def test_a_row_is_what_llava_makes_of_it(folder):
-    turns = [
-        {"from": "gpt", "value": "Hello!"},
-        *said("What is\n<image>", " A cat. ", "And <image>?", "A dog.", "So?"),
+def test_row_is_parsed_as_llava_does(folder):
+    texts = ("What is\n<image>", " A cat. ", "And <image>?", "A dog.", "So?")
+    found = {"image": ["a.png", "b.png"], "conversations": [{"from": "gpt", "value": "Hi!"}, *turns(*texts)]}
+    conversation = parse_row(found, folder)
+    assert conversation.images == (folder / "a.png", folder / "b.png")
+    image = {"type": "image"}
+    assert [(m["role"], m["content"]) for m in conversation.messages] == [
+        ("user", [image, {"type": "text", "text": "What is"}]),
+        ("assistant", [{"type": "text", "text": "A cat."}]),
+        ("user", [image, {"type": "text", "text": "And ?"}]),
+        ("assistant", [{"type": "text", "text": "A dog."}]),
     ]
-    talk = read({"image": ["a.png", "b.png"], "conversations": turns}, folder)
-    assert talk.images == (folder / "a.png", folder / "b.png")
-    assert talk.turns == (
-        ("user", "What is", 1), ("assistant", "A cat.", 0), ("user", "And ?", 1), ("assistant", "A dog.", 0)
-    )  # fmt: skip
 
 
-def test_a_marker_in_a_row_without_pictures_is_a_word(folder, embedded):
-    """As in LLaVA: rows about HTML are no rows about pictures."""
-    found = dataset(folder, [{"conversations": said("what is <image>?", "a tag, <image>")}], embedded[1])[0]
-    assert embedded[1].image_token_id not in found["input_ids"] and "pixel_values" not in found
+def test_placeholder_in_a_row_without_images_is_text(folder, embedded):
+    """As in LLaVA: such rows are about HTML."""
+    item = dataset(folder, [row("what is <image>?", "a tag, <image>")], embedded[1])[0]
+    assert embedded[1].image_token_id not in item["input_ids"] and "pixel_values" not in item
 
 
-def test_broken_rows_are_told_with_their_index_and_left_out_up_to_a_limit(folder, embedded, caplog):
-    good = {"conversations": said("<image>\nx", "red"), "image": "a.png"}
-    rows = [good, {"conversations": []}, good, good | {"image": "none.png"}]
-    found = dataset(folder, rows, embedded[1], tolerated=2)
-    assert found.sound == [0, 2] and len(found.broken) == 2
+# Broken rows
+
+
+def test_broken_rows_are_recorded_and_left_out_up_to_a_limit(folder, embedded, caplog):
+    good, missing = row("<image>\nx", "red", image="a.png"), row("<image>\nx", "red", image="none.png")
+    rows = [good, {"conversations": []}, good, missing]
+    found = dataset(folder, rows, embedded[1], allowed=2)
+    assert found.indices == [0, 2] and len(found.broken) == 2
     assert "row 1 is left out" in caplog.text and "row 3 is left out: image" in caplog.text
-    named = [json.loads(line) for line in (folder / "broken.jsonl").read_text().splitlines()]
-    assert [row["row"] for row in named] == [1, 3] and "none.png is missing" in named[1]["why"]
+    recorded = [json.loads(line) for line in (folder / "broken.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in recorded] == [1, 3] and "none.png is missing" in recorded[1]["why"]
     with pytest.raises(ValueError, match=r"2 rows are broken, skip_broken=1 are allowed: row 1: it has no"):
-        dataset(folder, rows, embedded[1], tolerated=1)
+        dataset(folder, rows, embedded[1], allowed=1)
     (folder / "broken.jsonl").unlink()
     with pytest.raises(ValueError, match=r"every row of data=.* is broken: row 0"):
-        dataset(folder, rows[1:2], embedded[1], tolerated=5)
+        dataset(folder, rows[1:2], embedded[1], allowed=5)
 
 
-def test_a_picture_that_cannot_be_read_is_found_when_it_is_reached(folder, embedded):
+def test_malformed_line_is_one_broken_row(folder, embedded):
+    file = folder / "rows.jsonl"
+    file.write_text(f'{json.dumps(row("x", "y"))}\n{{"conversations": \n')
+    broken = BrokenRows(1, folder / "broken.jsonl")
+    found = ConversationDataset(JsonRows(file), folder, embedded[1], PATCHES, 100, broken)
+    assert found.indices == [0] and "row 1: it is not JSON" in str(broken)
+
+
+def test_unreadable_image_is_found_when_its_row_is_read(folder, embedded):
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:60])
-    row = {"conversations": said("<image>\nx", "red"), "image": "cut.png"}
-    rows = [row | {"image": "a.png"}, row, row | {"image": "b.png"}]
-    found = dataset(folder, rows, embedded[1], tolerated=1)
-    assert torch.equal(found[1]["pixel_values"], found[2]["pixel_values"])  # the next one stands in
-    assert 1 in found.broken and "cannot be read" in found.broken.told()
+    rows = [row("<image>\nx", "red", image=f"{name}.png") for name in ("a", "cut", "b")]
+    found = dataset(folder, rows, embedded[1], allowed=1)
+    assert torch.equal(found[1]["pixel_values"], found[2]["pixel_values"])  # the next row replaces it
+    assert 1 in found.broken and "cannot be read" in str(found.broken)
     (folder / "broken.jsonl").unlink()
     with pytest.raises(ValueError, match=r"row 1: image .*cut.png cannot be read"):
         dataset(folder, rows, embedded[1])[1]
 
 
-def test_what_every_process_finds_is_named_once(folder, embedded, tmp_path):
-    rows = written(folder, [{"conversations": []}, {"conversations": said("x", "y")}])
-    for first in (False, True, False):
-        broken = Broken(1, tmp_path / "broken.jsonl", first)
-        found = Conversations(rows, folder, embedded[1], PATCHES, 100, broken)
-        assert found.sound == [1] and len(found.broken) == 1
-    assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 1
+def test_broken_rows_that_every_process_finds_are_recorded_once(folder, embedded):
+    for _ in range(3):
+        found = dataset(folder, [{"conversations": []}, row("x", "y")], embedded[1], allowed=1)
+        assert found.indices == [1] and len(found.broken) == 1
+    assert len((folder / "broken.jsonl").read_text().splitlines()) == 1
 
 
-def test_rows_are_as_long_as_their_text_and_the_pictures_that_arrive(folder, embedded):
-    rows = [
-        {"conversations": said("x" * 50, "y" * 30)},
-        {"conversations": said("\N{CJK UNIFIED IDEOGRAPH-732B}" * 20, "y" * 20)},
-        {"image": "a.png", "conversations": said("<image> x", "yyy")},
-    ]
-    assert dataset(folder, rows, embedded[1]).lengths == [20, 20, PATCHES + 1]
-    broken = Broken(0, folder / "broken.jsonl")
-    few = Conversations(written(folder, rows), folder, embedded[1], PATCHES, 100, broken, picture=5)
-    assert few.lengths == [20, 20, 6]
-
-
-def test_a_processor_without_a_chat_template_is_found_before_training(folder, embedded):
-    processor = copy.copy(embedded[1])
-    processor.chat_template = None
-    with pytest.raises(ValueError, match="template"):
-        dataset(folder, [{"conversations": said("x", "y")}], processor)
-
-
-def test_processes_count_broken_rows_together(tmp_path):
-    one, two = Broken(2, tmp_path / "broken.jsonl"), Broken(2, tmp_path / "broken.jsonl")
+def test_processes_share_the_limit_of_broken_rows(tmp_path):
+    one, two = BrokenRows(2, tmp_path / "broken.jsonl"), BrokenRows(2, tmp_path / "broken.jsonl")
     one.add(4, BrokenRow("x"))
     two.add(4, BrokenRow("x"))
     two.add(9, BrokenRow("y"))
@@ -224,54 +205,59 @@ def test_processes_count_broken_rows_together(tmp_path):
         two.check()
 
 
+def test_lengths_count_text_and_merged_images(folder, embedded):
+    rows = [
+        row("x" * 50, "y" * 30),
+        row("\N{CJK UNIFIED IDEOGRAPH-732B}" * 20, "y" * 20),
+        row("<image> x", "yyy", image="a.png"),
+    ]
+    assert dataset(folder, rows, embedded[1]).lengths == [20, 20, PATCHES + 1]
+    assert dataset(folder, rows, embedded[1], image_tokens=5).lengths == [20, 20, 6]
+
+
 # Labels
 
 
-def spoken(batch: dict, row: int, tokenizer) -> list[str]:
-    """The words that carry loss, run by run."""
-    runs, labels = [[]], batch["labels"][row].tolist()
-    for label in labels:
-        if label == encoding.IGNORED:
+def labelled(labels: torch.Tensor, tokenizer) -> list[str]:
+    """The text of every run of labels."""
+    runs: list[list[int]] = [[]]
+    for label in labels.tolist():
+        if label == IGNORE_INDEX:
             runs += [[]] if runs[-1] else []
         else:
             runs[-1].append(label)
     return [tokenizer.decode(run) for run in runs if run]
 
 
-def test_only_the_assistants_words_carry_loss(folder, embedded):
-    """And the ends of its turns, without which nobody would stop."""
+def test_labels_are_answers_with_their_end_of_sequence(folder, embedded):
     processor = embedded[1]
     rows = [
-        {
-            "image": "a.png",
-            "conversations": said("<image>\nwhat color is the circle?", "red", "how many?", "two"),
-        },
-        {"conversations": said("is there a square?", "yes")},
-        {"image": ["a.png", "b.png"], "conversations": said("<image> left of <image>?", "no")},
+        row("<image>\nwhat color is the circle?", "red", "how many?", "two", image="a.png"),
+        row("is there a square?", "yes"),
+        row("<image> left of <image>?", "no", image=["a.png", "b.png"]),
     ]
     found = dataset(folder, rows, processor)
-    batch = Collate(processor)([found[i] for i in range(3)])
-    ends = processor.tokenizer.eos_token
-    answers = [[a.strip() for a in spoken(batch, i, processor.tokenizer)] for i in range(3)]
-    assert answers == [[f"red{ends}", f"two{ends}"], [f"yes{ends}"], [f"no{ends}"]]
+    batch = Collator(processor)([found[i] for i in range(3)])
+    eos = processor.tokenizer.eos_token
+    answers = [[a.strip() for a in labelled(labels, processor.tokenizer)] for labels in batch["labels"]]
+    assert answers == [[f"red{eos}", f"two{eos}"], [f"yes{eos}"], [f"no{eos}"]]
     assert batch["pixel_values"].shape == (3, 3, 112, 112)
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 0, 2]
 
 
-def test_tokens_are_those_that_the_embedded_model_was_made_with(tmp_path, embedded):
+def test_tokens_are_those_the_embedded_model_was_trained_on(tmp_path, embedded):
     processor = embedded[1]
-    file = export.write(tmp_path, scenes=3, turns=embedded_data.TURNS)
-    found = Conversations(Records(file), tmp_path, processor, PATCHES, 4096, Broken(0, tmp_path / "broken"))
-    batch = Collate(processor)([found[i] for i in range(3)])
-    longer = expand(batch, processor.image_token_id, PATCHES, processor.tokenizer.pad_token_id)
-    asked = [ask(scene(seed), embedded_data.TURNS) for seed in range(export.SEEDS, export.SEEDS + 3)]
-    made = embedded_data.conversations(asked, processor.tokenizer)
-    assert torch.equal(longer["input_ids"], made["input_ids"])
-    assert torch.equal(longer["labels"], made["labels"])
+    file = export.write(tmp_path, scenes=3, turns=TURNS)
+    found = dataset(tmp_path, json.loads(file.read_text()), processor, max_length=4096)
+    batch = Collator(processor)([found[i] for i in range(3)])
+    expanded = expand(batch, processor.image_token_id, PATCHES, processor.tokenizer.pad_token_id)
+    questions = [ask(scene(export.FIRST_SEED + i), TURNS) for i in range(3)]
+    for key, expected in encode_conversations(questions, processor.tokenizer).items():
+        assert torch.equal(expanded[key], expected), key
 
 
-class Forgetful:
-    """A processor whose template leaves out the end of sequence, as that of llava-hf/llava-1.5-7b-hf does."""
+class WithoutEos:
+    """A processor whose template omits the end of sequence, as that of llava-hf/llava-1.5-7b-hf."""
 
     def __init__(self, processor):
         self.tokenizer, self.image_token_id = processor.tokenizer, processor.image_token_id
@@ -279,88 +265,85 @@ class Forgetful:
     def apply_chat_template(self, messages, add_generation_prompt=False):
         text = ""
         for message in messages:
-            words = "".join("<image>\n" if c["type"] == "image" else c["text"] for c in message["content"])
-            text += f"{message['role'].upper()}: {words} "
+            parts = ("<image>\n" if c["type"] == "image" else c["text"] for c in message["content"])
+            text += f"{message['role'].upper()}: {''.join(parts)} "
         return text + ("ASSISTANT:" if add_generation_prompt else "")
 
 
-class Rewriting(Forgetful):
-    """A processor whose template writes how many turns there are."""
+class CountingTurns(WithoutEos):
+    """A processor whose template starts with the number of turns."""
 
     def apply_chat_template(self, messages, add_generation_prompt=False):
         return f"{len(messages)} turns " + super().apply_chat_template(messages, add_generation_prompt)
 
 
-def test_answers_end_where_a_template_forgets_it(folder, embedded):
-    talk = read({"conversations": said("one?", "yes", "two?", "no")}, folder)
-    found = encoding.write(Forgetful(embedded[1]), talk)
-    assert found.text == "USER: one? ASSISTANT: yes</s>USER: two? ASSISTANT: no</s>"
-    assert [found.text[a:b] for a, b in found.answers] == [" yes</s>", " no</s>"]
+def test_answers_end_with_eos_where_the_template_omits_it(folder, embedded):
+    conversation = parse_row(row("one?", "yes", "two?", "no"), folder)
+    text, answers = render(WithoutEos(embedded[1]), conversation)
+    assert text == "USER: one? ASSISTANT: yes</s>USER: two? ASSISTANT: no</s>"
+    assert [text[start:end] for start, end in answers] == [" yes</s>", " no</s>"]
 
 
-def test_a_template_that_cannot_be_followed_raises(folder, embedded):
-    talk = read({"conversations": said("one?", "yes", "two?", "no")}, folder)
-    with pytest.raises(ValueError, match="writes earlier turns anew"):
-        encoding.write(Rewriting(embedded[1]), talk)
+def test_unusable_chat_template_raises_before_training(folder, embedded):
+    conversation = parse_row(row("one?", "yes", "two?", "no"), folder)
+    with pytest.raises(ValueError, match="renders earlier turns differently"):
+        render(CountingTurns(embedded[1]), conversation)
+    processor = copy.copy(embedded[1])
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="template"):
+        dataset(folder, [row("x", "y")], processor)
 
 
-def test_what_is_too_long_is_cut_with_its_pictures(folder, embedded):
+def test_long_rows_are_cut_off_with_their_images(folder, embedded):
     processor = embedded[1]
-    row = {"image": ["a.png", "b.png"], "conversations": said("<image>\nx", "red", "y <image>", "blue")}
-    talk = read(row, folder)
-    whole, labels = encoding.encode(processor, talk, 2048, PATCHES)
-    length = len(whole) + 2 * (PATCHES - 1)
-    assert encoding.encode(processor, talk, length, PATCHES) == (whole, labels)
-    assert encoding.encode(processor, talk, length - 1, PATCHES) == (whole[:-1], labels[:-1])
-    cut = dataset(folder, [row], processor, longest=300)[0]
+    found = row("<image>\nx", "red", "y <image>", "blue", image=["a.png", "b.png"])
+    conversation = parse_row(found, folder)
+    ids, labels = encode(processor, conversation, 2048, PATCHES)
+    length = len(ids) + 2 * (PATCHES - 1)
+    assert encode(processor, conversation, length, PATCHES) == (ids, labels)
+    assert encode(processor, conversation, length - 1, PATCHES) == (ids[:-1], labels[:-1])
+    cut = dataset(folder, [found], processor, max_length=300)[0]
     assert len(cut["pixel_values"]) == 1 and (cut["input_ids"] == processor.image_token_id).sum() == 1
-    assert spoken({"labels": cut["labels"][None]}, 0, processor.tokenizer) == [" red</s>"]
-    assert "pixel_values" not in dataset(folder, [row], processor, longest=100)[0]
+    assert labelled(cut["labels"], processor.tokenizer) == [" red</s>"]
+    assert "pixel_values" not in dataset(folder, [found], processor, max_length=100)[0]
 
 
 # Batches
 
 
 @pytest.mark.parametrize("config", [MergeConfig(ratio=0.9), MergeConfig(ratio=1.0), MergeConfig(tokens=20)])
-def test_a_batch_expands_to_what_the_processor_writes(folder, embedded, config):
+def test_expanded_batch_is_that_of_the_processor(folder, embedded, config):
     model, processor = embedded
+    tokenizer = processor.tokenizer
     prompts = ["<image>\nUSER: a", "b", "<image> c <image> d"]
-    pictures = [Image.open(folder / name) for name in ("a.png", "b.png")]
+    images = [Image.open(folder / name) for name in ("a.png", "b.png")]
     with merge_tokens(model, config, processor):
-        processor.tokenizer.padding_side = "right"
-        made = processor(text=prompts, images=[pictures[:1], [], pictures], padding=True, return_tensors="pt")
-        processor.tokenizer.padding_side = "left"
-    short = processor.tokenizer(prompts)["input_ids"]
-    batch = Collate(processor)(
-        [
-            {"input_ids": torch.tensor(i), "labels": torch.tensor(i), "pixel_values": torch.zeros(1, 3, 2, 2)}
-            for i in short
-        ]
-    )
-    found = expand(
-        batch, processor.image_token_id, config.tokens_at(PATCHES, 11), processor.tokenizer.pad_token_id
-    )
-    assert torch.equal(found["input_ids"], made["input_ids"])
-    assert torch.equal(found["attention_mask"], made["attention_mask"])
-    assert torch.equal(
-        found["labels"][made["attention_mask"].bool()], made["input_ids"][made["attention_mask"].bool()]
-    )
+        tokenizer.padding_side = "right"
+        expected = processor(text=prompts, images=[images[:1], [], images], padding=True, return_tensors="pt")
+        tokenizer.padding_side = "left"
+    pixels = torch.zeros(1, 3, 2, 2)
+    rows = [torch.tensor(ids) for ids in tokenizer(prompts)["input_ids"]]
+    batch = Collator(processor)([{"input_ids": r, "labels": r, "pixel_values": pixels} for r in rows])
+    tokens = config.tokens_at(PATCHES, 11)
+    expanded = expand(batch, processor.image_token_id, tokens, tokenizer.pad_token_id)
+    for key in ("input_ids", "attention_mask"):
+        assert torch.equal(expanded[key], expected[key])
+    mask = expected["attention_mask"].bool()
+    assert torch.equal(expanded["labels"][mask], expected["input_ids"][mask])
 
 
 @pytest.mark.parametrize("config", [None, MergeConfig(ratio=0.9), MergeConfig.recipe("best", tokens=20)])
-def test_the_grey_picture_of_words_alone_changes_nothing(folder, embedded, config):
+def test_grey_image_of_a_text_batch_changes_nothing(folder, embedded, config):
     model, processor = embedded
-    found = dataset(folder, [{"conversations": said("is there a square?", "yes")}], processor)
-    item = found[0]
-    batch = Collate(processor)([item])
+    item = dataset(folder, [row("is there a square?", "yes")], processor)[0]
+    batch, config = Collator(processor)([item]), config or MergeConfig(ratio=1.0)
     assert batch["pixel_values"].shape[0] == 1
-    with merge_tokens(model, config or MergeConfig(ratio=1.0)), torch.no_grad():
-        tokens = (config or MergeConfig(ratio=1.0)).tokens_at(PATCHES, 11)
-        longer = expand(batch, processor.image_token_id, tokens, processor.tokenizer.pad_token_id)
-        labels = longer.pop("labels")
-        logits = model(**longer).logits
+    tokens = config.tokens_at(PATCHES, 11)
+    expanded = expand(batch, processor.image_token_id, tokens, processor.tokenizer.pad_token_id)
+    labels, length = expanded.pop("labels"), len(item["labels"])
     with torch.no_grad():
+        with merge_tokens(model, config):
+            logits = model(**expanded).logits
         plain = model(input_ids=item["input_ids"][None]).logits
-    torch.testing.assert_close(logits[:, : plain.shape[1]], plain, rtol=1e-4, atol=1e-4)
-    assert (labels[0, len(item["labels"]) :] == encoding.IGNORED).all()
-    assert torch.equal(labels[0, : len(item["labels"])], item["labels"])
+    torch.testing.assert_close(logits[:, :length], plain, rtol=1e-4, atol=1e-4)
+    assert torch.equal(labels[0, :length], item["labels"]) and (labels[0, length:] == IGNORE_INDEX).all()

@@ -1,4 +1,4 @@
-"""Checkpoints of the original package in the Hugging Face class: the same logits, answers, ids and pixels."""
+"""Original checkpoints in the Hugging Face class: the same logits, answers, ids and pixel values."""
 
 from contextlib import nullcontext
 
@@ -6,7 +6,8 @@ import originals
 import pytest
 import torch
 from conftest import PATCHES
-from originals import PROMPTS, ROWS, answer, asked, changed, flat, generate, given
+from originals import PROMPTS, ROWS, change_config, converted_inputs, generate, original_inputs
+from prompts import images_of
 
 from llava_pitome import MergeConfig, load, merge_tokens
 
@@ -22,79 +23,66 @@ CONFIGS = [
 
 
 @pytest.fixture
-def folder(original_folder):
-    return original_folder
+def images():
+    return originals.make_images()
 
 
-@pytest.fixture
-def pictures():
-    return originals.make_pictures()
-
-
-def merging(model, config, processor=None):
+def merged(model, config, processor=None):
     return nullcontext() if config is None else merge_tokens(model, config, processor)
 
 
+def flat_images(prompts, images):
+    return [image for prompt in prompts for image in images_of(prompt, images)]
+
+
 @pytest.mark.parametrize("config", CONFIGS)
-def test_both_classes_have_the_same_logits_and_answers(original, folder, pictures, config):
-    model, processor = load(str(folder))
-    theirs = given(original, folder, PROMPTS, flat(PROMPTS, pictures))
-    with merging(original, config), merging(model, config, processor), torch.no_grad():
-        ours = asked(processor, PROMPTS, pictures)
-        logits = model(**ours).logits[..., :ROWS]
-        expected = original(**theirs).logits
-        real = ours["attention_mask"].bool()
+def test_logits_answers_and_beams_equal_those_of_the_original(original, original_folder, images, config):
+    model, processor = load(str(original_folder))
+    expected_inputs = original_inputs(original, original_folder, PROMPTS, flat_images(PROMPTS, images))
+    singles = PROMPTS[::2]  # of one image each: transformers 5.17 mixes up the beams of several
+    single_inputs = original_inputs(original, original_folder, singles, flat_images(singles, images))
+    with merged(original, config), merged(model, config, processor), torch.no_grad():
+        inputs = converted_inputs(processor, PROMPTS, images)
+        logits, expected = model(**inputs).logits[..., :ROWS], original(**expected_inputs).logits
+        mask = inputs["attention_mask"].bool()
         assert logits.shape == expected.shape
-        torch.testing.assert_close(logits[real], expected[real], rtol=0, atol=1e-5)
-        assert torch.equal(answer(model, ours), generate(original, theirs))
+        torch.testing.assert_close(logits[mask], expected[mask], rtol=0, atol=1e-5)
+        assert torch.equal(generate(model, inputs), generate(original, expected_inputs))
+        beams = generate(model, converted_inputs(processor, singles, images), num_beams=2)
+        assert torch.equal(beams, generate(original, single_inputs, num_beams=2))
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_both_classes_have_the_same_beams(original, folder, pictures, config):
-    prompts = PROMPTS[::2]  # of one picture each: transformers 5.17 confuses the beams of several
-    model, processor = load(str(folder))
-    theirs = given(original, folder, prompts, flat(prompts, pictures))
-    with merging(original, config), merging(model, config, processor):
-        ours = asked(processor, prompts, pictures)
-        expected = generate(original, theirs, num_beams=2)
-        assert torch.equal(answer(model, ours, num_beams=2), expected)
-
-
-def test_every_prompt_alone_has_the_same_logits(original, folder, pictures):
-    model, processor = load(str(folder), MergeConfig(ratio=0.9))
+def test_each_prompt_alone_has_the_logits_of_the_original(original, original_folder, images):
+    model, processor = load(str(original_folder), MergeConfig(ratio=0.9))
     with merge_tokens(original, MergeConfig(ratio=0.9)), torch.no_grad():
         for prompt in PROMPTS:
-            theirs = given(original, folder, [prompt], flat([prompt], pictures))
-            logits = model(**asked(processor, [prompt], pictures)).logits[..., :ROWS]
-            torch.testing.assert_close(logits, original(**theirs).logits, rtol=0, atol=1e-5)
+            inputs = original_inputs(original, original_folder, [prompt], flat_images([prompt], images))
+            logits = model(**converted_inputs(processor, [prompt], images)).logits[..., :ROWS]
+            torch.testing.assert_close(logits, original(**inputs).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_prompts_become_the_same_ids_also_once_saved_and_loaded(
-    original, vocabulary, tmp_path, pictures, legacy
-):
+def test_ids_equal_those_of_the_original_also_once_saved(original, vocabulary, tmp_path, images, legacy):
     folder = originals.save(original, vocabulary, tmp_path / "original", {"legacy": legacy})
     model, processor = load(str(folder))
     model.save_pretrained(tmp_path / "converted")
     processor.save_pretrained(tmp_path / "converted")
-    again = load(str(tmp_path / "converted"))[1]
+    saved = load(str(tmp_path / "converted"))[1]
     for prompt in [*PROMPTS, "<image>\n", "\n<image>\n", "a\n\n<image>\n\nb </s>a"]:
-        expected = given(original, folder, [prompt])["input_ids"][0].tolist()
-        for one in (processor, again):
-            ids = asked(one, [prompt], pictures).input_ids[0]
-            image = ids == one.image_token_id
-            kept = ~image | (image.cumsum(0) % PATCHES == 1)  # one of each picture
-            ids = ids.masked_fill(image, originals.IMAGE)[kept]
-            assert ids.tolist() == expected, prompt
+        expected = original_inputs(original, folder, [prompt])["input_ids"][0].tolist()
+        for converted in (processor, saved):
+            ids = converted_inputs(converted, [prompt], images).input_ids[0]
+            is_image = ids == converted.image_token_id
+            kept = ~is_image | (is_image.cumsum(0) % PATCHES == 1)  # one placeholder of each image
+            assert ids.masked_fill(is_image, originals.IMAGE)[kept].tolist() == expected, prompt
 
 
-def test_the_chat_template_writes_the_packages_own_prompts(folder):
-    _, processor = load(str(folder))
+def test_the_chat_template_writes_the_prompts_of_the_original(original_folder):
+    _, processor = load(str(original_folder))
     system = PROMPTS[0].partition(" USER:")[0]
-    picture = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     messages = [
         {"role": "system", "content": system},
-        {"role": "user", "content": picture},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a red cat"}]},
         {"role": "user", "content": [{"type": "text", "text": "And that?"}]},
     ]
@@ -103,11 +91,9 @@ def test_the_chat_template_writes_the_packages_own_prompts(folder):
 
 
 @pytest.mark.parametrize("aspect", ["pad", "square", None])
-def test_pictures_become_the_same_pixels(original, folder, pictures, aspect):
-    _, processor = load(str(changed(folder, image_aspect_ratio=aspect)))
-    before = original.config.image_aspect_ratio
-    original.config.image_aspect_ratio = aspect
-    expected = given(original, folder, PROMPTS, pictures)["images"]
-    original.config.image_aspect_ratio = before
-    assert torch.equal(processor.image_processor(pictures, return_tensors="pt")["pixel_values"], expected)
+def test_pixel_values_equal_those_of_the_original(original, original_folder, images, monkeypatch, aspect):
+    _, processor = load(str(change_config(original_folder, image_aspect_ratio=aspect)))
+    monkeypatch.setattr(original.config, "image_aspect_ratio", aspect)
+    expected = original_inputs(original, original_folder, PROMPTS, images)["images"]
+    assert torch.equal(processor.image_processor(images, return_tensors="pt")["pixel_values"], expected)
     assert processor.image_processor.do_pad == (aspect == "pad")

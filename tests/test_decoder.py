@@ -8,7 +8,7 @@ from written_out import Story
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens
 from llava_pitome.methods import Method
-from llava_pitome.methods._common import best
+from llava_pitome.methods._common import highest, prune
 
 FITTING = [m for m in METHODS if "decoder" in METHODS[m].places]
 CHANGES = [
@@ -114,16 +114,19 @@ def test_the_cache_of_the_layers_behind_is_shorter_and_grows_with_every_token(mo
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What a method in the language model is given; the first time is the config's own check."""
+    """What a method in the language model is given."""
     passes = []
 
-    def kept(metric, remove, *, depth=0.0, received_attention, last_attention, text_attention, text, asks):
-        passes.append({"received": received_attention, "last": last_attention, "by text": text_attention,
-                       "text": text, "asks": asks, "metric": metric})  # fmt: skip
-        return best(received_attention, metric.shape[1] - remove)
+    class Spy(Method):
+        needs = ("received_attention", "last_attention", "text_attention", "text", "text_mask")
 
-    needs = ("received_attention", "last_attention", "text_attention", "text", "asks")
-    monkeypatch.setitem(METHODS, "spy", Method(kept=kept, needs=needs, halves=False))
+        def merge(self, metric, remove, depth=0.0, **given):
+            passes.append({"received": given["received_attention"], "last": given["last_attention"],
+                           "by text": given["text_attention"], "text": given["text"],
+                           "asks": given["text_mask"], "metric": metric})  # fmt: skip
+            return prune(highest(given["received_attention"], metric.shape[1] - remove), metric.shape[1])
+
+    monkeypatch.setitem(METHODS, "spy", Spy)
     return passes
 
 
@@ -172,7 +175,7 @@ def test_the_attention_that_methods_are_given_is_the_kernels(seen, before, side,
             inputs["attention_mask"] = torch.cat([mask, inputs["attention_mask"]], 1)
         run(model, inputs, past_key_values=caches[0])
     maps = run(plain, inputs, past_key_values=caches[1], output_attentions=True).attentions[0]
-    check_attention(seen[1], maps, inputs, states[-1])
+    check_attention(seen[0], maps, inputs, states[-1])
 
 
 def test_class_tokens_of_images_are_no_text(seen, pictures):
@@ -180,7 +183,7 @@ def test_class_tokens_of_images_are_no_text(seen, pictures):
     model.config.vision_feature_select_strategy = processor.vision_feature_select_strategy = "full"
     with merge_tokens(model, MergeConfig(method="spy", decoder={0: 0.5, 1: 0.5}), processor):
         run(model, alone(processor, "a red <image> cat or <image> dog", pictures))
-    assert [s["asks"].sum(1).tolist() for s in seen[1:]] == [[3, 1], [3, 1]]
+    assert [s["asks"].sum(1).tolist() for s in seen] == [[3, 1], [3, 1]]
 
 
 # Other language models

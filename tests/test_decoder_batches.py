@@ -152,7 +152,10 @@ def test_images_may_be_anywhere_and_survivors_keep_raster_order(model, processor
     with merge_tokens(model, MergeConfig(order="method", decoder={0: 5}), processor) as merging:
         inputs = batch(processor, ROWS, pictures)
         short = run(model, inputs).past_key_values.layers[1].keys
-        origin, real = merging.decoder._pass.prompts[1].origin, merging.decoder._pass.prompts[1].real
+        origin, real = (
+            merging.language_model.last.layouts[1].origin,
+            merging.language_model.last.layouts[1].real,
+        )
     assert short.shape[2] == origin.shape[1]
     assert (origin.masked_fill(~real, -1).diff(dim=1)[real[:, 1:]] > 0).all()  # raster order
     ids = inputs["input_ids"].gather(1, origin)

@@ -91,7 +91,9 @@ def test_a_copied_cache_goes_its_own_way(config, pictures):
         found = [run(model, parts[1] | {"attention_mask": mask}, past_key_values=c).logits
                  for c in (copied, cache)]  # fmt: skip
         assert torch.equal(*found)
-        assert copied.token_merging.past[0].length == cache.token_merging.past[0].length == mask.shape[1]
+        assert (
+            copied.token_merging.segments[0].length == cache.token_merging.segments[0].length == mask.shape[1]
+        )
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -112,7 +114,7 @@ def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(config, pictures)
         mask = torch.cat([parts[0]["attention_mask"][:, :-1], torch.ones(2, 4, dtype=torch.long)], 1)
         run(model, {"input_ids": WORDS.repeat(2, 1), "attention_mask": mask}, past_key_values=aside)
         aside.crop(-5)
-        with pytest.raises(RuntimeError, match="lost 5 tokens, but only 4 stand behind its last image"):
+        with pytest.raises(RuntimeError, match="lost 5 tokens, but only 4 come after its last image"):
             run(
                 model,
                 {"input_ids": WORDS.repeat(2, 1), "attention_mask": mask[:, :-1]},
@@ -217,7 +219,7 @@ def test_a_cache_whose_prompts_were_picked_or_repeated_raises_where_padding_coun
             cache.batch_select_indices(torch.tensor([1]))
             mask, expected = mask[1:], expected[1:]
         if rows == "padded":
-            with pytest.raises(RuntimeError, match="pick or repeat prompts before prefill"):
+            with pytest.raises(RuntimeError, match="select or repeat prompts before prefill"):
                 run(model, words(mask), past_key_values=cache)
         else:
             found = run(model, words(mask), past_key_values=cache).logits

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import make_model, make_processor
 from precise import CLOSE, alone, padded, positions, precise
-from prompts import IMAGE, PROMPTS, single
+from prompts import IMAGE, PROMPTS
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens
 
@@ -71,10 +71,10 @@ def test_gradient_checkpointing_runs_every_layer_again_and_changes_nothing(confi
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with merge_tokens(model, config, processor) as merging:
             loss = model(**labelled(padded(processor, PROMPTS, pictures, "right"))).loss
-            before = [slot and slot.sizes.clone() for slot in merging.decoder.slots]
+            before = [slot and slot.sizes.clone() for slot in merging.language_model.tokens]
             found.append(gradients(model, loss))
             assert len(calls) == (6 if again else 3)
-            for slot, sizes in zip(merging.decoder.slots, before):
+            for slot, sizes in zip(merging.language_model.tokens, before):
                 assert torch.equal(slot.sizes, sizes)
     for key, gradient in found[0].items():
         torch.testing.assert_close(found[1][key], gradient, **CLOSE, msg=key)
@@ -91,22 +91,26 @@ def test_a_layer_that_runs_again_makes_the_same_and_leaves_the_same(config, pict
             )
             layer.register_forward_hook(lambda _layer, _args, output: made.append(output))
         model(**padded(processor, PROMPTS, pictures), use_cache=False)
-        slots, expected = list(merging.decoder.slots), list(made)
+        slots, expected = list(merging.language_model.tokens), list(made)
         for layer, (args, kwargs), output in zip(model.model.language_model.layers, calls, expected):
             assert torch.equal(layer(*args, **kwargs), output)
-        for slot, before in zip(merging.decoder.slots, slots):
+        for slot, before in zip(merging.language_model.tokens, slots):
             assert torch.equal(slot.sizes, before.sizes)
 
 
 @pytest.mark.parametrize("prompts", [(0, 0), (0, 1), (1, 0)])
-def test_two_passes_before_a_backward_with_checkpointing_raise(prompts, model, processor, pictures):
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with merge_tokens(model, MergeConfig(decoder={0: 0.5}), processor):
-        both = [single(processor, PROMPTS[p], pictures[i:]) for i, p in enumerate(prompts)]
-        loss = sum(model(**inputs, labels=inputs.input_ids).loss for inputs in both)
-        with pytest.raises(RuntimeError, match="backward before the next forward"):
-            loss.backward()
+def test_two_passes_before_a_backward_with_checkpointing_give_both_gradients(prompts, pictures):
+    processor, found = make_processor(), []
+    for checkpointing in (False, True):
+        model = precise(make_model()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with merge_tokens(model, MergeConfig(decoder={0: 0.5}), processor):
+            both = [alone(processor, PROMPTS[p], pictures[i:]) for i, p in enumerate(prompts)]
+            loss = sum(model(**inputs, labels=inputs["input_ids"]).loss for inputs in both)
+            found.append(gradients(model, loss))
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, **CLOSE, msg=key)
 
 
 def test_the_loss_is_that_of_the_logits(pictures):

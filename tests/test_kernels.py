@@ -7,116 +7,119 @@ from test_tower import FEATURE, features, images, slow, state
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.hooks import vision_tower as place
 from llava_pitome.hooks.handle import installed
-from llava_pitome.kernels import cpu_attention as kernel
-from llava_pitome.kernels.cpu_attention import attention, pays
+from llava_pitome.kernels import cpu_attention
+from llava_pitome.kernels.cpu_attention import attention, is_faster
 from llava_pitome.models.hf_llava import find
 
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+ABSOLUTE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
 
-def qkv(batch, count, heads, channels, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(3, batch, count, heads * channels, generator=generator, dtype=torch.float64)
-    size = torch.randint(1, 30, (batch, count), generator=generator).float()
-    return *drawn.to(dtype), size
+# The CPU attention kernel
 
 
-def reference(query, key, value, heads, size=None):
-    """The softmax written out, in float64."""
-    query, key, value = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+def qkv(batch, count, heads, channels, dtype=torch.bfloat16):
+    """Returns random queries, keys and values (B, H, T, C), and log sizes (B, T)."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, batch, count, heads, channels, generator=generator, dtype=torch.float64)
+    sizes = torch.randint(1, 30, (batch, count), generator=generator).float()
+    return *drawn.to(dtype).transpose(2, 3), sizes.log()
+
+
+def reference(query, key, value, log_sizes=None):
+    """Returns softmax attention (B, T, H, C) written out, in float64."""
+    query, key, value = (x.double() for x in (query, key, value))
     scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
-    weights = scores.exp() * (1 if size is None else size.double()[:, None, None])
-    return ((weights / weights.sum(-1, keepdim=True)) @ value).transpose(1, 2).flatten(2)
+    weights = scores.exp() * (1 if log_sizes is None else log_sizes.double().exp()[:, None, None])
+    return ((weights / weights.sum(-1, keepdim=True)) @ value).transpose(1, 2)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ABSOLUTE)
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize(
     "batch, count, heads, channels",
     [(1, 1, 1, 8), (2, 7, 3, 5), (3, 36, 4, 8), (2, 55, 16, 64), (1, 130, 2, 20)],
 )
-def test_the_attention_kernel_computes_the_softmax_written_out(batch, count, heads, channels, sized, dtype):
+def test_attention_equals_the_softmax_written_out(batch, count, heads, channels, sized, dtype):
     query, key, value, size = qkv(batch, count, heads, channels, dtype)
     size = size if sized else None
-    found = attention(query, key, value, heads, size)
-    assert found.dtype == dtype
-    expected = reference(query, key, value, heads, size)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    out = attention(query, key, value, size)
+    assert out.dtype == dtype
+    expected = reference(query, key, value, size)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=ABSOLUTE[dtype])
 
 
 @pytest.mark.parametrize("scores", [1, 36 * 36, 5 * 36 * 36, 10**9])
-def test_the_blocks_of_the_attention_kernel_change_nothing(monkeypatch, scores):
-    given = qkv(3, 36, 4, 8, torch.bfloat16)
-    whole = attention(*given[:3], 4, given[3])
-    monkeypatch.setattr(kernel, "SCORES", scores)
-    assert torch.equal(attention(*given[:3], 4, given[3]), whole)
+def test_blocks_change_no_bit_of_attention(monkeypatch, scores):
+    query, key, value, size = qkv(3, 36, 4, 8)
+    expected = attention(query, key, value, size)
+    monkeypatch.setattr(cpu_attention, "SCORES", scores)
+    assert torch.equal(attention(query, key, value, size), expected)
 
 
 @pytest.mark.parametrize("count", [17, 55, 300])
-def test_images_of_a_batch_do_not_know_of_each_other_in_the_attention_kernel(count):
-    given = qkv(4, count, 16, 64, torch.bfloat16)
-    alone = [attention(*(x[i : i + 1] for x in given[:3]), 16, given[3][i : i + 1]) for i in range(4)]
-    assert torch.equal(attention(*given[:3], 16, given[3]), torch.cat(alone))
-
-
-def test_the_attention_kernel_is_for_many_bfloat16_tokens_on_cpus(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    many, few = torch.zeros(1, 577, 1024, dtype=torch.bfloat16), torch.zeros(32, 20, 64, dtype=torch.bfloat16)
-    assert pays(many)
-    assert not pays(few)
-    assert not pays(many.float())
-    assert not pays(many.to("meta"))
+def test_images_of_a_batch_are_independent_in_attention(count):
+    query, key, value, size = qkv(4, count, 16, 64)
+    rows = zip(*(x.split(1) for x in (query, key, value, size)))
+    alone = [attention(q, k, v, s) for q, k, v, s in rows]
+    assert torch.equal(attention(query, key, value, size), torch.cat(alone))
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """Lets the kernel pay for any tokens, and counts how often it runs."""
-    calls = []
+def fast_cpu(monkeypatch):
+    """A CPU on which the kernel was measured to pay."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
-    def spy(*args):
-        calls.append(args[0].shape)
-        return attention(*args)
 
-    monkeypatch.setattr(place, "pays", lambda _x: True)
-    monkeypatch.setattr("llava_pitome.hooks.own_attention.attention", spy)
-    return calls
+def test_the_kernel_is_for_many_bfloat16_tokens_on_cpus(fast_cpu):
+    many, few = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((1, 16, 577, 64), (32, 4, 20, 16)))
+    assert is_faster(many)
+    assert not any(is_faster(x) for x in (few, many.float(), many.to("meta")))
+
+
+# The kernel in the vision tower
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes of the tokens for which the kernel runs; it is made to pay for any."""
+    shapes = []
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda _x: True)
+    monkeypatch.setattr(cpu_attention, "attention", lambda *a: shapes.append(a[0].shape) or attention(*a))
+    return shapes
 
 
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_a_tower_with_the_kernel_computes_what_a_merged_tower_written_out_does(counted, tower, recipe):
+def test_a_tower_with_the_kernel_equals_a_merged_tower_written_out(calls, tower, recipe):
     model, pixels, config = make_model(tower), images(), MergeConfig.recipe(recipe, ratio=0.8)
     with merge_tokens(model, config) as merging:
         found = features(model, pixels)
         lengths = merging.tower.lengths(PATCHES)
-    head = tower == "clip"
-    assert counted == [(2, n + head, 32) for n in lengths[:FEATURE]]
+    assert calls == [(2, 4, n + (tower == "clip"), 8) for n in lengths[:FEATURE]]
     with torch.no_grad():
-        expected = slow(model, pixels, lengths, recipe)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, slow(model, pixels, lengths, recipe), rtol=0, atol=1e-5)
 
 
-def test_keys_are_seen_whole_whatever_the_block_is_handed(counted, model):
+def test_the_kernel_changes_no_plan(calls, model):
     with merge_tokens(model, MergeConfig(ratio=0.8)) as merging:
         found = features(model, images())
     with merge_tokens(model, MergeConfig(ratio=0.8), kernels=False) as plain:
         torch.testing.assert_close(features(model, images()), found, rtol=0, atol=1e-5)
     assert [p.length for p in merging.plans()] == [p.length for p in plain.plans()]
-    assert len(counted) == FEATURE
+    assert len(calls) == FEATURE
 
 
-def test_where_nothing_merges_the_block_attends_itself(counted, model):
+def test_a_tower_without_merges_runs_without_the_kernel(calls, model):
     plain = features(model, images())
     with merge_tokens(model, MergeConfig(ratio=1.0)):
         assert torch.equal(features(model, images()), plain)
-    assert not counted
+    assert not calls
 
 
-@pytest.mark.parametrize("why", ["kernels=False", "eager", "eager later", "gradients", "a mask", "training"])
-def test_the_block_attends_itself_where_it_has_to(counted, why):
+@pytest.mark.parametrize("why", ["kernels=False", "eager", "eager later", "gradients", "training"])
+def test_the_models_own_attention_runs_where_it_must(calls, why):
     model = make_model(attn_implementation="eager" if why == "eager" else "sdpa")
     tower = model.model.vision_tower
     with merge_tokens(model, MergeConfig(ratio=0.8), kernels=why != "kernels=False"):
@@ -129,133 +132,110 @@ def test_the_block_attends_itself_where_it_has_to(counted, why):
             features(model.train(), images())
         elif why == "gradients":
             tower(images())
-        elif why == "a mask":
-            with torch.no_grad():
-                hidden = torch.randn(2, 37, 32)
-                for layer in tower.encoder.layers[:2]:
-                    hidden = layer(hidden, torch.zeros(2, 1, 1, hidden.shape[1]))
         else:
             features(model, images())
-    assert not counted
+    assert not calls
 
 
 class Stop(Exception):
     pass
 
 
-def test_the_kernel_leaves_nothing_behind_when_a_pass_is_broken_off(counted, model):
+def test_an_interrupted_forward_pass_leaves_no_state(calls, model):
     def stop(*_):
         raise Stop
 
     pixels = images()
     expected, before = features(model, pixels), state(model)
     merging = apply(model, MergeConfig(ratio=0.8))
-    whole = features(model, pixels)
+    merged = features(model, pixels)
     handle = model.model.vision_tower.encoder.layers[3].self_attn.v_proj.register_forward_hook(stop)
     with pytest.raises(Stop):
         features(model, pixels)
     handle.remove()
-    assert torch.equal(features(model, pixels), whole)
+    assert torch.equal(features(model, pixels), merged)
     remove(model)
-    assert all(own._hidden is None and own._projected == [None] * 3 for own in merging.tower._own)
+    assert merging.tower.last is None
     assert state(model) == before
     assert torch.equal(features(model, pixels), expected)
 
 
-def test_a_copy_of_a_merging_model_attends_by_itself(counted, model):
+def test_a_copy_of_a_merging_model_merges_by_itself(calls, model):
     with merge_tokens(model, MergeConfig(ratio=0.8)):
         copied = copy.deepcopy(model)
         expected = features(model, images())
     assert torch.equal(features(copied, images()), expected)
-    assert len(counted) == 2 * FEATURE
+    assert len(calls) == 2 * FEATURE
 
 
-@pytest.mark.parametrize("recipe", ["paper", "released"])
-@pytest.mark.parametrize("method", ["pitome", "tome"])
-def test_a_merging_tower_never_asks_the_device_for_a_value(recipe, method):
-    """What CUDA graphs need: the meta device has no values, and refuses to be asked."""
+@pytest.mark.parametrize("recipe, changes", [("paper", {}), ("paper", {"method": "tome"}), ("released", {})])
+def test_a_merging_tower_reads_no_value_of_a_tensor(recipe, changes):
+    """What CUDA graphs need: tensors on the meta device have no values."""
     model = make_model().to("meta")
-    config = (
-        MergeConfig(ratio=0.8, method=method) if recipe == "paper" else MergeConfig.recipe(recipe, ratio=0.8)
-    )
-    with merge_tokens(model, config) as merging, torch.no_grad():
+    with merge_tokens(model, MergeConfig.recipe(recipe, ratio=0.8, **changes)) as merging, torch.no_grad():
         out = model.model.vision_tower(images().to("meta"), output_hidden_states=True)
         assert len(merging.plans()) == LAYERS - 1
     assert out.hidden_states[-2].shape[1] == 1 + merging.tower.lengths(PATCHES)[-1]
 
 
 @pytest.mark.parametrize(
-    "kernels, message",
+    "kernels, is_installed, message",
     [
-        ("cuda", r"kernels='cuda' is unknown; allowed are True, False, 'triton'"),
-        (1, r"kernels=1 is unknown"),
-        ("triton", r"kernels='triton' needs triton, which is not installed"),
+        ("cuda", False, r"kernels='cuda' is unknown; allowed are True, False, 'triton'"),
+        (1, False, r"kernels=1 is unknown"),
+        ("triton", False, r"kernels='triton' needs triton, which is not installed"),
+        ("triton", True, r"needs a vision tower on a GPU.*move the model first"),
     ],
 )
-def test_kernels_that_cannot_run_raise_before_anything_is_touched(model, monkeypatch, kernels, message):
-    monkeypatch.setattr("llava_pitome.api.triton_is_there", lambda: False)
+def test_kernels_that_cannot_run_raise_and_leave_the_model_as_it_was(
+    model, monkeypatch, kernels, is_installed, message
+):
+    monkeypatch.setattr("llava_pitome.api.has_triton", lambda: is_installed)
     before = state(model)
     with pytest.raises(ValueError, match=message):
         apply(model, MergeConfig(tokens=9), kernels=kernels)
     assert state(model) == before
 
 
-def test_triton_on_a_model_that_is_not_on_a_gpu_raises(model, monkeypatch):
-    monkeypatch.setattr("llava_pitome.api.triton_is_there", lambda: True)
-    with pytest.raises(ValueError, match=r"needs a vision tower on a GPU.*move the model first"):
-        apply(model, MergeConfig(tokens=9), kernels="triton")
-
-
 @pytest.mark.parametrize("kernels", [True, False])
-def test_what_was_applied_before_comes_back_with_its_kernels(model, kernels):
+def test_an_outer_merge_is_restored_with_its_kernels(model, kernels):
     apply(model, MergeConfig(tokens=9), kernels=kernels)
     with merge_tokens(model, MergeConfig(tokens=5), kernels=not kernels) as inner:
         assert inner.kernels is not kernels
-    assert [place.kernels for place in installed(model)] == [kernels]
+    assert [handle.kernels for handle in installed(model)] == [kernels]
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_what_peft_puts_into_the_attention_is_not_passed_over(counted, model, first):
+@pytest.mark.parametrize("adapter_first", [True, False])
+def test_lora_adapters_of_the_attention_are_used(calls, model, adapter_first):
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(target_modules=r".*vision_tower.*\.(q_proj|v_proj|out_proj)", init_lora_weights=False)
     config, pixels = MergeConfig(ratio=0.8), images()
-    if first:
+    if adapter_first:
         model = get_peft_model(model, lora).eval()
     merging = apply(model, config)
-    if not first:
+    if not adapter_first:
         get_peft_model(model, lora).eval()
     found = features(find(model).model, pixels)
-    assert len(counted) == first * FEATURE
+    assert len(calls) == FEATURE
     remove(model)
     apply(model, config, kernels=False)
     torch.testing.assert_close(features(find(model).model, pixels), found, rtol=0, atol=1e-4)
     assert merging.tower.lengths(PATCHES)[-1] == found.shape[1] - 1
 
 
-def test_whether_the_kernel_pays_does_not_depend_on_the_batch(monkeypatch):
-    """With shapes at which it stops to pay on the way through the layers."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    taken = []
+def test_whether_the_kernel_runs_does_not_depend_on_the_batch(fast_cpu, monkeypatch):
+    """With shapes at which it stops to pay between two layers."""
+    shapes = []
     monkeypatch.setattr(
-        "llava_pitome.hooks.own_attention.attention", lambda *a: taken.append(a[0].shape) or a[0]
+        cpu_attention, "attention", lambda *a: shapes.append(a[0].shape) or a[0].transpose(1, 2)
     )
-    shapes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 16}
-    tower = CLIPVisionModel(CLIPVisionConfig(**shapes, image_size=40, patch_size=4)).eval().bfloat16()
+    sizes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 16}
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=40, patch_size=4)).eval().bfloat16()
     with merge_tokens(tower, MergeConfig(ratio=0.95)) as merging, torch.no_grad():
         lengths = merging.tower.lengths(100)[:-1]
-        for batch in (1, 3, 8):
+        for batch in (1, 3):
             tower(images(batch, side=40).bfloat16())
-            assert taken == [(batch, n + 1, 1024) for n in lengths if n + 1 >= 91]
-            assert 0 < len(taken) < len(lengths)
-            taken.clear()
-
-
-def test_keys_that_are_missing_raise(model):
-    with merge_tokens(model, MergeConfig(ratio=0.8)):
-        attention = model.model.vision_tower.encoder.layers[0].self_attn
-        attention.k_proj = copy.deepcopy(attention.k_proj)
-        attention.k_proj._forward_hooks.clear()
-        with pytest.raises(RuntimeError, match="made no keys"):
-            features(model, images())
+            assert shapes == [(batch, 16, n + 1, 64) for n in lengths if n + 1 >= 91]
+            assert 0 < len(shapes) < len(lengths)
+            shapes.clear()

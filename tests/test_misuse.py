@@ -4,10 +4,11 @@ import pickle
 
 import pytest
 import torch
+from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from prompts import PROMPTS, RECIPES, batch, generate, single
 
-from llava_pitome import MergeConfig, apply, merge_tokens
+from llava_pitome import MergeConfig, apply, merge_tokens, remove
 
 BEST = MergeConfig.recipe("best", tokens=6)
 
@@ -20,12 +21,30 @@ def test_a_merging_model_can_be_pickled(model, processor, pictures, config):
         assert torch.equal(copy(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("config", [MergeConfig(ratio=0.8), MergeConfig(decoder={0: 0.5})])
-def test_wrapping_keys_after_apply_raises(model, processor, pictures, config):
-    apply(model, config, processor)
+def test_wrapping_keys_of_the_language_model_after_apply_raises(model, processor, pictures):
+    apply(model, MergeConfig(decoder={0: 0.5}), processor)
     wrapped = get_peft_model(model, LoraConfig(target_modules=["k_proj"], r=2))
     with pytest.raises(RuntimeError, match="wrapped after apply"):
         wrapped(**single(processor, PROMPTS[0], pictures))
+
+
+def test_keys_of_the_tower_that_are_wrapped_after_apply_count(processor, pictures):
+    found = []
+    for first in (True, False):
+        model, lora = (
+            make_model(),
+            LoraConfig(target_modules=r".*vision_tower.*k_proj", init_lora_weights=False),
+        )
+        torch.manual_seed(1)
+        if first:
+            get_peft_model(model, lora)
+        apply(model, MergeConfig(ratio=0.8), processor)
+        if not first:
+            get_peft_model(model, lora)
+        with torch.no_grad():
+            found.append(model.eval()(**single(processor, PROMPTS[0], pictures)).logits)
+        remove(model)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What docs/original_llava.md tells to run, run with a tiny checkpoint in the place of the real one."""
+"""The commands of docs/original_llava.md, run with a tiny checkpoint instead of the published one."""
 
 import re
 import shlex
@@ -10,19 +10,19 @@ from llava_pitome import MergeConfig
 from llava_pitome.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs/original_llava.md").read_text()
-NAME = "liuhaotian/llava-v1.5-7b"
+PUBLISHED = "liuhaotian/llava-v1.5-7b"
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs/original_llava.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_the_python_of_the_page_runs(original_folder, block):
-    assert NAME in block
+    assert PUBLISHED in block
     names = {}
-    exec(block.replace(NAME, str(original_folder)), names)
+    exec(block.replace(PUBLISHED, str(original_folder)), names)
     if "processor" in names:
         assert names["model"].config.token_merging == MergeConfig(ratio=0.9).to_dict()
     else:
@@ -30,11 +30,11 @@ def test_the_python_of_the_page_runs(original_folder, block):
         assert not hasattr(names["model"].config, "token_merging")
 
 
-def test_the_commands_of_the_page_run_or_are_those_of_the_set_up(original_folder, tmp_path, monkeypatch):
+def test_the_commands_of_the_page_run_or_are_those_of_the_setup(original_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setup, project = (ROOT / "scripts/setup.sh").read_text(), (ROOT / "pyproject.toml").read_text()
     for line in "".join(blocks("bash")).splitlines():
-        words = shlex.split(line.replace(NAME, str(original_folder)))
+        words = shlex.split(line.replace(PUBLISHED, str(original_folder)))
         if words[0] == "llava-pitome":
             assert cli.main(words[1:]) == 0
         elif "--no-deps" in words:

@@ -167,8 +167,8 @@ def test_a_model_that_was_saved_while_it_merged_everywhere_does_so_again(
     assert torch.equal(generate(loaded, inputs), expected)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 0.01])
-def test_one_token_is_no_share_of_one(keep, model, processor, pictures):
+@pytest.mark.parametrize("keep", [2, 0.01])
+def test_a_number_of_tokens_is_not_a_share(keep, model, processor, pictures):
     left = keep if isinstance(keep, int) else 1
     with merge_tokens(model, MergeConfig(prefix=keep), processor):
         inputs = batch(processor, PROMPTS, pictures)

@@ -132,5 +132,5 @@ def test_features_of_other_pictures_than_the_last_raise(model, processor, pictur
         inputs = single(processor, "<image> what", pictures).to(torch.float64)
         encoded = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
         model.get_image_features(single(processor, "<image>", pictures[1:]).pixel_values.double())
-        with pytest.raises(RuntimeError, match="not of the pictures that were encoded last"):
+        with pytest.raises(RuntimeError, match="not those of the images that were encoded last"):
             model(**inputs, mm_encoder_outputs={"image": encoded})

@@ -7,12 +7,13 @@ from conftest import LAYERS, PATCHES, make_model, make_processor
 from precise import alone, padded, precise, run
 from prompts import IMAGE, PROMPTS, batch, generate, single
 
-from llava_pitome import METHODS, MergeConfig, merge_tokens, parents
-from llava_pitome.hooks import own_attention as attention
-from llava_pitome.hooks import vision_tower as tower
+from llava_pitome import METHODS, MergeConfig, merge_tokens
+from llava_pitome.kernels import cpu_attention
 from llava_pitome.kernels.cpu_attention import attention as kernel
 from llava_pitome.merge.plan import trace
+from llava_pitome.merge.reduce import MergeResult
 from llava_pitome.methods import Method, tome
+from llava_pitome.methods.registry import choose
 
 FEATURE, HEADS = LAYERS - 1, 4
 FITTING = [m for m in METHODS if "prefix" in METHODS[m].places]
@@ -71,32 +72,27 @@ def expected(model, pixels, config, front=0):
         projected = model.model.multi_modal_projector(x[:, head - front :])
     front_tokens, projected, keys = projected[:, :front], projected[:, front:], keys[:, head:]
     count = projected.shape[1]
-    by_keys = config.prefix_metric == "keys" or (config.prefix_metric is None and METHODS[config.method].keys)
+    by_keys = (config.prefix_metric or METHODS[config.method].prefix_metric) == "keys"
     metric = keys if by_keys else projected
     given = {"class_attention": seen, "grid": (6, 6)}
     given = {name: given[name] for name in METHODS[config.method].needs}
     options = {"depth": 1.0, **given, **config.parameters}
     remove = count - config.prefix_length(count, PATCHES, FEATURE)
-    method, weight = METHODS[config.method], torch.ones(sizes.shape, dtype=torch.float64)
-    mixing = None
-    if method.kept:
-        kept = method.kept(metric, remove, **options)
-        rows = projected.gather(1, kept.unsqueeze(2).expand(-1, -1, projected.shape[2]))
-        return torch.cat([front_tokens, rows], 1), sizes.gather(1, kept)
-    if method.mixed:
-        parent, mixing = method.mixed(metric, remove, **options)
+    result = choose(metric, remove, config.method, **options)
+    parent, weight, mixing = result.parent, result.weight, result.mixing
+    if result.prunes:
+        weight = (parent == torch.arange(count)).double()
+    if weight is None:
+        weight = torch.ones(sizes.shape, dtype=torch.float64)
+    if mixing is not None:
         mixing = mixing.expand(len(pixels), -1, -1).double()
-    elif method.weighted:
-        parent, weight = method.weighted(metric, remove, **options)
-    else:
-        parent = parents(metric, remove, config.method, **options)
     rows, totals = [], []
     for i in range(len(pixels)):
         members = [(parent[i] == k).nonzero().flatten() for k in range(count) if parent[i, k] == k]
         counted = sizes[i].double() * weight[i]
         totals.append(torch.stack([counted[m].sum() for m in members]).float())
         average = [(projected[i, m] * counted[m, None]).sum(0) / counted[m].sum() for m in members]
-        if method.keeps_norm:
+        if result.keeps_norm:
             average = [a * projected[i, m].norm(dim=-1).max() / a.norm() if len(m) > 1 else a
                        for a, m in zip(average, members)]  # fmt: skip
         rows.append(torch.stack(average) if mixing is None else mixing[i] @ projected[i])
@@ -105,12 +101,12 @@ def expected(model, pixels, config, front=0):
 
 CONFIGS = [
     *(MergeConfig(method=m, prefix=0.5) for m in FITTING),
+    *(MergeConfig(method=m, prefix=19, prefix_metric="keys") for m in FITTING if not METHODS[m].needs_grid),
     *(
-        MergeConfig(method=m, prefix=19, prefix_metric="keys")
+        MergeConfig(method=m, prefix=0.7, prefix_metric="features")
         for m in FITTING
-        if METHODS[m].needs != ("grid",)
+        if METHODS[m].prefix_metric == "keys"
     ),
-    *(MergeConfig(method=m, prefix=0.7, prefix_metric="features") for m in FITTING if METHODS[m].keys),
     MergeConfig(method="dct", prefix=2),
     MergeConfig(prefix=0.2),
     MergeConfig(prefix=0.5, parameters={"margin": 0.3}),
@@ -146,7 +142,8 @@ def test_the_hooks_compute_what_a_prefix_written_out_does(config, tower, front, 
         torch.testing.assert_close(merging.sizes(), sizes)
         ids = single(processor, PROMPTS[0], pictures).input_ids
         assert (ids == IMAGE).sum() == found.shape[1]  # placeholders follow
-    torch.testing.assert_close(found, rows, rtol=0, atol=1e-6 if METHODS[config.method].mixed else 1e-9)
+    mixes = config.method in ("dct", "prumerge")
+    torch.testing.assert_close(found, rows, rtol=0, atol=1e-6 if mixes else 1e-9)
 
 
 @pytest.mark.parametrize("ratio", [None, 0.9, (1.0,) * 6 + (0.6,)])
@@ -158,12 +155,15 @@ def test_methods_are_given_the_towers_last_keys_and_attention(
 ):
     given = []
 
-    def spy(metric, remove, *, depth=0.0, class_attention):
-        given.append((metric, class_attention))
-        return tome.parents(metric, remove)
+    class Spy(Method):
+        needs = ("class_attention",)
+        prefix_metric = "keys"
 
-    method = Method(spy, needs=("class_attention",), places=("tower", "prefix"), keys=True)
-    monkeypatch.setitem(METHODS, "spy", method)
+        def merge(self, metric, remove, depth=0.0, *, class_attention):
+            given.append((metric, class_attention))
+            return MergeResult(tome.match(metric, remove))
+
+    monkeypatch.setitem(METHODS, "spy", Spy)
     model, processor = precise(make_model(tower, attn_implementation=kernel)), make_processor(tower)
     early = {"early_method": "pitome", "early_depth": 1.0} if ratio else {}
     config = MergeConfig(method="spy", ratio=ratio, prefix=0.5, proportional=bias, **early)
@@ -171,7 +171,7 @@ def test_methods_are_given_the_towers_last_keys_and_attention(
     _, keys, seen, sizes = plain(model, pixels, config.lengths(PATCHES, FEATURE), bias)
     with merge_tokens(model, config, processor):
         made(model, pixels)
-    metric, attention = given[-1]  # the first is the config's own check
+    metric, attention = given[-1]
     torch.testing.assert_close(attention.double(), seen, rtol=0, atol=1e-6)
     torch.testing.assert_close(metric, keys[:, -sizes.shape[1] :], rtol=0, atol=1e-6)
 
@@ -185,7 +185,7 @@ def test_a_batch_is_its_rows_and_every_patch_is_somewhere(config, pictures):
         slot, sizes = trace(merging.plans()), merging.sizes()
         assert slot.shape == (4, PATCHES) and slot.max() == sizes.shape[1] - 1
         counts = torch.stack([torch.bincount(s, minlength=sizes.shape[1]) for s in slot])
-        if METHODS[config.method].parents:  # nothing is dropped
+        if config.method in ("pitome", "tome", "random", "grid", "visionzip"):  # nothing is dropped
             assert torch.equal(counts, sizes.long())
         for row, prompt in enumerate(PROMPTS):
             found = run(model, alone(processor, prompt, pictures)).logits[0]
@@ -197,7 +197,7 @@ def test_survivors_keep_raster_order_unless_the_method_lays_them_out(model, proc
     pixels, found = padded(processor, PROMPTS, pictures)["pixel_values"].float(), {}
     for order in ("raster", "method"):
         with merge_tokens(model, MergeConfig(prefix=0.5, order=order), processor) as merging:
-            found[order] = made(model, pixels), merging.prefix.slot
+            found[order] = made(model, pixels), merging.projector.tokens
     raster, method = found["raster"][1].plan, found["method"][1].plan
     assert (raster.kept.diff(dim=1) > 0).all()
     assert not (method.kept.diff(dim=1) > 0).all()
@@ -205,16 +205,16 @@ def test_survivors_keep_raster_order_unless_the_method_lays_them_out(model, proc
     order = method.kept.argsort(1)
     back = found["method"][0].gather(1, order.unsqueeze(2).expand_as(found["method"][0]))
     assert torch.equal(back, found["raster"][0])
-    assert torch.equal(found["method"][1].size.gather(1, order), found["raster"][1].size)
+    assert torch.equal(found["method"][1].patch_sizes.gather(1, order), found["raster"][1].patch_sizes)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("method", ["visionzip", "diffrate"])
 def test_kernels_of_this_package_leave_keys_and_queries_whole(method, kernels, pictures, monkeypatch):
-    """Where the tower's attention is computed by this package, its projections hand one token on."""
+    """Keys and queries are captured where this package's kernel computes the attention, too."""
     own = []
-    monkeypatch.setattr(tower, "pays", lambda _: True)
-    monkeypatch.setattr(attention, "attention", lambda *a: own.append(1) or kernel(*a))
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda _: True)
+    monkeypatch.setattr(cpu_attention, "attention", lambda *a: own.append(1) or kernel(*a))
     model, plain_model = make_model(), make_model()
     pixels = padded(make_processor(), PROMPTS, pictures)["pixel_values"].float()
     early = {"early_method": "pitome", "early_depth": 1.0, "ratio": 0.9} if method == "diffrate" else {}

@@ -6,7 +6,7 @@ import torch
 from conftest import PATCHES, SIDE, make_model, make_processor
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.models.processors import check, fit, unfit
+from llava_pitome.models.processors import check, fit, restore
 
 IMAGE = 4  # the id of <image>
 
@@ -26,7 +26,7 @@ def test_a_fitted_processor_writes_as_many_placeholders_as_are_kept(tower, pictu
     assert written(processor, pictures[0]) == PATCHES
     fit(processor, half)
     assert written(processor, pictures[0]) == PATCHES // 2
-    unfit(processor)
+    restore(processor)
     assert written(processor, pictures[0]) == PATCHES
 
 
@@ -52,7 +52,7 @@ def test_the_number_of_multimodal_tokens_is_the_fitted_one(processor):
     assert found["num_image_tokens"] == [PATCHES // 2] * 2
     assert found["num_image_patches"] == [1, 1]
     assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
-    unfit(processor)
+    restore(processor)
     assert processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] == [PATCHES] * 2
 
 
@@ -64,14 +64,14 @@ def test_fitting_again_replaces_what_was_fitted(processor, pictures):
 
 def test_unfitting_what_was_never_fitted_does_nothing(processor):
     before = sorted(vars(processor))
-    unfit(processor)
+    restore(processor)
     assert sorted(vars(processor)) == before
 
 
 def test_nothing_is_left_in_a_processor(processor):
     before = sorted(vars(processor))
     fit(processor, half)
-    unfit(processor)
+    restore(processor)
     assert sorted(vars(processor)) == before
 
 
@@ -145,6 +145,6 @@ def test_labels_and_masks_are_of_the_short_prompt(model, processor, pictures):
 
 def test_a_fitted_processor_is_no_longer_so_once_copied_and_unfitted(processor, pictures):
     fit(processor, half)
-    unfit(processor)
+    restore(processor)
     for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
         assert written(other, pictures[0]) == PATCHES

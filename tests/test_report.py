@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -12,22 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-
-import report  # noqa: E402
-import rows as rows_  # noqa: E402
-import tables  # noqa: E402
-import verdicts  # noqa: E402
-from comparison import by_picture, holm, intervals, p_values  # noqa: E402
-from gather import read  # noqa: E402
-from labels import slug  # noqa: E402
-
-from llava_pitome import MergeConfig  # noqa: E402
+from eval.naming import file_name
+from eval.report import summary, tables
+from eval.report.__main__ import main
+from eval.report.rows import make_rows
+from eval.report.significance import holm, intervals, p_values, sum_by_image
+from eval.report.sweep_results import read_sweep
+from llava_pitome import MergeConfig
 
 QUESTIONS, EACH = 60, 3
 TYPES = ("yes/no", "number", "other")
-SCORES = {  # how often each is right, by name in the sweep
+SCORES = {  # accuracy by name in the sweep
     "unmerged": 0.95,
     "pitome-tower-39": 0.8,
     "tome-tower-39": 0.75,
@@ -62,8 +56,8 @@ def place_of(name: str) -> str:
     return "" if name == "unmerged" else name.split("-")[1].replace("decoder", "decoder:1")
 
 
-def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, pictured: bool = True) -> dict:
-    """A sweep as eval/sweep.py leaves it, with made-up answers; returns the scores by name."""
+def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, with_images: bool = True) -> dict:
+    """A sweep as eval.sweep writes it, with made-up answers; returns the scores by name."""
     rng = np.random.default_rng(0)
     made, listed = {}, []
     for name, rate in SCORES.items():
@@ -72,12 +66,12 @@ def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, picture
         answers = [
             {"doc_id": i, "question_id": (i // EACH) * 1000 + i % EACH, "question": f"what {i}?",
              "answer": ["a"], "answer_type": TYPES[i % 3], "multiple_choice_answer": "b"}
-            | ({"image_id": i // EACH} if pictured else {})
+            | ({"image_id": i // EACH} if with_images else {})
             | ({"exact_match": float(scores[i])} if scored else {})
             for i in range(QUESTIONS)
         ]  # fmt: skip
         (folder / name / "answers").mkdir(parents=True)
-        (folder / name / "answers" / f"{task}-{slug(name)}.jsonl").write_text(
+        (folder / name / "answers" / f"{task}-{file_name(name)}.jsonl").write_text(
             "".join(json.dumps(a) + "\n" for a in answers)
         )
         kinds = {kind: {"mean": 100 * scores[j::3].mean()} for j, kind in enumerate(TYPES)}
@@ -94,7 +88,7 @@ def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, picture
              "seed": int(name[-1]) if "seed" in name else None, "skipped": None, "config": config,
              "folder": name}
         )  # fmt: skip
-    why = {
+    skipped = {
         "name": "dct-input-39",
         "method": "dct",
         "place": "x",
@@ -102,63 +96,65 @@ def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, picture
         "skipped": "not defined there",
     }
     facts = {"model": "made up", "patches": 196, "fingerprint": "f", "limit": None, "dtype": "auto"}
-    (folder / "sweep.json").write_text(json.dumps(facts | {"combinations": [*listed, why]}))
+    (folder / "sweep.json").write_text(json.dumps(facts | {"combinations": [*listed, skipped]}))
     return made
 
 
-@pytest.mark.parametrize("pictures", [1, 3, 9])
-def test_p_values_of_few_pictures_are_those_of_every_choice_of_signs(pictures):
-    apart = np.random.default_rng(pictures).integers(-3, 4, (pictures, 5)) / 3
-    for column, found in zip(apart.T, p_values(apart)):
-        sums = [abs(sum(s * d for s, d in zip(signs, column))) for signs in product((1, -1), repeat=pictures)]
+@pytest.mark.parametrize("images", [1, 3, 9])
+def test_p_values_of_few_images_enumerate_every_choice_of_signs(images):
+    differences = np.random.default_rng(images).integers(-3, 4, (images, 5)) / 3
+    for column, found in zip(differences.T, p_values(differences)):
+        sums = [abs(sum(s * d for s, d in zip(signs, column))) for signs in product((1, -1), repeat=images)]
         assert found == pytest.approx(np.mean([s >= abs(column.sum()) - 1e-9 for s in sums]))
 
 
-def test_p_values_of_many_pictures_come_close_to_every_choice_of_signs():
-    apart = np.random.default_rng(1).normal(0.3, 1, (18, 4))
+def test_p_values_of_many_images_approximate_every_choice_of_signs():
+    differences = np.random.default_rng(1).normal(0.3, 1, (18, 4))
     signs = np.array(list(product((1.0, -1.0), repeat=18)))
-    exact = (np.abs(signs @ apart) >= np.abs(apart.sum(0)) - 1e-9).mean(0)
-    assert p_values(apart, draws=20_000) == pytest.approx(exact, abs=0.015)
-    assert np.array_equal(p_values(apart), p_values(apart))  # seeded
+    exact = (np.abs(signs @ differences) >= np.abs(differences.sum(0)) - 1e-9).mean(0)
+    assert p_values(differences, resamples=20_000) == pytest.approx(exact, abs=0.015)
+    assert np.array_equal(p_values(differences), p_values(differences))  # seeded
 
 
-def test_p_values_are_even_where_nothing_differs():
+def test_p_values_are_uniform_where_nothing_differs():
     rng = np.random.default_rng(2)
-    p = p_values(rng.choice([-1.0, 0.0, 1.0], (60, 400)), draws=2000)
+    p = p_values(rng.choice([-1.0, 0.0, 1.0], (60, 2000)), resamples=2000)
     assert 0.02 < (p < 0.05).mean() < 0.09
     assert 0.4 < np.median(p) < 0.65
 
 
-def test_pictures_without_a_difference_say_nothing():
-    apart = np.array([[1.0], [1.0], [-1.0], [1.0]])
-    assert p_values(apart) == p_values(np.concatenate([apart, np.zeros((500, 1))]))
+def test_images_without_a_difference_do_not_count():
+    differences = np.array([[1.0], [1.0], [-1.0], [1.0]])
+    assert p_values(differences) == p_values(np.concatenate([differences, np.zeros((500, 1))]))
     assert p_values(np.zeros((30, 2))).tolist() == [1, 1]
 
 
-def test_intervals_cover_the_true_mean_about_as_often_as_they_say():
+def test_intervals_cover_the_true_mean_in_95_per_cent_of_trials():
     rng = np.random.default_rng(3)
     held = 0
     for trial in range(200):
-        easy = rng.beta(2, 1, (80, 1))  # questions about one picture go together
-        sums, counts = by_picture((rng.random((80, 3)) < easy).reshape(-1, 1) * 1.0, np.repeat(range(80), 3))
-        (low,), (high,) = intervals(sums, counts, draws=400, seed=trial)
+        easy = rng.beta(2, 1, (80, 1))  # questions about one image correlate
+        sums, counts = sum_by_image(
+            (rng.random((80, 3)) < easy).reshape(-1, 1) * 1.0, np.repeat(range(80), 3)
+        )
+        (low,), (high,) = intervals(sums, counts, resamples=400, seed=trial)
         held += low <= 2 / 3 <= high
     assert 0.9 <= held / 200 <= 0.99
 
 
-def test_intervals_are_wider_where_questions_share_pictures():
+def test_intervals_are_wider_where_questions_share_images():
     scores = np.repeat(np.random.default_rng(4).integers(0, 2, 100), 3)[:, None] * 1.0
-    shared = intervals(*by_picture(scores, np.repeat(range(100), 3)))
-    alone = intervals(*by_picture(scores, range(300)))
+    shared = intervals(*sum_by_image(scores, np.repeat(range(100), 3)))
+    alone = intervals(*sum_by_image(scores, range(300)))
     assert (shared[1] - shared[0])[0] == pytest.approx(np.sqrt(3) * (alone[1] - alone[0])[0], rel=0.1)
 
 
-def test_pictures_with_more_questions_weigh_more():
-    sums, counts = by_picture(np.array([[1.0], [0.0], [1.0], [1.0]]), ["a", "b", "a", "a"])
+def test_images_with_more_questions_weigh_more():
+    sums, counts = sum_by_image(np.array([[1.0], [0.0], [1.0], [1.0]]), ["a", "b", "a", "a"])
     assert (sums.tolist(), counts.tolist()) == ([[3], [0]], [3, 1])
 
 
-def test_holms_method_by_hand():
+def test_holms_method_gives_the_values_computed_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
     assert holm([0.6, 0.9]) == [1.0, 1.0]
@@ -173,22 +169,24 @@ def by_name(found: list) -> dict:
     return {row.name: row for row in found}
 
 
-def test_the_numbers_of_a_row_are_those_of_its_answers(sweep):
+def test_the_numbers_of_a_row_come_from_its_answers(sweep):
     folder, made = sweep
-    found = by_name(rows_.make(read(folder), "embedded_vqa", draws=500))
-    assert len(found) == len(SCORES) - 1  # two draws are one row
+    found = by_name(make_rows(read_sweep(folder), "embedded_vqa", resamples=500))
+    assert len(found) == len(SCORES) - 1  # two seeds are one row
     drawn = found["random-tower-39-seed0"]
     assert drawn.seeds == 2
     both = (made["random-tower-39-seed0"] + made["random-tower-39-seed1"]) / 2
     assert drawn.score == pytest.approx(100 * both.mean())
-    tome, mine = made["tome-tower-39"], made["pitome-tower-39"]
-    assert found["tome-tower-39"].same.mean == pytest.approx(100 * (tome - mine).mean())
+    tome, pitome = made["tome-tower-39"], made["pitome-tower-39"]
+    assert found["tome-tower-39"].same.mean == pytest.approx(100 * (tome - pitome).mean())
     assert found["tome-tower-39"].of_base == pytest.approx(100 * tome.mean() / made["unmerged"].mean())
     assert found["grid-prefix-39"].same.mean == pytest.approx(
         100 * (made["grid-prefix-39"] - made["pitome-prefix-39"]).mean()
     )
-    apart = (tome - mine).reshape(-1, EACH).sum(1)[:, None]
-    assert found["tome-tower-39"].same.p == pytest.approx(p_values(apart, draws=500, seed=1)[0], abs=0.05)
+    differences = (tome - pitome).reshape(-1, EACH).sum(1)[:, None]
+    assert found["tome-tower-39"].same.p == pytest.approx(
+        p_values(differences, resamples=500, seed=1)[0], abs=0.05
+    )
     for row in found.values():
         assert row.interval[0] <= row.score <= row.interval[1]
         assert sum(row.by_type.values()) / 3 == pytest.approx(row.score)
@@ -196,9 +194,9 @@ def test_the_numbers_of_a_row_are_those_of_its_answers(sweep):
     assert found["pitome-tower-39"].same is None and found["unmerged"].same is None
 
 
-def test_methods_are_compared_across_places_where_they_are_at_home(sweep):
+def test_methods_are_compared_across_places_in_their_own_place(sweep):
     folder, made = sweep
-    found = by_name(rows_.make(read(folder), "embedded_vqa", draws=500))
+    found = by_name(make_rows(read_sweep(folder), "embedded_vqa", resamples=500))
     at_home = {
         "tome-tower-39", "random-tower-39-seed0", "grid-prefix-39", "fastv-decoder-1-39", "resize-input-39",
         "best-tower+prefix-39", "best:tome-tower+prefix-39", "pitome-tower-39"
@@ -206,34 +204,34 @@ def test_methods_are_compared_across_places_where_they_are_at_home(sweep):
     assert {name for name, row in found.items() if row.cross} == at_home - {"pitome-tower-39"}
     assert {name for name, row in found.items() if row.best} == at_home - {"best-tower+prefix-39"}
     for name in ("grid-prefix-39", "best:tome-tower+prefix-39"):
-        apart = made[name] - made["best-tower+prefix-39"]
-        assert found[name].best.mean == pytest.approx(100 * apart.mean())
+        difference = made[name] - made["best-tower+prefix-39"]
+        assert found[name].best.mean == pytest.approx(100 * difference.mean())
     fastv = made["fastv-decoder-1-39"] - made["pitome-tower-39"]
     assert found["fastv-decoder-1-39"].cross.mean == pytest.approx(100 * fastv.mean())
 
 
-def test_words_say_what_the_numbers_say(sweep):
+def test_sentences_agree_with_the_numbers(sweep):
     folder, _ = sweep
-    found = rows_.make(read(folder), "embedded_vqa", draws=2000)
-    (tower, prefix) = verdicts.same_place(found)
+    found = make_rows(read_sweep(folder), "embedded_vqa", resamples=2000)
+    (tower, prefix) = summary.same_place(found)
     assert re.search(r"all in the tower, PiToMe .* is ahead of random \(\+\d+\.\d, p = ", tower)
-    assert re.search(r"cannot be told apart from .*tome", tower)
+    assert re.search(r"does not differ significantly from .*tome", tower)
     assert re.search(r"all at the prefix, PiToMe .* is behind grid \(-\d+", prefix)
-    (cross,) = verdicts.cross_place(found, "cross")
+    (cross,) = summary.across_places(found, "cross")
     assert cross.startswith("At 39 tokens, each in its own place, PiToMe in the tower (")
-    (best,) = verdicts.cross_place(found, "best")
+    (best,) = summary.across_places(found, "best")
     assert "own place, PiToMe (best) in the tower and at the prefix (" in best
     assert re.search(r"is ahead of .*tome \(with the settings of best\) in the tower and at the pre", best)
     assert "PiToMe in the tower (+" in best and "PiToMe (best) in the tower (" not in best
     assert "fastv at LLM layer 1 (" in cross and "grid at the prefix (" in cross
     rows = by_name(found)
     rows["fastv-decoder-1-39"].image_tokens = 196
-    assert "fastv at LLM layer 1* (" in next(verdicts.cross_place(found, "cross"))
+    assert "fastv at LLM layer 1* (" in next(summary.across_places(found, "cross"))
 
 
-def test_a_report_has_the_same_numbers_as_text_table_and_page(sweep, capsys):
+def test_markdown_csv_and_html_have_the_same_numbers(sweep, capsys):
     folder, made = sweep
-    assert report.main([f"input={folder}", "draws=500", "examples=2"]) == 0
+    assert main([f"input={folder}", "draws=500", "examples=2"]) == 0
     output = folder / "report"
     page, text = (output / "report.html").read_text(), (output / "report.md").read_text()
     raw = {row["name"]: row for row in csv.DictReader(io.StringIO((output / "report.csv").read_text()))}
@@ -250,8 +248,8 @@ def test_a_report_has_the_same_numbers_as_text_table_and_page(sweep, capsys):
     assert "is ahead of" in capsys.readouterr().out
 
 
-class Loads(HTMLParser):
-    """What a page loads, and whether every tag is closed."""
+class PageParser(HTMLParser):
+    """Collects what a page loads, and checks that every tag is closed."""
 
     def __init__(self):
         super().__init__()
@@ -266,50 +264,50 @@ class Loads(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_else(sweep):
+def test_the_page_needs_no_other_file(sweep):
     folder, _ = sweep
-    assert report.main([f"input={folder}", "draws=100", "examples=2"]) == 0
+    assert main([f"input={folder}", "draws=100", "examples=2"]) == 0
     page = (folder / "report" / "report.html").read_text()
-    found = Loads()
+    found = PageParser()
     found.feed(page)
     assert found.open == []
-    assert len(found.loads) >= 3 + 2 * 6  # plots, and pictures with the answer of every method
+    assert len(found.loads) >= 3 + 2 * 6  # plots, and an image per method and example
     assert all(load.startswith("data:image/png;base64,") for load in found.loads)
     assert not re.search(r"https?://|@import|url\(|<script|<link", page)
     assert "&#10003; right" in page and "&#10007; wrong" in page
     assert "true answer: <b>b</b>" in page
 
 
-def test_a_task_whose_answers_have_no_scores_is_told_without_pairing(tmp_path, capsys):
+def test_a_task_without_scores_per_answer_is_reported_unpaired(tmp_path, capsys):
     write(tmp_path, task="mme", scored=False)
-    assert report.main([f"input={tmp_path}", "draws=100"]) == 0
+    assert main([f"input={tmp_path}", "draws=100"]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "have no scores of their own, so that pictures cannot be paired: score,none" in text
+    assert "have no scores of their own, so images cannot be paired: score,none" in text
     assert "| score |" in text and "difference to PiToMe" not in text
     assert "embedded benchmark only" in (tmp_path / "report" / "report.html").read_text()
-    found = by_name(rows_.make(read(tmp_path), "mme"))
+    found = by_name(make_rows(read_sweep(tmp_path), "mme"))
     assert found["pitome-tower-39"].of_base == pytest.approx(100 * 0.8 / 0.95)
 
 
-def test_questions_whose_pictures_are_not_known_count_alone_and_the_report_says_so(tmp_path):
-    write(tmp_path, task="gqa", pictured=False)
-    assert report.main([f"input={tmp_path}", "draws=100"]) == 0
+def test_questions_of_unknown_images_count_as_independent_and_the_report_says_so(tmp_path):
+    write(tmp_path, task="gqa", with_images=False)
+    assert main([f"input={tmp_path}", "draws=100"]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "gqa does not say which questions share a picture" in text
+    assert "gqa does not say which questions share an image" in text
 
 
-def test_what_is_missing_or_of_other_code_is_named(sweep):
+def test_missing_and_outdated_results_are_named(sweep):
     folder, _ = sweep
     (folder / "tome-tower-39" / "results.json").unlink()
     path = folder / "grid-prefix-39" / "results.json"
     path.write_text(path.read_text().replace('"fingerprint": "f"', '"fingerprint": "g"'))
-    assert report.main([f"input={folder}", "draws=100", "examples=0"]) == 0
+    assert main([f"input={folder}", "draws=100", "examples=0"]) == 0
     text = (folder / "report" / "report.md").read_text()
     assert "WITHOUT RESULTS, and so not in this report: tome-tower-39" in text
     assert "RESULTS OF OTHER CODE OR DATA than the last command's: grid-prefix-39" in text
 
 
-def test_milliseconds_and_memory_are_taken_from_the_timing(sweep):
+def test_milliseconds_and_memory_come_from_the_timing(sweep):
     folder, _ = sweep
     parts = {"prefill": [0.01, 0.02, 0.03], "answer of 4": [0.1, 0.2, 0.3]}
     side = {"median": parts, "peak_bytes": 2**21, "kv_cache_bytes": 2**20}
@@ -317,43 +315,42 @@ def test_milliseconds_and_memory_are_taken_from_the_timing(sweep):
     options = {"rounds": 3, "text": 24, "new_tokens": 4}
     machine = {"processor": "a processor", "threads": 2, "device": "cpu"}
     (folder / "timing.json").write_text(json.dumps({"rows": rows, "options": options, "machine": machine}))
-    found = rows_.make(read(folder), "embedded_vqa", draws=100)
-    heads, lines = tables.heads(found), tables.cells(found)
-    line = dict(zip(heads, next(line for line in lines if line[0] == "random (2 draws)")))
+    found = make_rows(read_sweep(folder), "embedded_vqa", resamples=100)
+    line = tables.full_table(found).set_index("method").loc["random (2 draws)"]
     assert line["prefill, ms"] == "20.0 (10.0-30.0)" and line["answer of 4, ms"] == "200.0 (100.0-300.0)"
     assert (line["peak, MiB"], line["KV, MiB"]) == ("2", "1")
-    assert report.main([f"input={folder}", "draws=100", "examples=0"]) == 0
+    assert main([f"input={folder}", "draws=100", "examples=0"]) == 0
     assert (folder / "report" / "plots" / "embedded_vqa-milliseconds.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda folder: (folder / "sweep.json").unlink(), "holds no sweep.json"),
         (lambda folder: [f.unlink() for f in folder.glob("*/results.json")], "so there is nothing to report"),
         (
             lambda folder: next((folder / "unmerged" / "answers").iterdir()).write_text('{"doc_id": 0}\n'),
-            "was asked 60 questions and unmerged 1, not the same ones",
+            "answered 60 questions and unmerged 1, not the same ones",
         ),
     ],
 )
-def test_a_folder_that_cannot_be_reported_is_an_error_that_writes_nothing(sweep, spoil, said, capsys):
+def test_a_folder_without_complete_results_is_an_error_and_nothing_is_written(sweep, spoil, message, capsys):
     folder, _ = sweep
     spoil(folder)
-    assert report.main([f"input={folder}"]) == 2
-    assert said in capsys.readouterr().err
+    assert main([f"input={folder}"]) == 2
+    assert message in capsys.readouterr().err
     assert not (folder / "report").exists()
 
 
 def test_bad_words_are_errors(tmp_path, capsys):
-    assert report.main([f"inptu={tmp_path}"]) == 2
+    assert main([f"inptu={tmp_path}"]) == 2
     assert "did you mean 'input'?" in capsys.readouterr().err
-    assert report.main([f"input={tmp_path}", "draws=3"]) == 2
+    assert main([f"input={tmp_path}", "draws=3"]) == 2
     assert "draws='3' is not allowed" in capsys.readouterr().err
 
 
-def test_names_of_files_are_short_and_differ_where_labels_do():
-    assert slug("pitome (paper), tokens 20 in the tower") == "pitome-paper-tokens-20-in-the-tower"
+def test_file_names_are_short_and_differ_where_labels_do():
+    assert file_name("pitome (paper), tokens 20 in the tower") == "pitome-paper-tokens-20-in-the-tower"
     long = "x" * 140 + " and more of it " * 20
-    names = {slug(long), slug(long + "1"), slug(long + "2")}
+    names = {file_name(long), file_name(long + "1"), file_name(long + "2")}
     assert len(names) == 3 and all(len(name) < 200 for name in names)

@@ -70,7 +70,7 @@ def test_merging_goes_on_from_the_smaller_picture(config, tokens, model, process
         inputs = batch(processor, PROMPTS, pictures)
         assert (inputs.input_ids == IMAGE).sum(1).tolist() == [tokens, 2 * tokens, tokens, 0]
         out = model(**inputs)
-        assert merging.tower.patches == 20 < PATCHES
+        assert merging.patches() == 20 < PATCHES
         for row, prompt in enumerate(PROMPTS):
             own = model(**single(processor, prompt, pictures)).logits[0]
             torch.testing.assert_close(out.logits[row, -len(own) :], own, rtol=0, atol=2e-4)

@@ -1,20 +1,16 @@
-"""The command that measures servers, against one that is written here."""
+"""The measurement of servers, against a small one in this process."""
 
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
-
-import throughput
+from eval import throughput
 
 
 class Server(ThreadingHTTPServer):
-    """Answers every question at once, notes what it was asked, and how much at a time."""
+    """Answers every request at once, and records it."""
 
     def __init__(self, tokens, fails=False):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -28,17 +24,17 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.say(200, {"data": [{"id": "small"}]})
+        self.reply(200, {"data": [{"id": "small"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.bodies.append(body)
         usage = {"prompt_tokens": self.server.tokens, "completion_tokens": body["max_tokens"]}
-        self.say(400 if self.server.fails else 200, {"usage": usage, "error": "no room"})
+        self.reply(400 if self.server.fails else 200, {"usage": usage, "error": "no room"})
 
-    def say(self, status, what):
-        data = json.dumps(what).encode()
+    def reply(self, status, content):
+        data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -67,7 +63,7 @@ def run(tmp_path, servers, *words):
     return throughput.main([f"servers={servers}", *small, *words])
 
 
-def test_every_server_is_asked_as_often_and_never_twice_about_one_picture(serve, tmp_path, capsys):
+def test_every_server_gets_as_many_requests_and_no_image_twice(serve, tmp_path, capsys):
     plain, merged = serve(200), serve(60)
     assert run(tmp_path, f"plain={plain.url},merged={merged.url}/v1/", 'body={"ignore_eos": true}') == 0
     rows = json.loads((tmp_path / "throughput.json").read_text())["rows"]
@@ -79,21 +75,21 @@ def test_every_server_is_asked_as_often_and_never_twice_about_one_picture(serve,
     bodies = plain.bodies + merged.bodies
     assert len(plain.bodies) == len(merged.bodies) == 1 + 2 * 2 * 5
     assert all(b["ignore_eos"] and b["model"] == "small" for b in bodies)
-    shown = [b["messages"][0]["content"][0]["image_url"]["url"] for b in bodies]
-    assert len(set(shown)) == len(shown)
+    images = [b["messages"][0]["content"][0]["image_url"]["url"] for b in bodies]
+    assert len(set(images)) == len(images)
     table = (tmp_path / "throughput.md").read_text()
     assert table == capsys.readouterr().out
     assert table.splitlines()[2].startswith("| 1 | plain | ") and "| 1.00 |" in table.splitlines()[2]
 
 
-def test_a_request_that_is_refused_ends_the_run_with_the_reason(serve, tmp_path):
+def test_a_refused_request_ends_the_run_with_the_reason(serve, tmp_path):
     with pytest.raises(RuntimeError, match=r"answers 400: .*no room"):
         run(tmp_path, f"one={serve(1, fails=True).url}")
     assert not (tmp_path / "throughput.json").exists()
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    ("words", "message"),
     [
         ([], "servers= is missing"),
         (["servers=here"], "servers='here' is not allowed"),
@@ -101,12 +97,12 @@ def test_a_request_that_is_refused_ends_the_run_with_the_reason(serve, tmp_path)
         (["servers=a=http://127.0.0.1:9"], "no OpenAI-compatible server answers at http://127.0.0.1:9"),
     ],
 )
-def test_what_cannot_be_measured_ends_the_command_with_2(words, says, capsys):
+def test_bad_words_and_missing_servers_give_exit_status_2(words, message, capsys):
     assert throughput.main(words) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_server_that_is_not_up_yet_is_waited_for(serve, monkeypatch):
+def test_a_server_that_is_still_starting_is_awaited(serve, monkeypatch):
     server, refused = serve(tokens=7), []
     call = throughput.call
 
@@ -118,7 +114,7 @@ def test_a_server_that_is_not_up_yet_is_waited_for(serve, monkeypatch):
 
     monkeypatch.setattr(throughput, "call", late)
     monkeypatch.setattr(throughput.time, "sleep", lambda _: None)
-    assert throughput.model(server.url, throughput.time.monotonic() + 30) == "small"
+    assert throughput.served_model(server.url, throughput.time.monotonic() + 30) == "small"
     refused.clear()
     with pytest.raises(ValueError, match="not yet"):
-        throughput.model(server.url, throughput.time.monotonic() - 1)
+        throughput.served_model(server.url, throughput.time.monotonic() - 1)

@@ -7,9 +7,8 @@ import torch
 from conftest import LAYERS, PATCHES, SIDE, make_model
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.hooks.merge_step import MergeStep
+from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
 from llava_pitome.merge.plan import trace
-from llava_pitome.models.parts import TokenState
 
 FEATURE = LAYERS - 1  # hidden_states[-2]
 HEADS = 4
@@ -155,15 +154,16 @@ def test_a_second_forward_pass_gives_the_same(tower, recipe):
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_running_one_layer_again_gives_the_same(tower):
     model = make_model(tower)
-    layers, outputs = model.model.vision_tower.encoder.layers, []
+    layers, calls, outputs = model.model.vision_tower.encoder.layers, [], []
     with merge_tokens(model, MergeConfig(ratio=0.8)) as merging, torch.no_grad():
-        for layer in layers[2:4]:
-            layer.register_forward_hook(lambda _m, _a, out: outputs.append(out))
+        layers[3].register_forward_pre_hook(lambda _m, a, k: calls.append((a, k)), with_kwargs=True)
+        layers[3].register_forward_hook(lambda _m, _a, out: outputs.append(out))
         whole = features(model, images())
-        sizes = [slot.size for slot in merging.tower.slots]
+        sizes = [tokens.patch_sizes for tokens in merging.tower.last.tokens]
         for _ in range(2):
-            assert torch.equal(layers[3](outputs[0], None), outputs[1])
-        assert all(torch.equal(slot.size, size) for slot, size in zip(merging.tower.slots, sizes))
+            args, kwargs = calls[0]
+            assert torch.equal(layers[3](*args, **kwargs), outputs[0])
+        assert all(torch.equal(t.patch_sizes, n) for t, n in zip(merging.tower.last.tokens, sizes))
         assert torch.equal(features(model, images()), whole)
 
 
@@ -171,7 +171,7 @@ def test_the_trace_says_which_patches_became_which_token(model):
     with merge_tokens(model, MergeConfig(ratio=0.8)) as merging:
         tokens = features(model, images()).shape[1] - 1
         plans = merging.plans()
-        sizes = merging.tower.slots[-1].size
+        sizes = merging.tower.last.tokens[-1].patch_sizes
     slot = trace(plans)
     assert slot.shape == (2, PATCHES)
     assert [torch.bincount(row, minlength=tokens).tolist() for row in slot] == sizes.tolist()
@@ -263,8 +263,17 @@ def test_each_layer_can_have_its_own_ratio(model):
     shares = (1.0, 0.5, 1.0, 0.9, 0.4, 1.0, 0.5)
     with merge_tokens(model, MergeConfig(ratio=shares)) as merging:
         assert features(model, images()).shape[1] == 1 + 4
-        assert [slot.size.shape[1] for slot in merging.tower.slots] == [36, 36, 18, 18, 17, 7, 7, 4]
-        assert all(slot.size.sum(1).tolist() == [PATCHES] * 2 for slot in merging.tower.slots)
+        assert [slot.patch_sizes.shape[1] for slot in merging.tower.last.tokens] == [
+            36,
+            36,
+            18,
+            18,
+            17,
+            7,
+            7,
+            4,
+        ]
+        assert all(slot.patch_sizes.sum(1).tolist() == [PATCHES] * 2 for slot in merging.tower.last.tokens)
         assert len(merging.plans()) == 4
 
 
@@ -355,5 +364,9 @@ def test_matching_does_not_lose_precision_under_autocast():
     merger = MergeStep(MergeConfig(ratio=0.5, metric="hidden"), 0, False)
     for on in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
-            found.append(merger.merge(metric, metric, 18, ones, None, ("pitome", {}, 0.0), {})[1].plan.slot)
+            found.append(
+                merger.merge(metric, metric, 18, ones, MergePoint("tower", 0, 0.0, "pitome", {}), {})[
+                    1
+                ].plan.slot
+            )
     assert torch.equal(*found)

@@ -1,4 +1,4 @@
-"""What of the vLLM plugin needs no vLLM: what is refused, the command's words, a checkpoint's names."""
+"""The parts of the vLLM plugin that need no vLLM: what is refused, the server's arguments, weight names."""
 
 import json
 
@@ -6,23 +6,28 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file
-from transformers import AutoProcessor
 
 from llava_pitome import MergeConfig, embedded
 from llava_pitome.cli.options import parse
-from llava_pitome.integrations.vllm import chat, renamed, supported
-from llava_pitome.integrations.vllm.serve import OPTIONS, command, main
-from llava_pitome.models.checkpoints import configuration
+from llava_pitome.integrations.vllm import validation, weight_names
+from llava_pitome.integrations.vllm.serve_command import OPTIONS, chat_template, main, server_arguments
+from llava_pitome.models.checkpoints import read_config
 
 
-def words(*given):
-    return command(parse(given, OPTIONS))
+def arguments(*words):
+    return server_arguments(parse(words, OPTIONS))
 
 
-def served(*given):
-    """What `token_merging` a command gives to vLLM."""
-    found = words(*given)
-    return json.loads(found[found.index("--hf-overrides") + 1])["token_merging"]
+def values_of(words, flag, count=1):
+    start = words.index(flag) + 1
+    return words[start : start + count]
+
+
+def merge_fields(*words):
+    return json.loads(values_of(arguments(*words), "--hf-overrides")[0])["token_merging"]
+
+
+# What vLLM can merge
 
 
 @pytest.mark.parametrize(
@@ -35,12 +40,12 @@ def served(*given):
         MergeConfig(decoder={0: 1.0}),  # merges nothing
     ],
 )
-def test_what_merges_in_front_of_the_language_model_can_be_served(config):
-    supported.check(config, configuration(embedded.NAME))
+def test_merging_before_the_language_model_is_supported(config):
+    validation.check(config, read_config(embedded.NAME))
 
 
 @pytest.mark.parametrize(
-    "fields, says",
+    "fields, message",
     [
         ({"decoder": {1: 0.5}}, "decoder="),
         ({"ratio": 0.9, "llm_proportional": True}, "llm_proportional=True"),
@@ -50,116 +55,132 @@ def test_what_merges_in_front_of_the_language_model_can_be_served(config):
         ({"resize": (15, 3)}, "resize="),
     ],
 )
-def test_what_vllm_cannot_do_or_the_model_does_not_fit_is_refused(fields, says):
-    with pytest.raises(ValueError, match=says):
-        supported.check(MergeConfig(**fields), configuration(embedded.NAME))
+def test_a_config_that_vllm_cannot_merge_by_or_that_does_not_fit_raises(fields, message):
+    with pytest.raises(ValueError, match=message):
+        validation.check(MergeConfig(**fields), read_config(embedded.NAME))
 
 
-def test_a_tower_that_is_not_known_is_refused():
-    config = configuration(embedded.NAME)
+def test_an_unknown_tower_raises():
+    config = read_config(embedded.NAME)
     config.vision_config.model_type = "pixtral"
-    with pytest.raises(ValueError, match="'pixtral'"):
-        supported.check(MergeConfig(ratio=0.9), config)
+    with pytest.raises(ValueError, match="'pixtral' is not supported"):
+        validation.check(MergeConfig(ratio=0.9), config)
 
 
-def test_a_siglip_tower_that_drops_its_first_patch_merges_in_the_tower_alone():
+def test_a_siglip_tower_without_its_first_patch_merges_in_the_tower_alone():
     config = make_model("siglip").config
     config.vision_feature_select_strategy = "default"
-    supported.check(MergeConfig(ratio=0.9), config)
+    validation.check(MergeConfig(ratio=0.9), config)
     with pytest.raises(ValueError, match="drops the first patch"):
-        supported.check(MergeConfig(prefix=0.5), config)
+        validation.check(MergeConfig(prefix=0.5), config)
 
 
-def test_a_config_without_token_merging_asks_for_nothing():
-    config = configuration(embedded.NAME)
-    assert supported.merging(config) is None
+def test_a_config_without_token_merging_has_no_merge_config():
+    config = read_config(embedded.NAME)
+    assert validation.merge_config(config) is None
     config.token_merging = "0.9"
     with pytest.raises(ValueError, match="must be a dict"):
-        supported.merging(config)
+        validation.merge_config(config)
 
 
-def test_the_command_says_how_to_merge():
-    assert served() == MergeConfig(ratio=0.9).to_dict()
-    assert served("tokens=64", "method=tome") == MergeConfig(tokens=64, method="tome").to_dict()
-    assert served('merging={"prefix": 0.5}') == MergeConfig(prefix=0.5).to_dict()
-    assert served("recipe=released", "ratio=0.8") == MergeConfig.recipe("released", ratio=0.8).to_dict()
-
-
-def test_the_command_takes_up_what_a_checkpoint_was_saved_with(model, processor, tmp_path):
-    model.config.token_merging = MergeConfig(tokens=5).to_dict()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no processor that can be loaded"):
-        words(f"model={tmp_path}")
-    processor.save_pretrained(tmp_path)
-    assert served(f"model={tmp_path}") == MergeConfig(tokens=5).to_dict()
-    assert served(f"model={tmp_path}", "tokens=7") == MergeConfig(tokens=7).to_dict()
-    assert served(f"model={tmp_path}", "plain=true", f"output={tmp_path}/copies") is None
-
-
-def test_the_server_listens_here_alone_and_fetches_nothing_unless_told():
-    found = words("vllm=--max-model-len 512", "port=8123")
-    assert found[found.index("--host") + 1] == "127.0.0.1" and found[found.index("--port") + 1] == "8123"
-    assert found[found.index("--allowed-media-domains") + 1].endswith(".invalid")
-    assert found[-2:] == ["--max-model-len", "512"]
-    found = words("domains=a.example,b.example")
-    at = found.index("--allowed-media-domains")
-    assert found[at + 1 : at + 3] == ["a.example", "b.example"]
+# The command
 
 
 @pytest.mark.parametrize(
-    "given, says",
+    "words, config",
+    [
+        ([], MergeConfig(ratio=0.9)),
+        (["tokens=64", "method=tome"], MergeConfig(tokens=64, method="tome")),
+        (["prefix=0.5"], MergeConfig(prefix=0.5)),
+        (['merging={"prefix": 0.5}'], MergeConfig(prefix=0.5)),
+        (["recipe=released", "ratio=0.8"], MergeConfig.recipe("released", ratio=0.8)),
+        (["recipe=released"], MergeConfig.recipe("released", ratio=0.9)),
+    ],
+)
+def test_the_keys_make_the_merge_config(words, config):
+    assert merge_fields(*words) == config.to_dict()
+
+
+def test_a_saved_merge_config_is_used_unless_keys_give_another(model, processor, tmp_path):
+    model.config.token_merging = MergeConfig(tokens=5).to_dict()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no processor that can be loaded"):
+        arguments(f"model={tmp_path}")
+    processor.save_pretrained(tmp_path)
+    assert merge_fields(f"model={tmp_path}") == MergeConfig(tokens=5).to_dict()
+    assert merge_fields(f"model={tmp_path}", "tokens=7") == MergeConfig(tokens=7).to_dict()
+    assert merge_fields(f"model={tmp_path}", "plain=true", f"output={tmp_path}/copies") is None
+
+
+def test_the_server_is_local_and_fetches_from_the_given_domains_alone():
+    words = arguments("vllm=--max-model-len 512", "port=8123")
+    assert values_of(words, "--host") + values_of(words, "--port") == ["127.0.0.1", "8123"]
+    assert values_of(words, "--allowed-media-domains")[0].endswith(".invalid")
+    assert words[-2:] == ["--max-model-len", "512"]
+    words = arguments("domains=a.example,b.example")
+    assert values_of(words, "--allowed-media-domains", 2) == ["a.example", "b.example"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
     [
         (["ratio=2"], "ratio='2' is not allowed"),
         (["rato=0.9"], "did you mean 'ratio'?"),
-        (["port=70000"], "port=70000 is not allowed"),
+        (["port=70000"], "port='70000' is not allowed"),
         (["vllm=--port=1"], "vllm='--port' is not allowed"),
         (["vllm=--hf_overrides {}"], "vllm='--hf-overrides' is not allowed"),
         (["plain=true", "ratio=0.9"], "plain=true serves without merging"),
+        (["plain=true", "recipe=paper"], "plain=true serves without merging"),
         (["recipe=best", "tokens=20"], "is not supported under vLLM"),
-        (["ratio=0.9", 'merging={"ratio": 0.8}'], "ratio stands in merging and beside it"),
+        (["decoder=1:0.5"], "is not supported under vLLM"),
+        (["ratio=0.9", 'merging={"ratio": 0.8}'], "ratio is given in merging and beside it"),
         (["model=/nowhere/at/all"], "is neither a folder with a model nor a model on the hub"),
+        (["model=ADAPTER"], "is an adapter"),
     ],
 )
-def test_what_is_not_allowed_ends_the_command_with_2(given, says, capsys):
-    assert main([*given, "dry_run=true"]) == 2
-    assert says in capsys.readouterr().err
+def test_a_refused_key_ends_the_command_with_2(words, message, capsys, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "embedded"}')
+    assert main([*(word.replace("ADAPTER", str(tmp_path)) for word in words), "dry_run=true"]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_chats_start_with_the_token_that_the_tokenizer_starts_texts_with(tmp_path):
-    found = words()
-    template = found[found.index("--chat-template") + 1]
+def test_an_original_checkpoint_is_refused(original_folder, capsys):
+    assert main([f"model={original_folder}", "dry_run=true"]) == 2
+    assert "`llava-pitome convert` writes a folder to serve" in capsys.readouterr().err
+
+
+def test_chat_templates_write_the_bos_token(tmp_path):
+    from transformers import AutoProcessor
+
+    (template,) = values_of(arguments(), "--chat-template")
     processor = AutoProcessor.from_pretrained(embedded.PATH)
     assert template == "<s>" + processor.chat_template
-    assert "--chat-template" not in words("vllm=--chat-template other.jinja")[:-2]
+    assert "--chat-template" not in arguments("vllm=--chat-template other.jinja")[:-2]
     processor.chat_template = template
     processor.save_pretrained(tmp_path)
-    assert chat.template(str(tmp_path)) is None  # it writes it itself
+    assert chat_template(str(tmp_path)) is None  # it writes the token already
 
 
-def test_an_adapter_is_refused(tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "embedded"}')
-    assert main([f"model={tmp_path}", "dry_run=true"]) == 2
-    assert "is an adapter" in capsys.readouterr().err
+# Weight names
 
 
-def test_a_copy_has_the_names_that_vllm_knows_and_the_same_weights(tmp_path):
-    copy = renamed.write(embedded.PATH, tmp_path / "copy")
-    assert renamed.is_new(embedded.PATH) and not renamed.is_new(copy)
+def test_a_copy_has_old_names_and_the_same_weights(tmp_path):
+    copy = weight_names.copy_with_old_names(embedded.PATH, tmp_path / "copy")
+    assert weight_names.has_new_names(embedded.PATH) and not weight_names.has_new_names(copy)
     before, after = load_file(embedded.PATH / "model.safetensors"), load_file(copy / "model.safetensors")
     assert len(before) == len(after)
     for name, x in before.items():
-        other = name.replace("vision_tower.", "vision_tower.vision_model.")
-        assert torch.equal(after[other], x)
+        assert torch.equal(after[name.replace("vision_tower.", "vision_tower.vision_model.")], x)
     assert (copy / "config.json").read_bytes() == (embedded.PATH / "config.json").read_bytes()
-    again = renamed.write(copy, tmp_path / "again")
+    again = weight_names.copy_with_old_names(copy, tmp_path / "again")
     assert load_file(again / "model.safetensors").keys() == after.keys()
     with pytest.raises(ValueError, match="the checkpoint itself"):
-        renamed.write(copy, copy)
+        weight_names.copy_with_old_names(copy, copy)
 
 
-def test_a_copy_in_several_files_has_an_index_that_fits(model, tmp_path):
-    model.save_pretrained(tmp_path / "parts", max_shard_size="50KB")
-    copy = renamed.write(tmp_path / "parts", tmp_path / "copy")
-    index = json.loads((copy / renamed.INDEX).read_text())["weight_map"]
-    held = {name: part.name for part in copy.glob("*.safetensors") for name in load_file(part)}
-    assert index == held and any(name.startswith(renamed.OLD) for name in index)
+def test_a_copy_in_shards_has_their_index(model, tmp_path):
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    copy = weight_names.copy_with_old_names(tmp_path / "shards", tmp_path / "copy")
+    index = json.loads((copy / weight_names.INDEX).read_text())["weight_map"]
+    shards = {name: shard.name for shard in copy.glob("*.safetensors") for name in load_file(shard)}
+    assert index == shards and any(name.startswith(weight_names.OLD) for name in index)

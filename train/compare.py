@@ -1,10 +1,11 @@
-"""Accuracy before and after, run by run: python train/compare.py FOLDER FOLDER ... prints a table."""
+"""Prints a table of accuracy before and after training: python -m train.compare FOLDER FOLDER ..."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from train.checkpoint import RESULT, read_result
 
 
 def main(folders: Sequence[str]) -> int:
@@ -20,38 +21,36 @@ def main(folders: Sequence[str]) -> int:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What a run left in training.json.
+    """The training.json of a run.
 
     Raises:
-        ValueError: there is none, or nothing was measured.
+        ValueError: there is none, or it has no accuracy.
     """
-    file = folder / "training.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no training.json: it must be the output of train/run.py")
-    facts = json.loads(file.read_text())
+    facts = read_result(folder)
+    if facts is None:
+        raise ValueError(f"{folder} holds no {RESULT}: it must be the output of train.run")
     if not facts["accuracy"]:
-        raise ValueError(f"{folder} was trained without evaluate=true: its accuracy is not known")
+        raise ValueError(f"{folder} was trained without evaluate=true: its accuracy is unknown")
     return facts
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """Runs as Markdown, one a line: per cent before and after at each number of image tokens.
+    """The runs as Markdown, one per line: per cent before → after at each number of image tokens.
 
     Args:
-        runs: by name, as `read` gives them.
+        runs: contents of training.json by the name of the run.
     """
     counts = sorted({row["tokens"] for facts in runs.values() for row in facts["accuracy"]}, reverse=True)
     lines = [f"| run | steps | minutes | {' | '.join(f'{n} tokens' for n in counts)} |"]
     lines.append(f"|{' --- |' * (3 + len(counts))}")
     for name, facts in runs.items():
-        found = {row["tokens"]: row for row in facts["accuracy"]}
-        cells = [_cell(found[n]) if n in found else "" for n in counts]
-        lines.append(f"| {name} | {facts['steps']} | {facts['seconds'] / 60:.0f} | {' | '.join(cells)} |")
+        cells = {
+            row["tokens"]: f"{row['before']['mean']:.1f} → {row['after']['mean']:.1f}"
+            for row in facts["accuracy"]
+        }
+        accuracy = " | ".join(cells.get(n, "") for n in counts)
+        lines.append(f"| {name} | {facts['steps']} | {facts['seconds'] / 60:.0f} | {accuracy} |")
     return "\n".join(lines)
-
-
-def _cell(row: dict[str, Any]) -> str:
-    return f"{row['before']['mean']:.1f} → {row['after']['mean']:.1f}"
 
 
 if __name__ == "__main__":

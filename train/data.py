@@ -1,152 +1,182 @@
-"""Rows as a training set: checked before training, read one at a time, broken ones within a limit."""
+"""The training data: rows of conversations as the dataset that the Trainer reads."""
 
+import fcntl
+import logging
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 from torch.utils.data import Dataset
 
-from train.broken import Broken
-from train.conversations import BrokenRow, Talk, read
-from train.encoding import IGNORED, encode
-from train.records import Records
-from train.stops import TooManyBroken
+from llava_pitome import MergeConfig
+from llava_pitome.models import hf_llava as llava
+from train import export
+from train.conversation import BrokenRow, Conversation, encode, parse_row
+from train.options import EMBEDDED, SCENES
+from train.rows import BrokenRows, JsonRows, TooManyBrokenRows
 
-TRIED = 100  # rows from which one is encoded before training
+log = logging.getLogger("train.data")
+MAX_ENCODED = 100  # rows of which the longest is encoded before training
+BROKEN = "broken.jsonl"  # in the output folder
 
 
-class Conversations(Dataset):
-    """Rows that can be trained on, as ids, labels and pictures.
+class ConversationDataset(Dataset):
+    """The rows that can be trained on, as ids, labels and pixel values.
 
     Attributes:
-        sound: the index in the file of every row that is left.
-        lengths: of each of them, roughly how many tokens it has.
-        broken: the others.
+        indices: of these rows in the file.
+        lengths: the approximate number of tokens of each.
+        broken: the other rows.
     """
 
     def __init__(
         self,
-        rows: Records,
+        rows: JsonRows,
         folder: Path,
         processor: Any,
-        patches: int,
-        longest: int,
-        broken: Broken,
-        picture: int | None = None,
+        unmerged_tokens: int,
+        max_length: int,
+        broken: BrokenRows,
+        image_tokens: int | None = None,
     ):
-        """Looks at every row, and at whether its pictures are there.
+        """Parses every row once, and checks that its images, with names relative to `folder`, exist.
 
         Args:
             rows: of a file.
-            folder: that image names start from.
+            folder: of the images.
             processor: the model's.
-            patches: placeholders of a picture that does not merge.
-            longest: tokens of a conversation, pictures included; what is beyond is cut off.
-            broken: counts rows that have to be left out.
-            picture: tokens of a picture that arrive, for lengths; as unmerged where not given.
+            unmerged_tokens: tokens of an image without merging.
+            max_length: tokens of a row, images unmerged; the rest is cut off.
+            broken: records the rows that are left out.
+            image_tokens: tokens of an image, for `lengths`; unmerged by default.
 
         Raises:
-            TooManyBroken: more than allowed, or all.
-            ValueError: the processor writes no conversations that labels can follow.
+            TooManyBrokenRows: more than allowed, or all.
+            ValueError: the processor has no chat template that labels can be aligned with.
         """
         self._rows, self._folder, self._processor = rows, folder, processor
-        self._patches, self._longest, self.broken = patches, longest, broken
-        self.sound: list[int] = []
+        self._unmerged_tokens, self._max_length, self.broken = unmerged_tokens, max_length, broken
+        self.indices: list[int] = []
         self.lengths: list[int] = []
         for i in range(len(rows)):
             try:
-                talk = self._talk(i)
+                conversation = self._parse(i)
             except BrokenRow as error:
-                broken.add(i, error, by_all=True)
+                broken.add(i, error)
             else:
-                self.sound.append(i)
-                self.lengths.append(talk.length(patches if picture is None else picture))
+                self.indices.append(i)
+                self.lengths.append(conversation.length(image_tokens or unmerged_tokens))
         broken.check()
-        if not self.sound:
-            raise TooManyBroken(f"every row of data={rows.path} is broken: {broken.told()}")
-        longer = max(range(min(len(self), TRIED)), key=self.lengths.__getitem__)
-        encode(
-            processor, self._talk(self.sound[longer]), longest, patches
-        )  # raises for what cannot be followed
+        if not self.indices:
+            raise TooManyBrokenRows(f"every row of data={rows.path} is broken: {broken}")
+        longest = max(range(min(len(self), MAX_ENCODED)), key=self.lengths.__getitem__)
+        encode(processor, self._parse(self.indices[longest]), max_length, unmerged_tokens)  # to raise early
 
-    def _talk(self, i: int) -> Talk:
+    def _parse(self, i: int) -> Conversation:
         try:
             row = self._rows[i]
         except ValueError as error:
-            raise BrokenRow(f"it is no JSON: {error}") from error
-        return read(row, self._folder)
+            raise BrokenRow(f"it is not JSON: {error}") from error
+        return parse_row(row, self._folder)
 
     def __len__(self) -> int:
-        return len(self.sound)
+        return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Row i: input_ids and labels (T,), and its pictures (n, 3, H, W).
+        """Item i: input_ids and labels (T,), and pixel_values (images, 3, H, W).
 
-        One whose picture turns out to be unreadable is left out, and the next one stands in.
+        A row whose image proves unreadable is left out, and the next row takes its place.
 
         Raises:
-            TooManyBroken: more than allowed, or all.
+            TooManyBrokenRows: more than allowed, or all.
         """
         for j in (*range(i, len(self)), *range(i)):
-            if self.sound[j] in self.broken:
+            if self.indices[j] in self.broken:
                 continue
             try:
-                return self._item(j)
+                return self._encode(j)
             except BrokenRow as error:
-                self.broken.add(self.sound[j], error)
+                self.broken.add(self.indices[j], error)
                 self.broken.check()
-        raise TooManyBroken(f"no row of data={self._rows.path} can be read: {self.broken.told()}")
+        raise TooManyBrokenRows(f"no row of data={self._rows.path} can be read: {self.broken}")
 
-    def _item(self, i: int) -> dict[str, Any]:
-        talk = self._talk(self.sound[i])
-        ids, labels = encode(self._processor, talk, self._longest, self._patches)
+    def _encode(self, i: int) -> dict[str, Any]:
+        conversation = self._parse(self.indices[i])
+        ids, labels = encode(self._processor, conversation, self._max_length, self._unmerged_tokens)
         item: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        seen = ids.count(self._processor.image_token_id)  # others are beyond the longest row
-        if seen:
-            pictures = [_picture(file) for file in talk.images[:seen]]
-            item["pixel_values"] = self._processor.image_processor(pictures, return_tensors="pt").pixel_values
+        count = ids.count(self._processor.image_token_id)  # the others are cut off
+        if count:
+            images = [_read_image(file) for file in conversation.images[:count]]
+            item["pixel_values"] = self._processor.image_processor(images, return_tensors="pt").pixel_values
         return item
 
 
-class Collate:
-    """Rows as a batch, padded on the right."""
-
-    def __init__(self, processor: Any):
-        """Takes sizes and ids from a processor."""
-        self._padding = processor.tokenizer.pad_token_id
-        self._image = processor.image_token_id
-        self._processor = processor
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels (B, T) and pixel_values (I, 3, H, W) of rows.
-
-        A batch of words alone gets a grey picture behind the end of its first row, which no word can see and
-        nothing is learnt from: the vision tower runs in every step of every process, as ZeRO and
-        DistributedDataParallel need it.
-        """
-        ids, labels = [item["input_ids"] for item in items], [item["labels"] for item in items]
-        mask = [torch.ones_like(row) for row in ids]
-        pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
-        if not pixels:
-            ids[0] = torch.cat([ids[0], ids[0].new_tensor([self._image])])
-            labels[0] = torch.cat([labels[0], labels[0].new_tensor([IGNORED])])
-            mask[0] = torch.ones_like(ids[0])
-            grey = Image.new("RGB", (32, 32), (122, 116, 104))
-            pixels = [self._processor.image_processor([grey], return_tensors="pt").pixel_values]
-        return {
-            "input_ids": pad_sequence(ids, True, self._padding),
-            "attention_mask": pad_sequence(mask, True, 0),
-            "labels": pad_sequence(labels, True, IGNORED),
-            "pixel_values": torch.cat(pixels),
-        }
-
-
-def _picture(file: Path) -> Image.Image:
+def _read_image(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
+        with Image.open(file) as image:
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as pillow raises
         raise BrokenRow(f"image {file} cannot be read: {error}") from error
+
+
+def json_rows(options: dict[str, Any]) -> tuple[JsonRows, Path]:
+    """The rows of data=, and the folder that image names are relative to; embedded scenes are exported once.
+
+    Raises:
+        ValueError: data= is not a file of rows.
+    """
+    if options["data"] != EMBEDDED:
+        file = Path(options["data"])
+        return JsonRows(file), Path(options["images"] or file.parent)
+    scenes = options["scenes"] or SCENES
+    folder = Path(options["output"]).parent / f"embedded-{scenes}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # so that one process writes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = folder / "conversations.json"
+        if not file.exists():
+            log.info("rendering %d scenes", scenes)
+            export.write(folder, scenes)
+    return JsonRows(file), folder
+
+
+def make_dataset(
+    options: dict[str, Any],
+    configs: Sequence[MergeConfig],
+    rows: JsonRows,
+    folder: Path,
+    processor: Any,
+    model: nn.Module,
+    arguments: Any,
+) -> ConversationDataset:
+    """The rows that can be trained on; the first process records the broken ones before the others start.
+
+    Raises:
+        ValueError: too many rows are broken, or labels cannot be aligned with the chat template.
+    """
+    parts = llava.find(model)
+    file = Path(arguments.output_dir) / BROKEN
+    merged_tokens = round(statistics.mean(image_tokens(config, parts) for config in configs))
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            log.info("checking %d rows", len(rows))
+            if not options["resume"]:
+                file.unlink(missing_ok=True)
+        return ConversationDataset(
+            rows,
+            folder,
+            processor,
+            parts.patches + parts.num_feature_prefix_tokens,
+            options["max_length"],
+            BrokenRows(options["skip_broken"], file),
+            merged_tokens,
+        )
+
+
+def image_tokens(config: MergeConfig, parts: Any) -> int:
+    """Tokens of an image in the language model's prompt, class token included where the features hold it."""
+    return config.tokens_at(parts.patches, parts.num_feature_layers) + parts.num_feature_prefix_tokens

@@ -1,30 +1,36 @@
-"""Writes embedded scenes in LLaVA's format: python train/export.py [scenes=N] [first_seed=N] [output=FOLDER].
+"""Writes embedded scenes in LLaVA's format: python -m train.export [scenes=N] [first_seed=N] [output=FOLDER].
 
-Pictures go to output/images, conversations about them to output/conversations.json. Validation asks about the
-seeds from 0 on; those that training may see begin at 900,000,000.
+Images are written to output/images, conversations about them to output/conversations.json. Validation has the
+seeds from 0 on; those for training begin at 900,000,000.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from llava_pitome.cli.options import Option, folder, parse, whole
+from llava_pitome.cli.options import Option, folder, helped, parse, whole
 from llava_pitome.embedded.questions import HINT, ask
 from llava_pitome.embedded.render import render
-from llava_pitome.embedded.scenes import scene
+from llava_pitome.embedded.scenes import Scene, scene
 
-SEEDS = 1_900_000_000  # the embedded model was not trained on these
+FIRST_SEED = 1_900_000_000  # the embedded model was not trained on these
 TURNS = 10
+COUNT = (whole(1), "a whole number from 1")
 OPTIONS = {
-    "scenes": Option(4096, whole(1), "a whole number from 1", "pictures"),
-    "first_seed": Option(SEEDS, whole(900_000_000), "a whole number from 900000000", "of the pictures"),
-    "turns": Option(TURNS, whole(1), "a whole number from 1", "questions about each"),
-    "output": Option("output/embedded_conversations", folder, "a folder, not a file", "where they go"),
+    "scenes": Option(4096, *COUNT, "images"),
+    "first_seed": Option(FIRST_SEED, whole(900_000_000), "a whole number from 900000000", "of the images"),
+    "turns": Option(TURNS, *COUNT, "questions about each image"),
+    "output": Option(
+        "output/embedded_conversations", folder, "a folder, not a file", "where they are written"
+    ),
 }
 
 
-def main(words: list[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Writes them; returns the command's exit status."""
+    if helped(words, __doc__, OPTIONS):
+        return 0
     try:
         options = parse(words, OPTIONS)
     except ValueError as error:
@@ -34,30 +40,30 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def write(path: Path, scenes: int, first_seed: int = SEEDS, turns: int = TURNS) -> Path:
-    """Writes pictures and conversations, and gives the file of the latter, which comes last."""
+def write(path: Path, scenes: int, first_seed: int = FIRST_SEED, turns: int = TURNS) -> Path:
+    """Writes images and conversations; returns the file of the latter, which is written last."""
     from PIL import Image
 
     (path / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in range(first_seed, first_seed + scenes):
-        seen = scene(seed)
+        content = scene(seed)
         name = f"images/{seed}.png"
-        Image.fromarray(render(seen)).save(path / name)
-        rows.append({"id": str(seed), "image": name, "conversations": _said(seen, turns)})
+        Image.fromarray(render(content)).save(path / name)
+        rows.append({"id": str(seed), "image": name, "conversations": _conversation(content, turns)})
     file, partial = path / "conversations.json", path / "conversations.part"
     partial.write_text(json.dumps(rows, indent=1) + "\n")
     partial.replace(file)
     return file
 
 
-def _said(seen, turns: int) -> list[dict[str, str]]:
-    """Questions and answers about a scene, its picture and how to answer in the first turn."""
-    said = []
-    for i, question in enumerate(ask(seen, turns)):
-        words = f"<image>\n{question.text}{HINT}" if i == 0 else question.text
-        said += [{"from": "human", "value": words}, {"from": "gpt", "value": question.answer}]
-    return said
+def _conversation(content: Scene, turns: int) -> list[dict[str, str]]:
+    """Questions and answers about a scene; the first turn has its image and how to answer."""
+    conversation = []
+    for i, question in enumerate(ask(content, turns)):
+        text = f"<image>\n{question.text}{HINT}" if i == 0 else question.text
+        conversation += [{"from": "human", "value": text}, {"from": "gpt", "value": question.answer}]
+    return conversation
 
 
 if __name__ == "__main__":

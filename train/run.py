@@ -1,138 +1,125 @@
-"""Fine-tunes a LLaVA while its tokens are merged: python train/run.py key=value ...
+"""Fine-tunes a merging LLaVA: python -m train.run key=value ...
 
-Adapters on the language model (and the tower), the projector whole; the keys are in settings.py, and said by
-help. With zero= or processes= the command starts itself again under torchrun; deepspeed, torchrun and
-accelerate launch may start it too.
+Trained are LoRA adapters on the language model (and the vision tower), and the projector in full. With
+zero= or processes= the command launches itself with torchrun; deepspeed and accelerate launch work too.
 """
 
 import gc
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_pitome import MergeConfig
-from llava_pitome.cli.options import parse, usage
-from train import fit, launch, lora, resume, settings
-from train.settings import OPTIONS
-from train.stops import Diverged, TooManyBroken
+from llava_pitome.cli.options import helped, parse
+from train import checkpoint, data, launch, options
+from train.rows import JsonRows, TooManyBrokenRows
 
 log = logging.getLogger("train")
 
 
-def main(words: list[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Trains; returns the command's exit status."""
-    if {"help", "-h", "--help"} & set(words):
-        print(f"{__doc__}\n{usage(OPTIONS)}")
+    if helped(words, __doc__, options.OPTIONS):
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        options = parse(launch.without_rank(words), OPTIONS)
-        merging = settings.check(options)
-        launch.check(options)
-        output = Path(options["output"])
-        records, folder = fit.data(options)
-        checkpoint = resume.start(output, options, launch.world(options))
+        given = parse(launch.without_local_rank(list(words)), options.OPTIONS)
+        configs = options.check(given)
+        launch.check(given)
+        rows, folder = data.json_rows(given)
+        start = checkpoint.find_start(Path(given["output"]), given, launch.world_size(given))
     except ValueError as error:
-        return _failed(error)
-    facts = resume.done(output) if options["resume"] else None
+        return _fail(error)
+    facts = checkpoint.read_result(Path(given["output"])) if given["resume"] else None
     if facts is None:
-        if not launch.launched() and (options["zero"] or options["processes"] > 1):
-            launch.again(__file__, words, options["processes"])
+        if not launch.is_launched() and (given["zero"] or given["processes"] > 1):
+            launch.relaunch(list(words), given["processes"])
         try:
-            trainer = _prepared(options, merging, records, folder)
+            trainer = make_trainer(given, configs, rows, folder)
         except ValueError as error:
-            return _failed(error)
+            return _fail(error)
+        from train import model_card
+        from train.trainer import NonFiniteLoss
+
         try:
-            facts = _trained(trainer, options, merging, checkpoint)
-        except (TooManyBroken, Diverged) as error:
-            return _failed(_explained(error, trainer))
-        del trainer  # what is evaluated is loaded anew
-    return _told(facts, options, merging) if os.environ.get("RANK", "0") == "0" else 0
+            trainer.model.print_trainable_parameters()
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            trainer.finish()
+        except TooManyBrokenRows as error:
+            return _fail(_with_resume_hint(error, trainer))
+        except NonFiniteLoss as error:
+            return _fail(error)
+        facts = model_card.training_facts(given, configs, trainer)
+        del trainer  # its memory; the evaluation loads the model anew
+    return _report(facts, given, configs) if os.environ.get("RANK", "0") == "0" else 0
 
 
-def _failed(error: Exception | str) -> int:
+def _fail(error: Exception | str) -> int:
     print(f"train: {error}", file=sys.stderr)
     return 2
 
 
-def _prepared(options: dict[str, Any], merging: tuple[MergeConfig, ...], records: Any, folder: Path) -> Any:
-    """What trains.
+def make_trainer(given: dict[str, Any], configs: Sequence[MergeConfig], rows: JsonRows, folder: Path) -> Any:
+    """The MergingTrainer of a run.
 
     Raises:
-        ValueError: the model, its projections or the rows do not allow it.
+        ValueError: the model, its projections or the rows are not suitable.
     """
-    output = Path(options["output"])
-    arguments = fit.arguments(options, output)  # first: ZeRO-3 divides weights as they are read
-    model, processor = fit.model(options, merging, arguments)
-    model = lora.wrap(model, options)
-    resume.note(output, options)
-    rows = fit.rows(options, merging, records, folder, processor, model, arguments)
-    from train.data import Collate
+    from train import model
+    from train.collator import Collator
     from train.trainer import MergingTrainer
+    from train.training_args import training_arguments
 
+    arguments = training_arguments(given)  # first: under ZeRO-3 the model is partitioned while it is loaded
+    plain, processor = model.load_model(given, configs, arguments)
+    adapted = model.add_adapters(plain, given)
+    checkpoint.write_options(Path(given["output"]), given)
     return MergingTrainer(
-        model,
+        adapted,
         arguments,
-        Collate(processor),
-        rows,
+        Collator(processor),
+        data.make_dataset(given, configs, rows, folder, processor, adapted, arguments),
         processing_class=processor,
-        merging=merging,
-        base=fit.named(options["model"]),
-        distill=(options["distill_weight"] or 1.0) if options["distill"] else 0.0,
-        lengths=rows.lengths,
+        configs=configs,
+        base_model=model.base_model_name(given["model"]),
+        distill_weight=(given["distill_weight"] or 1.0) if given["distill"] else 0.0,
     )
 
 
-def _trained(
-    trainer: Any, options: dict[str, Any], merging: tuple[MergeConfig, ...], checkpoint: Path | None
-) -> dict[str, Any]:
-    """Trains and writes the adapter; what is to be told of it.
-
-    Raises:
-        TooManyBroken: rows turned out to be broken on the way.
-        Diverged: the loss is no number any more.
-    """
-    from train import card
-
-    trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.finish()
-    return card.facts(options, merging, trainer)
-
-
-def _explained(error: TooManyBroken | Diverged, trainer: Any) -> Exception:
-    """An error on the way, and how a run goes on after it."""
-    if isinstance(error, TooManyBroken):
-        try:
-            trainer.train_dataset.broken.check()
-        except TooManyBroken as told:  # the same, without the traceback of a process that loads
-            error = told
-    if not any(Path(trainer.args.output_dir).glob("checkpoint-*")) or isinstance(error, Diverged):
+def _with_resume_hint(error: TooManyBrokenRows, trainer: Any) -> TooManyBrokenRows:
+    """The error without the traceback of a worker process; with a checkpoint, how the run can continue."""
+    try:
+        trainer.train_dataset.broken.check()
+    except TooManyBrokenRows as own:
+        error = own
+    if not any(Path(trainer.args.output_dir).glob("checkpoint-*")):
         return error
-    return TooManyBroken(f"{error}. With a higher skip_broken=, resume=true goes on from the last checkpoint")
+    return TooManyBrokenRows(
+        f"{error}. With a higher skip_broken=, resume=true goes on from the last checkpoint"
+    )
 
 
-def _told(facts: dict[str, Any], options: dict[str, Any], merging: tuple[MergeConfig, ...]) -> int:
-    """Writes what is told of a run, measured accuracy included; returns the exit status."""
-    from train import card, curves
+def _report(facts: dict[str, Any], given: dict[str, Any], configs: Sequence[MergeConfig]) -> int:
+    """Writes model card, numbers and plot, with accuracy if evaluate=true; returns the exit status."""
+    from train import model_card
 
-    output = Path(options["output"])
-    curves.draw(facts["log"], output / "loss.png")
-    card.write(output, facts)
-    if options["evaluate"]:
+    output = Path(given["output"])
+    model_card.write(output, facts)
+    if given["evaluate"]:
         import torch
 
-        from train import measured
+        from train.evaluation import EvaluationError, measure_accuracy
 
-        log.info("evaluating before and after")
-        gc.collect()  # what has trained holds on to itself
+        log.info("evaluating before and after training")
+        gc.collect()  # the Trainer is in reference cycles
         torch.cuda.empty_cache()
         try:
-            card.write(output, facts | {"accuracy": measured.accuracy(options, merging)})
-        except measured.NotMeasured as error:
-            return _failed(f"the adapter is in {output}; resume=true evaluate=true measures again: {error}")
+            model_card.write(output, facts | {"accuracy": measure_accuracy(given, configs)})
+        except EvaluationError as error:
+            return _fail(f"the adapter is in {output}; resume=true evaluate=true measures again: {error}")
     print(f"written to {output}")
     return 0
 

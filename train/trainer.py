@@ -1,11 +1,15 @@
-"""The Hugging Face Trainer for a LLaVA that merges: how far is drawn every step, and it may teach itself.
+"""The Hugging Face Trainer for a merging LLaVA: a ratio is drawn for every step, distillation is optional.
 
-Shapes: B rows, T tokens, A tokens of answers in the whole batch, V words of the vocabulary.
+Shapes: B rows, T tokens, A tokens of answers in the batch, V words of the vocabulary.
 """
 
+import contextlib
 import random
+import re
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +23,70 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from llava_pitome import MergeConfig, apply, remove
 from llava_pitome.models import adapters
 from llava_pitome.models import hf_llava as llava
-from train.encoding import IGNORED
-from train.expand import expand
-from train.memory import Memory
-from train.stops import Diverged
+from train.collator import expand
+from train.conversation import IGNORE_INDEX
+from train.data import image_tokens
 
-PLAIN = MergeConfig(ratio=1.0)
+UNMERGED = MergeConfig(ratio=1.0)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is not a finite number."""
 
 
 class MergingTrainer(Trainer):
-    """A Trainer whose batches hold one token a picture, see `data.Collate`."""
+    """A Trainer on batches with one placeholder per image, see `collator.Collator`."""
 
     def __init__(
         self,
         *args: Any,
-        merging: Sequence[MergeConfig],
-        base: str,
-        distill: float,
-        lengths: Sequence[int],
+        configs: Sequence[MergeConfig],
+        base_model: str,
+        distill_weight: float,
         **kwargs: Any,
     ):
-        """Takes a model with adapters, see `lora.wrap`.
+        """Takes Trainer's arguments, for a peft model and a `data.ConversationDataset`.
 
         Args:
             *args: as for Trainer.
-            merging: what the steps choose from; an adapter is loaded with the first.
-            base: the model that adapters belong to, as `load` takes it.
-            distill: weight of the unmerged model's answers beside the data's; 0 asks it nothing.
-            lengths: of each row, for train_sampling_strategy="group_by_length".
+            configs: one is drawn for every step; the adapter is saved with the first.
+            base_model: name of the model without adapters, as `load` takes it.
+            distill_weight: of the divergence from the unmerged model's predictions; 0 skips these.
             **kwargs: as for Trainer.
         """
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
-        self._configs, self._base = tuple(merging), base
-        self._distill, self._lengths = distill, lengths
+        self._configs, self._base_model, self._distill_weight = tuple(configs), base_model, distill_weight
         self._parts = llava.find(self.model)
         self._applied: MergeConfig | None = None
-        self._taught: Tensor | None = None  # (A, V) log-probabilities
-        self.memory: Memory | None = None
-        self._began = 0.0
+        self._teacher: Tensor | None = None  # (A, V) log-probabilities
+        self.memory: PeakMemory | None = None
+        self._start = 0.0
 
     def config_at(self, step: int) -> MergeConfig:
-        """How step `step` merges: the same for every process, and for a run that goes on."""
+        """The merge config of a step: the same in every process, and in a resumed run."""
         return random.Random(f"{self.args.seed} {step}").choice(self._configs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One pass, forwards and backwards.
+        """As Trainer's.
 
         Raises:
-            Diverged: its loss is no number; nothing that learns has taken it up yet.
+            NonFiniteLoss: before the optimizer's step, so that weights are not affected.
         """
-        if self.memory is None:  # everything is in its place now
-            self.memory = Memory(self.args.device.type == "cuda")
-            self._began = time.perf_counter() - seconds(self.state.log_history)
+        if self.memory is None:  # model and optimizer are on their device now
+            self.memory = PeakMemory(self.args.device.type == "cuda")
+            log = self.state.log_history
+            self._start = time.perf_counter() - (log[-1]["seconds"] if log else 0.0)
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise Diverged(
+            raise NonFiniteLoss(
                 f"the loss of step {self.state.global_step + 1} is {loss.item()}: try a lower lr= (it was "
                 f"{self.args.learning_rate:g}), or dtype=float32"
             )
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the seconds that training has taken until now, earlier processes' included."""
-        super().log(logs | {"seconds": round(time.perf_counter() - self._began, 3)}, *args, **kwargs)
+        """As Trainer's, with the seconds of training, including those before the run was resumed."""
+        super().log(logs | {"seconds": round(time.perf_counter() - self._start, 3)}, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -90,28 +95,27 @@ class MergingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a step, merged as its number says."""
-        if self._distill:
-            self._taught = self._teach(inputs)
+        """The loss under the merge config of the step."""
+        if self._distill_weight:
+            self._teacher = self.teacher_log_probs(inputs)
         config = self.config_at(self.state.global_step)
-        self._merge(config)
-        return super().compute_loss(model, self._expanded(inputs, config), return_outputs, num_items_in_batch)
+        self.set_merging(config)
+        return super().compute_loss(model, self.expand(inputs, config), return_outputs, num_items_in_batch)
 
     @torch.no_grad()
-    def _teach(self, inputs: dict[str, Any]) -> Tensor:
-        """What the model that was started from says without merging: log-probabilities (A, V).
+    def teacher_log_probs(self, inputs: dict[str, Any]) -> Tensor:
+        """Log-probabilities (A, V) of the same weights without adapters and without merging.
 
-        The same weights, without adapters and hooks; in front of the student's pass, so that whatever layers
-        remember for their backward is the student's.
+        Computed before the student's pass, so that what layers keep for the backward pass is the student's.
         """
-        self._merge(None)
-        batch = self._expanded(inputs, PLAIN)
+        self.set_merging(None)
+        batch = self.expand(inputs, UNMERGED)
         labels = batch.pop("labels")
         with self.model.disable_adapter():
-            return F.log_softmax(at_answers(self.model(**batch).logits, labels)[0], -1)
+            return F.log_softmax(answer_logits(self.model(**batch).logits, labels)[0], -1)
 
-    def _merge(self, config: MergeConfig | None) -> None:
-        """Makes the model merge so, or not at all."""
+    def set_merging(self, config: MergeConfig | None) -> None:
+        """Applies a merge config to the model; None removes merging."""
         if config == self._applied:
             return
         if config is None:
@@ -120,75 +124,99 @@ class MergingTrainer(Trainer):
             apply(self.model, config, kernels=False)
         self._applied = config
 
-    def _expanded(self, inputs: dict[str, Any], config: MergeConfig) -> dict[str, Any]:
-        """A batch with as many placeholders as arrive."""
-        parts, tokenizer = self._parts, self.processing_class.tokenizer
-        tokens = config.tokens_at(parts.patches, parts.feature) + parts.front
-        longer = expand(inputs, self.processing_class.image_token_id, tokens, tokenizer.pad_token_id)
-        return longer | {"use_cache": False}
+    def expand(self, inputs: dict[str, Any], config: MergeConfig) -> dict[str, Any]:
+        """The batch with as many placeholders as the config leaves image tokens."""
+        processor, tokens = self.processing_class, image_tokens(config, self._parts)
+        expanded = expand(inputs, processor.image_token_id, tokens, processor.tokenizer.pad_token_id)
+        return expanded | {"use_cache": False}
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Cross-entropy with the answers, and divergence from the teacher, a token of the whole step."""
-        logits, said = at_answers(outputs.logits, labels)
-        total = F.cross_entropy(logits, said, reduction="sum")
-        if self._taught is not None:
-            apart = F.kl_div(F.log_softmax(logits, -1), self._taught, reduction="sum", log_target=True)
-            total = total + self._distill * apart
-            self._taught = None
-        count = len(said) if num_items_in_batch is None else num_items_in_batch
+        """Cross-entropy plus the weighted divergence from the teacher, averaged over the step's tokens."""
+        logits, targets = answer_logits(outputs.logits, labels)
+        total = F.cross_entropy(logits, targets, reduction="sum")
+        if self._teacher is not None:
+            divergence = F.kl_div(F.log_softmax(logits, -1), self._teacher, reduction="sum", log_target=True)
+            total = total + self._distill_weight * divergence
+            self._teacher = None
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
         return total / max(count, 1)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter, and beside it how it is to merge and with which model."""
+        """Writes the adapter, with its merge config and the name of its base model."""
         super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
-            adapters.write(Path(output_dir or self.args.output_dir), self._base, self._configs[0])
+            adapters.save_merge_config(Path(output_dir or self.args.output_dir), self._base_model, self._configs[0])
 
     def finish(self) -> None:
-        """Takes the hooks off and writes the adapter."""
-        self._merge(None)
+        """Removes merging and writes the adapter."""
+        self.set_merging(None)
         self.save_model()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As Trainer's, with lengths that are known without reading a picture."""
+        """As Trainer's, with lengths known without reading images."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return Grouped(self._lengths, size, self.args.seed, lambda: self.state.epoch or 0)
+        return SeededLengthGroupedSampler(size, self.train_dataset.lengths, self.args.seed)
 
 
-class Grouped(Sampler):
-    """Rows of like length after each other, in an order that the seed and the epoch alone decide.
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """Rows of similar length in the same batch, in an order that depends on seed and epoch alone.
 
-    Trainer's own order comes from torch's global state, which is another in a run that goes on, and in every
-    process.
+    Trainer's own order depends on torch's global generator, which differs after resuming and among processes.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, seed: int, epoch: Callable[[], float]):
-        """Takes the rows' lengths, rows a step, and what tells the epoch when one begins."""
-        self._lengths, self._size, self._seed, self._epoch = list(lengths), size, seed, epoch
+    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
+        """Takes rows per step, the lengths of the rows, and the seed."""
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
 
-    def __len__(self) -> int:
-        return len(self._lengths)
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before every epoch."""
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         """The rows of an epoch."""
-        epoch = int(self._epoch() + 1e-6)
-        draw = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        return iter(LengthGroupedSampler(self._size, lengths=self._lengths, generator=draw))
+        self.generator.manual_seed(self.seed * 1_000_003 + self.epoch)
+        return super().__iter__()
 
 
-def seconds(log: Sequence[dict[str, float]]) -> float:
-    """How long training had taken when it last logged."""
-    return log[-1]["seconds"] if log else 0.0
+class PeakMemory:
+    """The most memory held at one time since this was made: by the GPU, or by this process.
+
+    Where the system cannot reset the peak of a process, since it started.
+
+    Attributes:
+        before: bytes that were held when this was made, mostly weights.
+    """
+
+    def __init__(self, cuda: bool):
+        """Resets the peak of the GPU (`cuda`), as torch allocates it, or of the process."""
+        self._cuda = cuda
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # not Linux, or a container that forbids it
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+        self.before = torch.cuda.memory_allocated() if cuda else self.peak()
+
+    def peak(self) -> int:
+        """Bytes held at most since then."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status")
+        if status.exists() and (match := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+            return 1024 * int(match[1])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What is predicted for every token with a label, (A, V) in float32, and these tokens (A,).
+def answer_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits that predict tokens with a label, (A, V) in float32, and these tokens (A,).
 
     Args:
-        logits: (B, T, V), each of the token behind it.
+        logits: (B, T, V), each of the next token.
         labels: (B, T).
     """
-    asked = labels[:, 1:] != IGNORED
-    return logits[:, :-1][asked].float(), labels[:, 1:][asked]
+    is_answer = labels[:, 1:] != IGNORE_INDEX
+    return logits[:, :-1][is_answer].float(), labels[:, 1:][is_answer]

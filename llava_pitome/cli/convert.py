@@ -1,35 +1,44 @@
-"""`llava-pitome convert`: writes an original checkpoint down as a Hugging Face one."""
+"""`llava-pitome convert`: converts a checkpoint of the original LLaVA package to Hugging Face's format."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+from llava_pitome.cli.options import Option, add_flags, one_of
 from llava_pitome.models import checkpoints
 from llava_pitome.models.checkpoints import DTYPES
 
+OPTIONS = {
+    "output": Option(None, Path, "a folder", "the same as the second argument", short="-o"),
+    "dtype": Option("auto", one_of(*DTYPES), " | ".join(DTYPES), "dtype of the weights; auto: as saved"),
+}
 
-def describe(commands: Any, name: str) -> None:
-    """Adds the command and its options to a parser's subparsers."""
-    parser = commands.add_parser(
+
+def describe(subparsers: Any, name: str) -> None:
+    """Adds the command's parser."""
+    parser = subparsers.add_parser(
         name,
-        help="write a checkpoint of the original LLaVA package as a Hugging Face one",
-        description="Writes a LLaVA-1.5 checkpoint of the original package as LlavaForConditionalGeneration.",
+        description="Converts a LLaVA-1.5 checkpoint of the original package to Hugging Face's format.",
     )
     parser.add_argument("path", help="folder or hub id of the original checkpoint")
-    parser.add_argument("output", type=Path, help="folder to write; it must not be there, or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (as they are)")
+    parser.add_argument(
+        "folder", metavar="output", type=Path, nargs="?", help="a new or empty folder to write"
+    )
+    add_flags(parser, OPTIONS)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Converts, and says what was written.
+    """Writes the converted checkpoint.
 
     Raises:
-        ValueError: a path that holds no original LLaVA-1.5, or an output that holds something.
+        ValueError: a path without an original LLaVA-1.5 checkpoint, or an output that is not empty.
     """
-    output = options.output
+    if (options.folder is None) == (options.output is None):
+        raise ValueError("give the folder to write once: convert PATH OUTPUT, or convert PATH -o OUTPUT")
+    output = options.folder or options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output={str(output)!r} holds something; name a folder that is new or empty")
+        raise ValueError(f"output={str(output)!r} is not empty; give a new or empty folder")
     model, processor = checkpoints.convert(options.path, options.dtype)
     model.save_pretrained(output)
     processor.save_pretrained(output)

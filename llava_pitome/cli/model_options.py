@@ -1,4 +1,4 @@
-"""The options that name a model, and loading it as they say."""
+"""The options that select a model, and loading the model that they select."""
 
 import argparse
 from importlib.util import find_spec
@@ -15,10 +15,16 @@ from llava_pitome.models.checkpoints import DTYPES
 
 MODEL_OPTIONS = {
     "model": Option(
-        embedded.NAME, str, "embedded | a folder | a hub id", "a LLaVA, or an adapter of one", "model"
+        embedded.NAME,
+        str,
+        "embedded | a folder | a hub id",
+        "a LLaVA checkpoint, or an adapter of one",
+        "model",
     ),
-    "device": Option(None, str, "cpu, cuda, cuda:1, ...", "where it runs; cuda where there is one", "model"),
-    "dtype": Option("auto", one_of(*DTYPES), " | ".join(DTYPES), "of the weights; auto: as saved", "model"),
+    "device": Option(None, str, "cpu, cuda, cuda:1, ...", "device; cuda where there is one", "model"),
+    "dtype": Option(
+        "auto", one_of(*DTYPES), " | ".join(DTYPES), "dtype of the weights; auto: as saved", "model"
+    ),
     "load_4bit": Option(
         False, boolean, "true | false", "load the language model in 4 bits (needs bitsandbytes)", "model"
     ),
@@ -26,11 +32,11 @@ MODEL_OPTIONS = {
 
 
 def check_model(options: argparse.Namespace) -> None:
-    """Raises ValueError for a device or a package that is not there, or a dtype that is too slow."""
+    """Raises ValueError for a device or package that is missing, or a dtype that is too slow."""
     count = torch.cuda.device_count()
-    there = ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
-    if options.device not in (None, *there):
-        raise ValueError(f"--device {options.device} is not there; allowed are {', '.join(there)}")
+    devices = ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
+    if options.device not in (None, *devices):
+        raise ValueError(f"--device {options.device} is not available; allowed are {', '.join(devices)}")
     if options.load_4bit and find_spec("bitsandbytes") is None:
         raise ValueError(
             "--load-4bit needs bitsandbytes, which is not installed: pip install 'llava-pitome[quantization]'"
@@ -43,14 +49,13 @@ def check_model(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace, config: MergeConfig | None) -> tuple[nn.Module, Any]:
-    """The model that the options name and its processor, merging as `config` says; see `api.load`."""
+    """The selected model and its processor, merging as `config` says; see `api.load`."""
     check_model(options)
-    checkpoints.configuration(options.model)  # a clear error for a path that leads nowhere
-    quantization = "4bit" if options.load_4bit else None
-    place = {"device_map": str(_device(options))}
-    if options.load_4bit and options.device is None:
-        place = {}  # bitsandbytes' own choice
-    return api.load(options.model, config, quantization=quantization, dtype=options.dtype, **place)
+    checkpoints.read_config(options.model)  # a clear error for a path without a model
+    settings: dict[str, Any] = {"dtype": options.dtype, "quantization": "4bit" if options.load_4bit else None}
+    if options.device or not options.load_4bit:  # otherwise bitsandbytes chooses
+        settings["device_map"] = str(_device(options))
+    return api.load(options.model, config, **settings)
 
 
 def _device(options: argparse.Namespace) -> torch.device:

@@ -1,13 +1,15 @@
 """One declaration of an option for both `key=value` scripts and `--flags`: default, reader, help.
 
-The options that say how to merge are made from the metadata of MergeConfig's fields, so that a field is described
-and checked in one place. Everything is read before anything is loaded.
+The options that say how to merge are made from the metadata of MergeConfig's fields: each field is described
+and checked in one place. Options are read before a model is loaded.
 """
 
 import argparse
 import dataclasses
 import difflib
 import json
+import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +24,12 @@ class Option(NamedTuple):
 
     Attributes:
         default: its value where it is not given.
-        read: makes the value of its text; raises ValueError where it cannot.
-        allowed: what may be written, for error messages and help.
-        help: what it does.
+        read: converts text to a value; raises ValueError where it cannot.
+        allowed: the values that are allowed, for error messages and help.
+        help: its effect.
         group: the heading under which --help lists it.
         short: a one-letter flag beside the long one, such as "-o".
-        repeats: the flag may be given several times, and the value is a list.
+        repeats: it may be given several times, and its value is a list.
     """
 
     default: Any
@@ -46,79 +48,84 @@ def parse(words: Sequence[str], options: dict[str, Option]) -> dict[str, Any]:
         ValueError: an unknown key, a word without '=', a key given twice, or a bad value; the message names
             the key, the value and what is allowed.
     """
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r} is not key=value; keys: {', '.join(options)}")
         if key not in options:
-            near = difflib.get_close_matches(key, options, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown key {key!r} (did you mean {near!r}?); keys: {', '.join(options)}")
-        if key in given:
+            raise ValueError(
+                f"unknown key {key!r} (did you mean {_nearest(key, options)!r}?); keys: {', '.join(options)}"
+            )
+        option = options[key]
+        if key in values and not option.repeats:
             raise ValueError(f"{key} is given twice")
         try:
-            given[key] = options[key].read(text)
+            value = option.read(text)
         except ValueError as error:
-            reason = f": {error}" if str(error) not in ("", text) else ""
-            raise ValueError(
-                f"{key}={text!r} is not allowed; allowed: {options[key].allowed}{reason}"
-            ) from error
-    return {key: given.get(key, option.default) for key, option in options.items()}
+            reason = f"allowed: {option.allowed}{_reason(error, text)}"
+            raise ValueError(f"{key}={text!r} is not allowed; {reason}") from error
+        values[key] = [*values.get(key, ()), value] if option.repeats else value
+    return {key: values.get(key, option.default) for key, option in options.items()}
 
 
 def add_flags(parser: argparse.ArgumentParser, options: dict[str, Option]) -> None:
-    """Adds each option to a parser as a flag: `max_new_tokens` is --max-new-tokens, a boolean is a switch."""
+    """Adds each option to a parser as a flag: `max_new_tokens` is --max-new-tokens.
+
+    A boolean that is on or off by default is a switch; one whose default is None takes true or false.
+    """
     groups: dict[str, Any] = {"options": parser}
     for key, option in options.items():
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         names = [option.short] * bool(option.short) + [f"--{key.replace('_', '-')}"]
-        default = _word(option.default)
-        text = f"{option.help} ({default})" if default else option.help
-        how: dict[str, Any] = {"dest": key, "default": option.default, "help": text.replace("%", "%%")}
-        if option.read is boolean:
-            how |= {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
+        settings: dict[str, Any] = {"dest": key, "default": option.default}
+        if option.read is boolean and option.default is not None:
+            settings["action"] = argparse.BooleanOptionalAction if option.default else "store_true"
+            text = f"{option.help} ({'on' if option.default else 'off'})"
         else:
-            how |= {"type": reader(option), "metavar": key.upper()}
-            how |= {"action": "append"} if option.repeats else {}
-        groups[option.group].add_argument(*names, **how)
+            settings |= {"type": reader(option), "metavar": key.upper()}
+            settings |= {"action": "append"} if option.repeats else {}
+            default = _text(option.default)
+            text = f"{option.help}; {option.allowed}" + (f" ({default})" if default else "")
+        groups[option.group].add_argument(*names, **settings, help=text.replace("%", "%%"))
 
 
 def reader(option: Option) -> Callable[[str], Any]:
-    """The option's reader as argparse takes it: what is allowed stands in the error."""
+    """The option's reader for argparse, whose error says what is allowed."""
 
     def read(text: str) -> Any:
         try:
             return option.read(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not allowed: it must be {option.allowed}"
+                f"{text!r} is not allowed: it must be {option.allowed}{_reason(error, text)}"
             ) from error
 
     return read
 
 
 def usage(options: dict[str, Option]) -> str:
-    """The keys, one a line under their groups, with what they do, what they may be and their defaults."""
+    """One line a key under the headings of the groups: default, effect and allowed values."""
     lines, group = [], "options"
     for key, option in options.items():
         if option.group != group:
             group = option.group
             lines.append(f" {group}:")
-        lines.append(f"  {key}={_word(option.default)}  {option.help}; {option.allowed}")
+        lines.append(f"  {key}={_text(option.default)}  {option.help}; {option.allowed}")
     return "\n".join(lines)
 
 
 def helped(words: Sequence[str], doc: str | None, options: dict[str, Option]) -> bool:
-    """Prints a script's description and its keys where the words ask for help; whether they did."""
+    """Whether the words ask for help; if so, writes a script's description and its keys."""
     if not {"help", "--help", "-h"} & set(words):
         return False
-    print(f"{doc}\nKeys:\n{usage(options)}")
+    sys.stdout.write(f"{doc}\nKeys:\n{usage(options)}\n")
     return True
 
 
-def _word(value: Any) -> str:
-    """A default as it would be typed."""
+def _text(value: Any) -> str:
+    """A default as it would be typed; empty for None and for empty collections."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     if isinstance(value, bool):
@@ -126,7 +133,17 @@ def _word(value: Any) -> str:
     return "" if value is None or value == {} else str(value)
 
 
-# Readers
+def _nearest(name: str, names: Any) -> str:
+    """The name that is spelled most like another."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+
+
+def _reason(error: ValueError, text: str) -> str:
+    """What a reader adds to "is not allowed": nothing where it only repeats the text."""
+    return f": {error}" if str(error) not in ("", text) else ""
+
+
+# Readers. Each raises ValueError, with the reason or with the text alone.
 
 
 def boolean(text: str) -> bool:
@@ -139,31 +156,33 @@ def one_of(*names: str) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text not in names:
-            near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)
-            raise ValueError(f"the nearest is {near[0]!r}" if near else text)
+            raise ValueError(f"the nearest is {_nearest(text, names)!r}")
         return text
 
     return read
 
 
-def whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
     """A reader for whole numbers from `low` to `high`."""
 
     def read(text: str) -> int:
-        if not low <= int(text) <= high:
+        if not text.isdecimal() or not low <= int(text) <= high:
             raise ValueError(text)
         return int(text)
 
     return read
 
 
-def number(low: float, high: float = float("inf"), *, above: bool = False, below: bool = False) -> Callable:
-    """A reader for finite numbers from `low` to `high`; `above` and `below` leave the ends out."""
+def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:
+    """A reader for finite numbers from `low` to `high`; `above` and `below` exclude the ends."""
 
     def read(text: str) -> float:
-        value = float(text)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan  # fits nowhere
         fits = (low < value if above else low <= value) and (value < high if below else value <= high)
-        if not fits or value in (float("inf"), float("-inf")):
+        if not fits or math.isinf(value):
             raise ValueError(text)
         return value
 
@@ -176,39 +195,45 @@ def share(text: str) -> float:
 
 
 def shares(text: str) -> float | tuple[float, ...]:
-    """Reads one number in (0, 1], or several, separated by commas: one per layer."""
+    """Reads one number in (0, 1], or several with commas: one per layer."""
     numbers = several(share)(text)
     return numbers if len(numbers) > 1 else numbers[0]
 
 
 def several(read: Callable[[str], Any], distinct: bool = False) -> Callable[[str], tuple]:
-    """A reader for values separated by commas; `distinct` allows each once."""
+    """A reader for values with commas between them; `distinct` allows each once."""
 
     def read_all(text: str) -> tuple:
-        found = tuple(read(word.strip()) for word in text.split(","))
-        if distinct and len(set(found)) < len(found):
+        values = tuple(read(word.strip()) for word in text.split(","))
+        if distinct and len(set(values)) < len(values):
             raise ValueError("one of them is given twice")
-        return found
+        return values
 
     return read_all
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """Reads names with commas between them."""
+    names = several(str)(text)
+    if not all(names):
+        raise ValueError(text)
+    return names
+
+
 def amount(text: str) -> float | int:
     """Reads what is kept: a share in (0, 1] with a point (0.5), or a number of tokens from 2 (64)."""
-    if text.isdecimal():
-        return whole(2)(text)
-    return share(text)
+    return whole(2)(text) if text.isdecimal() else share(text)
 
 
 def layers(text: str) -> dict[int, float | int]:
-    """Reads what is kept at layers of the language model: 8:0.5,16:64."""
-    found: dict[int, float | int] = {}
+    """Reads what is kept in layers of the language model: 8:0.5,16:64."""
+    values: dict[int, float | int] = {}
     for word in text.split(","):
         layer, _, keep = word.partition(":")
-        if not layer.isdecimal() or int(layer) in found:
+        if not layer.isdecimal() or int(layer) in values:
             raise ValueError(word)
-        found[int(layer)] = amount(keep)
-    return found
+        values[int(layer)] = amount(keep)
+    return values
 
 
 def sides(text: str) -> tuple[int, int]:
@@ -219,78 +244,75 @@ def sides(text: str) -> tuple[int, int]:
 
 def fields(text: str) -> dict[str, Any]:
     """Reads a JSON object."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
+    value = json.loads(text)
+    if not isinstance(value, dict):
         raise ValueError(text)
-    return found
+    return value
 
 
 def folder(text: str) -> str:
-    """Reads the path of a folder, which need not be there yet."""
+    """Reads the path of a folder, which need not exist yet."""
     if Path(text).exists() and not Path(text).is_dir():
         raise ValueError(text)
     return text
 
 
-def listed(text: str) -> tuple[str, ...]:
-    """Reads names separated by commas."""
-    names = tuple(t.strip() for t in text.split(","))
-    if not all(names):
-        raise ValueError(text)
-    return names
-
-
 # How to merge
 
-TEXT = {  # by the kind of a MergeConfig field: its reader, and how it is written
+FIELD_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {  # by kind of field: its reader, and what it reads
     "shares": (shares, "a number in (0, 1], or one per layer with commas"),
     "count": (whole(1), validation.KINDS["count"].allowed),
     "amount": (amount, "a share (0.5) or a number of tokens (64)"),
     "layers": (layers, "layer:share or layer:number with commas (8:0.5,16:64)"),
     "sides": (sides, "rows x columns (9x10)"),
     "fraction": (number(0, 1), validation.KINDS["fraction"].allowed),
-    "interval": (several(number(0, 1)), "two numbers with a comma (0.5,1)"),
+    "interval": (several(number(0, 1)), "two ascending numbers in [0, 1] with a comma (0.5,1)"),
     "flag": (boolean, "true | false"),
     "json": (fields, "a JSON object"),
 }
 
 
 def merge_options(*, methods: bool = False, help: dict[str, str] | None = None) -> dict[str, Option]:
-    """An option for every field of MergeConfig, and `recipe` and `merging`; nothing is given by default.
+    """An option for every field of MergeConfig, and `recipe` and `merging`; fields are None by default.
 
     Args:
         methods: allow several methods, with commas.
-        help: what to add to the help of some fields.
+        help: texts to append to the help of some fields.
     """
-    found = {}
+    options = {}
     for field in dataclasses.fields(MergeConfig):
         kind, group = field.metadata["kind"], f"merging, {field.metadata['group']}"
-        if kind == "method":
-            read, allowed = one_of(*METHODS), " | ".join(METHODS)
+        if kind in ("method", "choice"):
+            names = METHODS if kind == "method" else field.metadata["choices"]
+            read, allowed = one_of(*names), " | ".join(names)
             if methods and field.name == "method":
                 read, allowed = several(read, distinct=True), f"names with commas: {allowed}"
-        elif kind == "choice":
-            read, allowed = one_of(*field.metadata["choices"]), " | ".join(field.metadata["choices"])
         else:
-            read, allowed = TEXT[kind]
-            read = optional_boolean if read is boolean else read
+            read, allowed = _checked(kind), FIELD_TEXT[kind][1]
         text = field.metadata["help"] + (help or {}).get(field.name, "")
-        found[field.name] = Option(None, read, allowed, text, group)
-    return found | {
-        "recipe": Option("paper", one_of(*RECIPES), " | ".join(RECIPES), "named settings", "merging, recipe"),
-        "merging": Option(
-            None, fields, "a JSON object of MergeConfig's fields", "further fields", "merging, recipe"
-        ),
+        options[field.name] = Option(None, read, allowed, text, group)
+    group = "merging, recipe"
+    return options | {
+        "recipe": Option("paper", one_of(*RECIPES), " | ".join(RECIPES), "named settings", group),
+        "merging": Option(None, fields, "a JSON object of MergeConfig's fields", "further fields", group),
     }
 
 
-def optional_boolean(text: str) -> bool:
-    """Reads true or false; as a flag it takes the word, so that not given differs from false."""
-    return boolean(text)
+def _checked(kind: str) -> Callable[[str], Any]:
+    """The reader of a kind of MergeConfig field, whose values also pass that kind's check."""
+    convert, fits = FIELD_TEXT[kind][0], validation.KINDS[kind].fits
+
+    def read(text: str) -> Any:
+        value = convert(text)
+        if not fits(value):
+            raise ValueError(text)
+        return value
+
+    return read
 
 
 def merge_config(values: dict[str, Any]) -> MergeConfig | None:
-    """The config that the values of `merge_options` ask for; None where nothing is to merge.
+    """The config that the values of `merge_options` specify; None where nothing is to merge.
 
     Raises:
         ValueError: they contradict each other, or say how to merge but not how far.

@@ -1,6 +1,6 @@
-"""A small trained LLaVA, and the pictures and questions it answers: all without a network."""
+"""A small trained LLaVA, and a generator of images and questions for it: no network is needed."""
 
 from pathlib import Path
 
-NAME = "embedded"  # what it is called wherever a path is asked for
+NAME = "embedded"  # accepted instead of a path
 PATH = Path(__file__).parent / "model"

@@ -1,32 +1,24 @@
-"""Writes the embedded questions as VQAv2 is published: parquet with pictures and ten answers.
+"""Writes the embedded questions in VQAv2's published form: parquet with images and ten answers per question.
 
-lmms-eval's own `vqav2_val` task and metric then run on it unmodified.
+lmms-eval's own `vqav2_val` task and metric run on it unmodified.
 """
 
-import hashlib
 import io
 import os
 from pathlib import Path
 
-from llava_pitome.embedded import questions, render, scenes
+from llava_pitome.embedded import render, scenes
 from llava_pitome.embedded.questions import ask
 
-PICTURES, EACH = 1024, 3  # validation pictures, and questions about each
+PICTURES, EACH = 1024, 3  # validation images, and questions about each
+VERSION = "cbb7bcb2"  # to be changed with the images or questions; a test compares their checksum
 FILE = "data/validation-00000-of-00001.parquet"
 
 
-def version() -> str:
-    """Eight letters that change when the pictures or questions do."""
-    sources = b"".join(
-        Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in (scenes, render, questions)))
-    )
-    return hashlib.sha256(sources).hexdigest()[:8]
-
-
 def write(folder: Path, pictures: int = PICTURES, each: int = EACH, first_seed: int = 0) -> Path:
-    """Writes the validation split below `folder` and returns its file; an existing one is left as it is.
+    """Writes the validation split below `folder` and returns its file; an existing one is kept.
 
-    Training takes its scenes from seed 900,000,000 upwards; validation from 0.
+    The seeds of training scenes start at 900,000,000, those of validation at 0.
     """
     import datasets
 
@@ -58,9 +50,10 @@ def write(folder: Path, pictures: int = PICTURES, each: int = EACH, first_seed: 
 def _rows(seed: int, each: int) -> list[dict]:
     from PIL import Image
 
-    seen = scenes.scene(seed)
+    """The rows of one image."""
+    scene = scenes.scene(seed)
     png = io.BytesIO()
-    Image.fromarray(render.render(seen)).save(png, "PNG")
+    Image.fromarray(render.render(scene)).save(png, "PNG")
     return [
         {
             "question_type": question.question_type,
@@ -74,5 +67,5 @@ def _rows(seed: int, each: int) -> list[dict]:
             "question": question.text,
             "image": {"bytes": png.getvalue(), "path": f"{seed}.png"},
         }
-        for number, question in enumerate(ask(seen, each))
+        for number, question in enumerate(ask(scene, each))
     ]

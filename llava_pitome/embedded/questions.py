@@ -1,7 +1,7 @@
 """Questions about a scene, in VQAv2's three answer types.
 
-Every kind picks its answer before its question, evenly among the answers that the scene allows, so that a
-model that sees no picture gains little from knowing the question.
+Every kind chooses its answer first, uniformly among the answers that the scene allows, then a question with
+that answer, so that a model without the image gains little from knowing the question.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ import numpy as np
 
 from llava_pitome.embedded.scenes import COLORS, DIGITS, SHAPES, SIDE, TEXTURES, Scene, Thing
 
-HINT = "\nAnswer the question using a single word or phrase."  # behind questions, as in LLaVA's training data
-CLEAR = 8  # pixels by which two centres must differ before one is called left of the other
-SIDES: dict[str, Callable[[Thing, Thing], int]] = {  # how far a lies on that side of b, in pixels
+HINT = "\nAnswer the question using a single word or phrase."  # after a question, as in LLaVA's training data
+CLEAR = 8  # least pixels between two centres of which one is left of the other
+SIDES: dict[str, Callable[[Thing, Thing], int]] = {  # distance of a from b to that side, in pixels
     "left of": lambda a, b: b.x - a.x,
     "right of": lambda a, b: a.x - b.x,
     "above": lambda a, b: b.y - a.y,
@@ -23,7 +23,7 @@ SIDES: dict[str, Callable[[Thing, Thing], int]] = {  # how far a lies on that si
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, VQAv2's answer type and question type (the opening words)."""
+    """A question, its answer, and VQAv2's answer type and question type (the first words)."""
 
     text: str
     answer: str
@@ -32,15 +32,15 @@ class Question:
 
 
 def ask(scene: Scene, count: int, salt: int = 0) -> list[Question]:
-    """`count` different questions about a scene, the same for the same seed and salt.
+    """`count` different questions about a scene, determined by its seed and `salt`.
 
-    About 39 % yes/no, 22 % number, 39 % other, as far as the scene lends itself to the kinds.
+    About 39 % yes/no, 22 % number, 39 % other, as far as the scene allows these kinds.
     """
     rng = np.random.default_rng([scene.seed, 2, salt])
-    asked: dict[str, Question] = {}
+    chosen: dict[str, Question] = {}
     kinds, weights = tuple(KINDS), np.array([w for _, w in KINDS.values()])
     for _ in range(20 * count):
-        if len(asked) == count:
+        if len(chosen) == count:
             break
         kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
         options = list(KINDS[kind][0](scene))
@@ -49,12 +49,12 @@ def ask(scene: Scene, count: int, salt: int = 0) -> list[Question]:
             answer = answers[int(rng.integers(len(answers)))]
             options = [o for o in options if o.answer == answer]
             question = options[int(rng.integers(len(options)))]
-            asked.setdefault(question.text, question)
-    return list(asked.values())
+            chosen.setdefault(question.text, question)
+    return list(chosen.values())
 
 
 def _names(thing: Thing, scene: Scene, hide: str = "") -> list[str]:
-    """Ways to name one object and no other, without giving away the attribute `hide`; the shortest ones."""
+    """The shortest unique names of an object that do not reveal the attribute `hide`."""
     found: list[str] = []
     for used in ((), ("color",), ("size",), ("texture",), ("size", "color"), ("size", "texture")):
         for noun in ("shape", "object"):
@@ -77,22 +77,22 @@ def _names(thing: Thing, scene: Scene, hide: str = "") -> list[str]:
 def _exists(scene: Scene) -> Iterator[Question]:
     for noun in (*SHAPES, *(f"{word} object" for word in (*COLORS, *TEXTURES[1:]))):
         word = noun.split()[0]
-        there = any(word in (t.shape, t.color, t.texture) for t in scene.things)
-        yield _is_there(noun, there)
+        exists = any(word in (t.shape, t.color, t.texture) for t in scene.things)
+        yield _existence(noun, exists)
 
 
 def _exists_both(scene: Scene) -> Iterator[Question]:
-    """A "no" mixes what two objects have."""
+    """Where the answer is "no", colour and shape are those of two different objects."""
     for color in sorted({t.color for t in scene.things}):
         for shape in sorted({t.shape for t in scene.things}):
-            yield _is_there(
+            yield _existence(
                 f"{color} {shape}", any((t.color, t.shape) == (color, shape) for t in scene.things)
             )
 
 
-def _is_there(noun: str, there: bool) -> Question:
+def _existence(noun: str, exists: bool) -> Question:
     article = "an" if noun[0] in "aeiou" else "a"
-    return Question(f"Is there {article} {noun}?", "yes" if there else "no", "yes/no", "is there a")
+    return Question(f"Is there {article} {noun}?", "yes" if exists else "no", "yes/no", "is there a")
 
 
 def _more(scene: Scene) -> Iterator[Question]:
@@ -141,7 +141,7 @@ def _where(scene: Scene) -> Iterator[Question]:
 
 
 def _neighbour(scene: Scene) -> Iterator[Question]:
-    """What is left of the red circle? Asked where exactly one object is, and no other is near the line."""
+    """What is left of the red circle? Only where exactly one object is, and no other one is nearly so."""
     for b in scene.things:
         for side, distance in SIDES.items():
             others = [t for t in scene.things if t is not b]

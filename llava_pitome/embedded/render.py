@@ -1,4 +1,4 @@
-"""Draws a scene: numpy only, no fonts, the same pixels for the same seed."""
+"""Renders a scene with numpy alone, without fonts: the same pixels for the same seed."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ RGB = {
     "red": (215, 40, 45), "orange": (245, 135, 25), "yellow": (240, 225, 50), "green": (45, 165, 65),
     "cyan": (60, 205, 220), "blue": (45, 75, 220), "purple": (150, 55, 190), "white": (242, 242, 242),
 }  # fmt: skip
-GLYPHS = {  # 5 x 7 pixels, a row a byte
+GLYPHS = {  # 5 x 7 pixels, one byte per row
     "0": "0e11131519110e", "1": "040c040404040e", "2": "0e11010204081f", "3": "1f02040201110e",
     "4": "02060a121f0202", "5": "1f101e0101110e", "6": "0608101e11110e", "7": "1f010204080808",
     "8": "0e11110e11110e", "9": "0e11110f01020c", "C": "0e11101010110e", "E": "1f10101e10101f",
@@ -18,17 +18,17 @@ GLYPHS = {  # 5 x 7 pixels, a row a byte
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene: (SIDE, SIDE, 3) uint8."""
+    """The image of a scene: (SIDE, SIDE, 3) uint8."""
     rng = np.random.default_rng([scene.seed, 1])
     canvas = BACKDROPS[scene.background](rng)
     for thing in scene.things:
         _draw(canvas, thing, rng)
-    canvas += rng.normal(0, 3, canvas.shape)  # no two pixels are ever quite the same, as in a photograph
+    canvas += rng.normal(0, 3, canvas.shape)  # noise, as in a photograph
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
 def coverage(thing: Thing) -> np.ndarray:
-    """How much of each patch an object covers: (SIDE / PATCH, SIDE / PATCH) in [0, 1]."""
+    """The part of each patch that an object covers: (SIDE / PATCH, SIDE / PATCH) in [0, 1]."""
     full = np.zeros((SIDE, SIDE))
     window, mask, _, _ = _mask(thing.shape, thing.x, thing.y, thing.across)
     full[window] = mask
@@ -37,7 +37,7 @@ def coverage(thing: Thing) -> np.ndarray:
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:
-    """A greyish colour of middle brightness: never one of the objects' own."""
+    """A greyish colour of medium brightness, unlike the objects' colours."""
     return rng.uniform(60, 140) + rng.uniform(-14, 14, 3)
 
 
@@ -58,7 +58,7 @@ def _noisy(rng: np.random.Generator) -> np.ndarray:
 
 
 def _cluttered(rng: np.random.Generator) -> np.ndarray:
-    """Scraps of grey in the objects' own shapes and sizes: edges everywhere, none of them asked about."""
+    """Grey distractors in the objects' own shapes and sizes, which no question is about."""
     canvas = _plain(rng)
     shapes = tuple(OUTLINES)
     for _ in range(int(rng.integers(25, 45))):
@@ -87,7 +87,7 @@ OUTLINES = {
 def _mask(
     shape: str, x: int, y: int, across: int
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
-    """The window a shape touches, its mask (h, w) there, and offsets from its centre."""
+    """The slices of a shape's bounding box, its mask (h, w) in it, and the offsets from its centre."""
     half = across // 2 + 2
     rows = slice(max(y - half, 0), min(y + half + 1, SIDE))
     cols = slice(max(x - half, 0), min(x + half + 1, SIDE))

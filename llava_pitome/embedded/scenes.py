@@ -1,7 +1,7 @@
-"""A scene as data: a few objects on a background, drawn from a seed.
+"""A scene as data: a few objects on a background, sampled from a seed.
 
-Made for token merging to have something to lose: most of a picture is background or the inside of a large
-object, while what a question asks about can be one to three patches wide.
+Merging too many tokens costs accuracy on such scenes: most of an image is background or the inside of a large
+object, while the object of a question can be one to three patches wide.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ TEXTURES = ("plain", "striped", "checkered")
 BACKGROUNDS = ("plain", "graded", "noisy", "cluttered")
 DIGITS = "0123456789"
 LETTERS = "CEFHKLPTUY"  # no A: VQA's answer cleaning drops articles
-SMALL, LARGE = (10, 16), (24, 37)  # pixels across, half-open: 1-3 patches, 3-5 patches
+SMALL, LARGE = (10, 16), (24, 37)  # widths in pixels, half-open intervals: 1-3 and 3-5 patches
 MARKABLE = ("circle", "square")  # a 5 x 7 character fits inside
-MARK_ROOM = 12  # pixels across from which a character fits
-GAP = 2  # pixels that stay free between two objects
-TRIES = 200  # places tried for an object before the scene goes without it
+MARK_ROOM = 12  # least width in pixels for a character
+GAP = 2  # least pixels between two objects
+TRIES = 200  # positions sampled for an object before it is left out
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Thing:
 
     @property
     def size(self) -> str:
-        """'small' or 'large'; nothing is in between."""
+        """'small' or 'large'; no width is in between."""
         return "small" if self.across < SMALL[1] else "large"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to see, and the seed that renders it."""
+    """Objects, background, and the seed of the rendering."""
 
     seed: int
     background: str
@@ -57,7 +57,7 @@ def scene(seed: int) -> Scene:
     large = int(rng.integers(0, 3))
     widths = [int(rng.integers(*(LARGE if i < large else SMALL))) for i in range(count)]
     things: list[Thing] = []
-    for across in widths:  # the large ones first, while there is room
+    for across in widths:  # large ones first, while they fit
         place = _place(rng, across, things)
         if place is not None:
             things.append(_thing(rng, across, *place))
@@ -66,7 +66,7 @@ def scene(seed: int) -> Scene:
 
 
 def _place(rng: np.random.Generator, across: int, things: list[Thing]) -> tuple[int, int] | None:
-    """A centre at which an object this wide touches no other and stays inside the picture."""
+    """A centre at which an object of this width is inside the image and touches no other."""
     half = across // 2 + 1
     for _ in range(TRIES):
         x, y = (int(v) for v in rng.integers(half, SIDE - half, 2))

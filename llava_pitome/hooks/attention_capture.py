@@ -1,114 +1,272 @@
-"""What is seen of a block's attention while it runs, by hooks on its projections."""
+"""The attention function of a vision tower that merges: captures keys and queries, weighs keys by token size.
 
+It is registered with transformers' AttentionInterface under the name of the implementation it wraps with a prefix,
+chosen by the tower's config while merging is applied, and given back by `restore`. Without a forward pass's state it
+is the wrapped implementation, bit for bit.
+
+Proportional attention adds log s to the scores (the paper, section 3.2). Implementations that take masks are given it
+as a mask. Flash attention takes none: there every query gets one more channel sqrt(C), and every key log s, which
+adds the same to their product (see `add_size_channel`).
+Shapes: B images, T tokens, H heads, C channels a head.
+"""
+
+import sys
+import weakref
 from collections.abc import Callable
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from llava_pitome.hooks import attention_scores as scores
-from llava_pitome.hooks.merge_step import key
+from llava_pitome.hooks import attention_scores
+from llava_pitome.hooks.merge_step import enter_attention, state_of_attention
+from llava_pitome.kernels import cpu_attention
 from llava_pitome.merge.plan import log_size_bias
 from llava_pitome.methods import METHODS
-from llava_pitome.models.parts import BlockParts
+
+PREFIX = "token_merging_"  # of the names of attention functions registered here
+LAYER = "token_merging_layer"  # the attribute of an attention module that holds its layer's index
+ALIGNMENT = 8  # flash attention takes head dimensions that are multiples of it
 
 
-def wanted(method: str, by_keys: bool) -> tuple[str, ...]:
-    """What has to be kept of a block for a method: "key", one a token, and "attention", queries and keys."""
-    attends = any(need.endswith("attention") for need in METHODS[method].needs)
-    return ("key",) * by_keys + ("attention",) * attends
+class CapturedAttention:
+    """Queries and keys of one layer, without gradients, as long as a merge needs them."""
 
-
-class AttentionCapture:
-    """The hooks on one block's projections; they keep what is wanted of a pass in which `when` says so."""
-
-    def __init__(
-        self, block: BlockParts, wanted: tuple[str, ...], class_tokens: int, when: Callable[[], bool]
-    ):
-        """Prepares hooks.
+    def __init__(self, queries: Tensor | None, keys: Tensor):
+        """Keeps them.
 
         Args:
-            block: where to look.
-            wanted: as `wanted` names it.
-            class_tokens: class tokens in front, whose attention is asked for; 0: that of all tokens.
-            when: whether this pass matters.
+            queries: (B, H, T, C), or None where no method needs them.
+            keys: (B, H, T, C).
         """
-        self.block, self.wanted, self.class_tokens, self.when = block, wanted, class_tokens, when
-        self.forget()
+        self._queries = None if queries is None else queries.detach()
+        self._keys = keys.detach()
 
-    def forget(self) -> None:
-        """Drops what the last pass left."""
-        self._key: Tensor | None = None
-        self._queries: Tensor | None = None
-        self._keys: Tensor | None = None
+    def mean_keys(self) -> Tensor:
+        """One key per token (B, T, C): the mean over the heads, in float32 at least."""
+        keys = self._keys.transpose(1, 2)
+        return keys.mean(2, dtype=torch.promote_types(keys.dtype, torch.float32))
 
-    def install(self) -> list[RemovableHandle]:
-        """Registers the hooks that are needed; in front of any that change what a projection hands on."""
-        handles = []
-        if self.wanted:
-            handles.append(self.block.keys.register_forward_hook(self._keep_keys))
-        if "attention" in self.wanted:
-            handles.append(self.block.queries.register_forward_hook(self._keep_queries))
-        return handles
-
-    def see(self, keys: Tensor) -> None:
-        """Keeps keys (B, T, heads * C) as if the block had made them now."""
-        if "key" in self.wanted:
-            self._key = key(keys, self.block.key_heads)
-        if "attention" in self.wanted:
-            self._keys = keys
-
-    def key(self) -> Tensor:
-        """One key a token (B, T, C), once.
-
-        Raises:
-            RuntimeError: the block made none.
-        """
-        found, self._key = self._key, None
-        return _there(found, "keys")
-
-    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
-        """Both projections as they were made.
-
-        Raises:
-            RuntimeError: the block made none.
-        """
-        return _there(self._queries, "queries"), _there(self._keys, "keys")
-
-    def class_attention(self, sizes: Tensor | None) -> Tensor:
-        """The class token's attention to the other tokens (B, N); without one, the mean over all tokens.
+    def class_attention(self, num_prefix_tokens: int, sizes: Tensor | None) -> Tensor:
+        """The class token's attention to the patches (B, N); without one, the mean attention of all tokens.
 
         Args:
-            sizes: (B, T) by which attention was weighed, if it was.
+            num_prefix_tokens: tokens before the patches, of which the first is the class token.
+            sizes: (B, T) by which attention was weighted; None: it was not.
         """
-        queries, keys = self.queries_and_keys()
-        mask = None if sizes is None else log_size_bias(sizes.to(keys.device), keys.dtype)
-        heads = (self.block.heads, self.block.key_heads)
-        if self.class_tokens:
-            return scores.attention(queries[:, :1], keys, *heads, mask)[:, 0, self.class_tokens :]
-        return scores.received(queries, keys, *heads, mask, None)
-
-    def _keep_keys(self, module: nn.Module, _args: tuple, keys: Tensor) -> None:
-        if self.when():
-            self._check(module)
-            self.see(keys)
-
-    def _keep_queries(self, module: nn.Module, _args: tuple, queries: Tensor) -> None:
-        if self.when():
-            self._check(module)
-            self._queries = queries
-
-    def _check(self, module: nn.Module) -> None:
-        """Raises RuntimeError where peft has put another projection around this one since `apply`."""
-        if not any(child is module for child in self.block.attention.children()):
-            raise RuntimeError(
-                "a projection of a block that is to merge was wrapped after apply: what was added would not "
-                "count in what merges; wrap first, or apply again"
-            )
+        mask = None if sizes is None else log_size_bias(sizes.to(self._keys.device), self._keys.dtype)
+        if num_prefix_tokens:
+            found = attention_scores.attention(self._queries[:, :, :1], self._keys, mask)
+            return found[:, 0, num_prefix_tokens:]
+        return attention_scores.received(self._queries, self._keys, mask, None)
 
 
-def _there(found: Tensor | None, what: str) -> Tensor:
-    if found is None:
-        raise RuntimeError(
-            f"a block that is to merge made no {what}: its projection was replaced after apply; apply again"
+def needs_attention(method: str) -> bool:
+    """Whether a method needs attention maps."""
+    return any(need.endswith("attention") for need in METHODS[method].needs)
+
+
+def merging_attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    token_merging: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What the implementation `base` computes, with keys weighted by the sizes of their tokens.
+
+    Args:
+        base: the name of the attention implementation that is wrapped.
+        module: the attention module.
+        query: (B, H, T, C).
+        key: (B, H or fewer, P + T, C).
+        value: as `key`.
+        attention_mask: as `base` takes it.
+        token_merging: the state of the forward pass; its `before_attention` captures, and returns the log sizes
+            (B, P + T) of the keys' tokens, or None where attention is not weighted.
+        **kwargs: scaling, dropout and others for `base`.
+    """
+    log_sizes, fast = None, False
+    token_merging = state_of_attention(module) if token_merging is None else token_merging
+    if token_merging is not None and getattr(module, LAYER, None) is not None:
+        log_sizes = token_merging.before_attention(getattr(module, LAYER), query, key)
+        fast = token_merging.uses_kernel and base == "sdpa" and attention_mask is None
+    if fast and _kernel_is_faster(module, query):
+        return cpu_attention.attention(query, key, value, log_sizes), None
+    if log_sizes is not None and takes_masks(base):
+        bias = log_sizes.to(query.device, query.dtype)[:, None, None]  # (B, 1, 1, T)
+        attention_mask = bias if attention_mask is None else attention_mask + bias
+    elif log_sizes is not None:
+        return _with_size_channel(base, module, query, key, value, attention_mask, log_sizes, kwargs)
+    return _call(base, module, query, key, value, attention_mask, kwargs)
+
+
+def takes_masks(base: str) -> bool:
+    """Whether an attention implementation takes an additive mask."""
+    return "flash" not in base
+
+
+def _kernel_is_faster(module: nn.Module, query: Tensor) -> bool:
+    """Whether this package's kernel for CPUs may take the place of SDPA and is known to be faster."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not module.training  # dropout
+        and cpu_attention.is_faster(query)
+    )
+
+
+def add_size_channel(
+    query: Tensor, key: Tensor, value: Tensor, log_sizes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values whose plain attention, scaled by 1 / sqrt(C), is proportional attention.
+
+    Query channel C is sqrt(C) and key channel C is log s, so that q k / sqrt(C) + log s is the scaled product.
+    Further channels are zeros, up to a multiple of ALIGNMENT; those of the values are to be cut off again.
+
+    Args:
+        query: (B, H, T, C).
+        key: (B, H', S, C).
+        value: (B, H', S, C).
+        log_sizes: (B, S) of each key's token.
+    """
+    channels = query.shape[-1]
+    more = -(-(channels + 1) // ALIGNMENT) * ALIGNMENT - channels
+    query, key, value = (F.pad(x, (0, more)) for x in (query, key, value))
+    root = torch.tensor(channels**0.5, dtype=query.dtype, device=query.device)
+    query[..., channels] = root
+    wide = log_sizes.to(query.device, torch.promote_types(query.dtype, torch.float32))
+    exact = wide * (channels**0.5 / root.to(wide))  # the root may have been rounded to half precision
+    key[..., channels] = exact.to(key.dtype)[:, None]
+    return query, key, value
+
+
+def _with_size_channel(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    log_sizes: Tensor,
+    kwargs: dict,
+) -> tuple[Tensor, Tensor | None]:
+    channels = value.shape[-1]
+    scaling = kwargs.get("scaling")
+    kwargs = kwargs | {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling}
+    query, key, value = add_size_channel(query, key, value, log_sizes)
+    output, weights = _call(base, module, query, key, value, mask, kwargs)
+    return output[..., :channels], weights
+
+
+def _call(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict
+) -> tuple[Tensor, Tensor | None]:
+    """Calls the wrapped implementation."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if base == "eager":  # each modeling file has its own
+        eager = next(
+            found
+            for kind in type(module).__mro__
+            if (found := getattr(sys.modules[kind.__module__], "eager_attention_forward", None)) is not None
         )
-    return found
+        return eager(module, query, key, value, mask, **kwargs)
+    if "flash" in base:  # which reads its own name from the module's config
+        module = _Named(module, base)
+    return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, mask, **kwargs)
+
+
+class _Named:
+    """A module, or its config, whose attention implementation is called by its own name."""
+
+    def __init__(self, wrapped: Any, base: str):
+        self._wrapped, self._attn_implementation = wrapped, base
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._wrapped, name)
+        return _Named(found, self._attn_implementation) if name == "config" else found
+
+
+class AttentionSwitch:
+    """Makes a config choose the attention function of this file, and takes it back.
+
+    Models may share one config: it is given back when the last that merges is restored. A copy of the config is
+    restored by its name alone.
+    """
+
+    _active: ClassVar["weakref.WeakSet[AttentionSwitch]"] = weakref.WeakSet()
+
+    def __init__(self, config: Any, modules: list[nn.Module], passes_kwargs: bool = True):
+        """Keeps what to switch.
+
+        Args:
+            config: that the attention modules read their implementation from.
+            modules: the attention modules, in the order of their layers.
+            passes_kwargs: whether they pass keyword arguments on to the attention function; where not, a hook
+                on each notes the state of the forward pass.
+        """
+        self.config, self.modules, self.passes_kwargs = config, modules, passes_kwargs
+        self._handles: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        """Registers the attention function, and chooses it."""
+        base = base_implementation(self.config)
+        register(base)
+        self.config._attn_implementation = PREFIX + base
+        for layer, module in enumerate(self.modules):
+            setattr(module, LAYER, layer)
+            if not self.passes_kwargs and len(self._handles) < len(self.modules):
+                self._handles.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
+        AttentionSwitch._active.add(self)
+
+    def remove(self) -> None:
+        """Gives the config its own implementation back, unless another model that merges shares it."""
+        AttentionSwitch._active.discard(self)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self.modules:
+            vars(module).pop(LAYER, None)
+        if not any(other.config is self.config for other in AttentionSwitch._active):
+            self.config._attn_implementation = base_implementation(self.config)
+
+    def renew(self) -> None:
+        """Chooses the attention function again where another implementation was set since."""
+        if not (self.config._attn_implementation or "").startswith(PREFIX):
+            self.install()
+
+
+def base_implementation(config: Any) -> str:
+    """The name of the attention implementation that a config chooses or wraps."""
+    return (config._attn_implementation or "eager").removeprefix(PREFIX)
+
+
+def register(base: str) -> None:
+    """Registers `merging_attention` around an implementation, and its masks, with transformers."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = PREFIX + base
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    ALL_ATTENTION_FUNCTIONS.register(name, _around(base))
+    if base in masks:
+        masks.register(name, masks[base])
+
+
+def _around(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`merging_attention` around one implementation; a plain function, which torch.compile can trace."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple:
+        return merging_attention(base, module, query, key, value, mask, **kwargs)
+
+    return attention

@@ -1,22 +1,22 @@
-"""All places of one model together: what `apply` puts on it and `remove` takes off."""
+"""MergeHandle: all hooks of one model together, as `apply` returns them and `remove` takes them off."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.image_features import ImageFeatures
-from llava_pitome.hooks.input_resize import InputResizeHook
+from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.language_model import LanguageModelHooks
 from llava_pitome.hooks.merge_step import MergeRecord
-from llava_pitome.hooks.projector import ProjectorHooks
+from llava_pitome.hooks.projector import ProjectorHooks, feature_keys
 from llava_pitome.hooks.vision_tower import VisionTowerHooks
 from llava_pitome.merge.plan import MergePlan
-from llava_pitome.models.language_model_parts import LanguageModelParts
-from llava_pitome.models.parts import ModelParts
+from llava_pitome.models.parts import LanguageModelParts, ModelParts
 
-Place = InputResizeHook | ProjectorHooks | VisionTowerHooks | ImageFeatures | LanguageModelHooks
+Hooks = VisionTowerHooks | ProjectorHooks | LanguageModelHooks
 
 
 class MergeHandle:
@@ -25,101 +25,99 @@ class MergeHandle:
     Attributes:
         config: how it merges.
         kernels: which kernels may compute, as given to `apply`.
-        tower: merging inside the vision tower.
-        prefix: merging behind the projector; None where none is asked for.
-        decoder: merging in the language model; None where none is asked for.
+        tower: the hooks on the vision tower.
+        projector: the hooks on the projector; None where nothing needs them.
+        language_model: the hooks on the language model; None where nothing changes there.
     """
 
     def __init__(
         self, parts: ModelParts, config: MergeConfig, kernels: bool | str, llm: LanguageModelParts | None
     ):
-        """Prepares hooks.
+        """Prepares the hooks.
 
         Args:
             parts: of the model.
             config: how to merge.
             kernels: as for `apply`.
-            llm: the language model's parts, where the config merges or weighs something inside it.
+            llm: the language model's parts, where the config changes something inside it.
         """
         self.config, self.kernels = config, kernels
         triton = kernels == "triton"
-        self.tower = VisionTowerHooks(
-            parts.blocks, parts.feature, parts.class_tokens, config, kernels, parts.sdpa
-        )
-        self.shrinking: InputResizeHook | None = None
-        self.prefix: ProjectorHooks | None = None
-        self.arrivals: ImageFeatures | None = None
-        self.decoder: LanguageModelHooks | None = None
-        if config.resize is not None:
-            self.shrinking = InputResizeHook(parts.tower, parts.patch_size, config.resize)
-        if config.merges_in_prefix:
-            self.prefix = ProjectorHooks(parts.whole.projector, self.tower, parts.front, config, triton)
+        self.tower = VisionTowerHooks(parts, config, kernels, feature_keys(config))
+        self.projector: ProjectorHooks | None = None
+        self.language_model: LanguageModelHooks | None = None
+        features = None if llm is None else ImageFeatures(parts.num_feature_prefix_tokens)
+        if config.merges_in_prefix or features is not None:
+            self.projector = ProjectorHooks(
+                parts.llava.projector, self.tower, parts.num_feature_prefix_tokens, config, triton, features
+            )
         if llm is not None:
-            self.arrivals = ImageFeatures(parts.whole.projector, parts.front, self.sizes, self.plans)
-            self.decoder = LanguageModelHooks(llm, config, self.arrivals, self.patches, triton)
+            self.language_model = LanguageModelHooks(llm, config, features, self.patches, triton)
 
     @property
-    def _parts(self) -> list[Place]:
-        places = (self.shrinking, self.prefix, self.tower, self.arrivals, self.decoder)
-        return [place for place in places if place is not None]
+    def _hooks(self) -> list[Hooks]:
+        return [hooks for hooks in (self.tower, self.projector, self.language_model) if hooks is not None]
 
     def install(self) -> None:
-        """Registers all hooks."""
-        for part in self._parts:
-            part.install()
+        """Registers all hooks; where one cannot be registered, none is left."""
+        with ExitStack() as undo:
+            undo.callback(self.remove)
+            for hooks in self._hooks:
+                hooks.install()
+            undo.pop_all()
 
     def remove(self) -> None:
         """Takes every hook off and forgets the last forward pass."""
-        for part in self._parts:
-            part.remove()
+        for hooks in self._hooks:
+            hooks.remove()
 
     def plans(self) -> list[MergePlan]:
         """The merges of the last forward pass from patches to what reached the language model, in order.
 
-        See `merging.trace`. What the language model merged is in `decoder.slots`.
+        See `merge.plan.trace`. What the language model merged is in `language_model.tokens`.
         """
-        return self.tower.plans() + (self.prefix.plans() if self.prefix is not None else [])
+        tower = [] if self.tower.last is None else self.tower.last.plans()
+        return tower + (self.projector.plans() if self.projector is not None else [])
 
-    def watch(self, show: Callable[[str, int, MergeRecord], None] | None) -> None:
-        """Has every merge from now on shown: its place, its layer (0 at the prefix), and what it did.
+    def record(self, callback: Callable[[MergeRecord], None] | None) -> None:
+        """Calls `callback` with every merge from now on; None ends it.
 
-        None ends it. Watching changes nothing; under torch.compile it is not supported.
+        Recording changes nothing; under torch.compile it is not supported.
 
         Raises:
-            RuntimeError: somebody else is watching.
+            RuntimeError: another callback is being called.
         """
-        if show is not None and self.tower.merger.watch is not None:
-            raise RuntimeError("these merges are being watched already; end that first")
-        watched = {"tower": (self.tower, len(self.tower.blocks)), "prefix": (self.prefix, 0)}
-        if self.decoder is not None:
-            watched["decoder"] = (self.decoder, len(self.decoder.llm.blocks))
-        for place, (part, layers) in watched.items():
-            if part is not None:
-                part.merger.watch = None if show is None else partial(_shown, show, place, layers)
+        if callback is not None and self.tower.step.record is not None:
+            raise RuntimeError("merges are being recorded already; end that first with record(None)")
+        for hooks in self._hooks:
+            hooks.step.record = callback
+
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Images (I, 3, H, W) at the size at which the tower sees them."""
+        if self.config.resize is None:
+            return pixels
+        return resize_images(pixels, self.config.resize, self.tower.parts.patch_size)
 
     def sizes(self) -> Tensor | None:
         """Patches (I, n) of each token that reached the language model; None where nothing merged."""
-        slot = self.prefix.slot if self.prefix is not None else self.tower.slots[-1]
-        return slot.size if slot is not None and self.plans() else None
+        if not self.plans():
+            return None
+        tokens = self.tower.last.tokens[-1]
+        if self.projector is not None and self.projector.tokens is not None:
+            tokens = self.projector.tokens
+        return tokens.patch_sizes
 
     def patches(self) -> int:
-        """Patches of each picture that the tower was last given; 0 before there was one."""
-        return self.tower.patches
+        """Patches of each image that the tower was last given; 0 before there was one."""
+        return 0 if self.tower.last is None else self.tower.last.patches
 
 
-def _shown(
-    show: Callable[[str, int, MergeRecord], None], place: str, layers: int, sight: MergeRecord
-) -> None:
-    """Tells a merge's layer by its depth l_i / l."""
-    show(place, round(sight.depth * layers), sight)
-
-
-def installed(model: nn.Module) -> list[Place]:
-    """The hooks that are on a model, by place; a copy of a merging model carries a copy of them."""
-    found: dict[int, Place] = {}
+def installed(model: nn.Module) -> list[Hooks]:
+    """The hooks that are on a model; a copy of a merging model carries a copy of them."""
+    found: dict[int, Hooks] = {}
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             owner = getattr(hook.func if isinstance(hook, partial) else hook, "__self__", None)
-            if isinstance(owner, Place):
+            if isinstance(owner, Hooks):
                 found[id(owner)] = owner
     return list(found.values())

@@ -1,137 +1,123 @@
-"""What reached the language model: the pictures' features, and what is known of each of their tokens.
+"""The features that reached the language model, and what is known of each of their tokens.
 
-Between the projector and the language model features are handed about by others: generate repeats them for
-beams, people keep them for a second question. So they are found again by what they hold, and a prompt whose
-features are not those that were encoded last is an error instead of an answer with another picture's sizes.
-Where prompts come without ids, as those of the original package do, they are also found in these that way.
-Shapes: P pictures that were encoded, I images in B prompts of T tokens, n tokens an image, D channels.
+Between the projector and the language model features are passed on by others: generate repeats them for beams, users
+keep them for a second question. So they are recognised by their values, and a prompt whose features are not those
+that were encoded last is an error instead of an answer with the sizes of another image. Where prompts come without
+ids, as those of the original package do, images are also located in them that way.
+Shapes: P images that were encoded, I images in B prompts of T tokens, n tokens an image, D channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from llava_pitome.merge.plan import MergePlan
 
 PROBES = 4  # tokens of an image that are compared
-CHANNELS = 8  # of them that are compared at every place of a prompt, before the others are at a few
+CHANNELS = 8  # channels that are compared at every position of a prompt, before the others are at a few
 
 
 class ImageFeatures:
-    """A hook on the projector, behind any that merges there."""
+    """Remembers the features of the images that were encoded last."""
 
-    def __init__(
-        self,
-        projector: nn.Module,
-        front: int,
-        sizes: Callable[[], Tensor | None],
-        plans: Callable[[], Sequence[MergePlan]],
-    ):
-        """Prepares the hook.
+    def __init__(self, num_prefix_tokens: int):
+        """Starts without images.
 
         Args:
-            projector: (P, front + n, channels) to (P, front + n, D).
-            front: class tokens among the features, which are not looked at.
-            sizes: the patches that each token (P, n) stands for; None: one each.
-            plans: the merges that led there.
+            num_prefix_tokens: prefix tokens among the features, which are not compared.
         """
-        self.projector, self.front, self._sizes_now, self._plans_now = projector, front, sizes, plans
-        self._handle: RemovableHandle | None = None
-        self._forget()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.forget()
 
-    def install(self) -> None:
-        """Registers the hook."""
-        self._handle = self.projector.register_forward_hook(self._note)
-
-    def remove(self) -> None:
-        """Takes it off and forgets."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        self._forget()
-
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forgets the images."""
         self._features: Tensor | None = None
         self._count = 0
         self._sizes: Tensor | None = None
-        self._places: Tensor | None = None
+        self._kept: Tensor | None = None
 
-    def _note(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
-        plans = self._plans_now()
-        self._features = _probed(output.detach()[:, self.front :])
-        self._count = output.shape[1]
-        self._sizes = self._sizes_now()
-        self._places = None
+    def remember(self, features: Tensor, sizes: Tensor | None, plans: Sequence[MergePlan]) -> None:
+        """Remembers images that were encoded.
+
+        Args:
+            features: (P, prefix + n, D) as they leave the projector.
+            sizes: (P, n) patches that each token stands for; None: one each.
+            plans: the merges that led there.
+        """
+        self._features = _probed(features.detach()[:, self.num_prefix_tokens :])
+        self._count = features.shape[1]
+        self._sizes = sizes
+        self._kept = None
         if plans:
-            self._places = plans[0].kept
+            self._kept = plans[0].kept
             for plan in plans[1:]:
-                self._places = self._places.gather(1, plan.kept)
+                self._kept = self._kept.gather(1, plan.kept)
 
     @property
     def merged(self) -> bool:
-        """Whether the tokens that arrived last are fewer than the patches were."""
-        return self._places is not None
+        """Whether the images that were encoded last have fewer tokens than patches."""
+        return self._kept is not None
 
-    def found(self, hidden: Tensor) -> tuple[Tensor, int] | None:
-        """Where prompts (B, T, D) hold pictures that were encoded last: True (B, T), and tokens an image.
+    def locate(self, hidden: Tensor) -> tuple[Tensor, int] | None:
+        """Where prompts (B, T, D) hold images that were encoded last: True (B, T), and tokens per image.
 
         None where nothing was encoded yet.
 
         Raises:
-            ValueError: a picture is there in part only.
+            ValueError: a prompt holds a part of an image only.
         """
         if self._features is None:
             return None
+        prefix, length = self.num_prefix_tokens, hidden.shape[1]
         is_image = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         hidden, known = hidden.detach(), self._features.to(hidden.device)
         firsts = _equal(hidden[:, None, :, :CHANNELS], known[:, None, 0, :CHANNELS]).all(3)  # (B, P, T)
-        row, picture, place = firsts.nonzero(as_tuple=True)
-        here = _equal(hidden[row, place], known[picture, 0]).all(1)
-        row, picture, place = row[here], picture[here], place[here]
-        fits = (place >= self.front) & (place - self.front + self._count <= hidden.shape[1])
-        starts = row[fits], picture[fits], place[fits]
-        for k, shift in enumerate(_spread(self._count - self.front)):
-            here = _equal(hidden[starts[0], starts[2] + shift], known[starts[1], k]).all(1)
-            starts = tuple(x[here] for x in starts)
+        row, image, position = firsts.nonzero(as_tuple=True)
+        equal = _equal(hidden[row, position], known[image, 0]).all(1)
+        row, image, position = row[equal], image[equal], position[equal]
+        fits = (position >= prefix) & (position - prefix + self._count <= length)
+        starts = row[fits], image[fits], position[fits]
+        for k, offset in enumerate(_spread(self._count - prefix)):
+            equal = _equal(hidden[starts[0], starts[2] + offset], known[starts[1], k]).all(1)
+            starts = tuple(x[equal] for x in starts)
         for i in range(self._count):
-            is_image[starts[0], starts[2] - self.front + i] = True
-        if not bool(is_image[row, place].all()):
+            is_image[starts[0], starts[2] - prefix + i] = True
+        if not bool(is_image[row, position].all()):
             raise ValueError(
                 "a prompt holds the beginning of an image only, as where it is longer than "
                 "tokenizer_model_max_length: tokens merge image by image"
             )
         return is_image, self._count
 
-    def of(self, hidden: Tensor, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The patches (I, n) that each token of some images stands for, and its place in their raster.
+    def lookup(self, hidden: Tensor, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The patches (I, n) that each token of some images stands for, and its position in their raster.
 
         Args:
             hidden: (B, T, D) the prompts.
-            images: (I, n) where the images' tokens are, counted over all prompts.
+            images: (I, n) positions of the images' tokens, counted over all prompts.
 
         Returns:
-            Two times None where all patches arrived.
+            None, None where no patches merged.
 
         Raises:
-            RuntimeError: an image's features are not those of a picture that was encoded last.
+            RuntimeError: an image's features are not those of an image that was encoded last.
         """
-        if self._places is None:
+        if self._kept is None:
             return None, None
         which = self._which(hidden.detach().flatten(0, 1)[_probed(images)], images.shape[1])
-        return self._sizes[which], self._places[which]
+        return self._sizes[which], self._kept[which]
 
     def _which(self, probed: Tensor, count: int) -> Tensor:
-        """The picture (I,) that each image's probed features (I, PROBES, D) are of."""
+        """The index (I,) of the encoded image that each image's probed features (I, PROBES, D) belong to."""
         same = torch.zeros(len(probed), 1, dtype=torch.bool)
-        if self._places.shape[1] == count:
+        if self._kept.shape[1] == count:
             known = self._features.to(probed.device, probed.dtype)
             same = _equal(probed.unsqueeze(1), known.unsqueeze(0)).flatten(2).all(2)  # (I, P)
         if not bool(same.any(1).all()):
             raise RuntimeError(
-                "an image's features in this prompt are not of the pictures that were encoded last, so it "
-                "is unknown what their tokens stand for; encode the pictures of a prompt right before it"
+                "the features of an image in this prompt are not those of the images that were encoded last, so "
+                "it is unknown what their tokens stand for; encode the images of a prompt right before it"
             )
         return same.to(torch.uint8).argmax(1)
 
@@ -142,10 +128,10 @@ def _probed(x: Tensor) -> Tensor:
 
 
 def _spread(count: int) -> list[int]:
-    """Up to PROBES places in range(count), the first and the last among them."""
+    """Up to PROBES positions in range(count), the first and the last among them."""
     return sorted({i * (count - 1) // (PROBES - 1) for i in range(PROBES)})
 
 
 def _equal(x: Tensor, y: Tensor) -> Tensor:
-    """Where two tensors are the same, NaN like NaN."""
+    """Where two tensors are equal, with NaN equal to NaN."""
     return (x == y) | (x.isnan() & y.isnan())

@@ -1,8 +1,8 @@
-"""Merging the image's tokens inside the language model during prefill, by hooks alone.
+"""Merging image tokens inside the language model during prefill.
 
-A layer that merges does so behind its own attention, so that the KV cache of the layers behind it is really
-shorter. The first layer's cache is never touched: positions, masks and `get_seq_length` are read from it.
-Stretch s are the layers behind s merges.
+A layer that merges does so after its own attention, so that the KV cache of later layers is really shorter. The cache
+of the first layer is never changed: positions, masks and `get_seq_length` are read from it. The state of a forward
+pass (forward_state.py) is made before the language model and handed to its layers as a keyword argument.
 Shapes: B prompts, T tokens, I images over all prompts, n tokens an image, D channels.
 """
 
@@ -15,231 +15,251 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llava_pitome import token_schedule as schedule
+from llava_pitome import token_schedule
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks import kv_cache as pasts
-from llava_pitome.hooks import prompt_layout as prompts
-from llava_pitome.hooks.attention_capture import AttentionCapture, wanted
+from llava_pitome.hooks import kv_cache, prompt_layout
+from llava_pitome.hooks.attention_capture import AttentionSwitch
 from llava_pitome.hooks.block_merge import BlockMerge
 from llava_pitome.hooks.forward_state import ForwardState
 from llava_pitome.hooks.image_features import ImageFeatures
-from llava_pitome.hooks.kv_cache import SegmentCache
-from llava_pitome.hooks.layer_attention import LayerAttention
-from llava_pitome.hooks.merge_step import MergeStep
+from llava_pitome.hooks.kv_cache import CacheSettings, SegmentCache
+from llava_pitome.hooks.llm_attention_capture import LayerAttention, ProjectionCapture
+from llava_pitome.hooks.merge_step import STATE, MergePoint, MergeStep, TokenState, current_pass, enter_pass
 from llava_pitome.hooks.projector import grid
 from llava_pitome.merge.plan import gather_tokens
-from llava_pitome.models.language_model_parts import LanguageModelParts
-from llava_pitome.models.parts import TokenState, hidden_of
+from llava_pitome.models.parts import LanguageModelParts
 
 
 class LanguageModelHooks:
-    """The hooks on a language model, and what the last forward pass left.
+    """The hooks on a language model.
 
     Attributes:
-        merger: what merges, wherever it is.
+        last: the state of the last forward pass; None before there was one.
+        step: what merges.
     """
 
     def __init__(
         self,
         llm: LanguageModelParts,
         config: MergeConfig,
-        arrivals: ImageFeatures,
+        features: ImageFeatures,
         patches: Callable[[], int],
         triton: bool,
     ):
-        """Prepares hooks.
+        """Prepares the hooks.
 
         Args:
-            llm: where.
+            llm: the parts of the language model.
             config: how to merge.
-            arrivals: what is known of the tokens that the projector handed on.
-            patches: of the pictures that were encoded last; 0: none were.
-            triton: let kernels written in Triton compute, where they can.
+            features: what is known of the images that were encoded last.
+            patches: of these images; 0: none were encoded.
+            triton: prefer kernels written in Triton.
         """
-        self.llm, self.config, self.arrivals, self.patches = llm, config, arrivals, patches
+        self.llm, self.config, self.features, self.patches = llm, config, features, patches
         self.layers = config.merging_layers
-        self.merger = MergeStep(config, 0, triton)
-        self._looks = [
-            AttentionCapture(
-                llm.blocks[i], wanted(config.method, config.metric == "keys"), 0, self._has_images
-            )
-            for i in self.layers
-        ]
-        self._inside = [
-            BlockMerge(llm.blocks[i], config.site, partial(self._merges, s), partial(self._merge, s))
+        self.step = MergeStep(config, 0, triton)
+        self._settings = CacheSettings(
+            (0, *(i + 1 for i in self.layers)), config.positions, config.llm_proportional
+        )
+        by_keys = config.metric == "keys"
+        self._captures = [
+            ProjectionCapture(llm, s, llm.blocks[i], config.method, by_keys, self)
             for s, i in enumerate(self.layers)
         ]
+        self._blocks = [
+            BlockMerge(llm.blocks[i], config.site, partial(self._state, s), partial(self._merge, s))
+            for s, i in enumerate(self.layers)
+        ]
+        self._attention: AttentionSwitch | None = None
+        if config.llm_proportional:
+            self._attention = AttentionSwitch(llm.model.config, [block.attention for block in llm.blocks])
         self._handles: list[RemovableHandle] = []
-        self._forget()
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do, so that no hook is needed."""
-        return not self.config.reaches_llm
+        self._images: tuple[Tensor, int] | None = None
+        self.last: ForwardState | None = None
 
     def install(self) -> None:
         """Registers the hooks."""
-        if self.idle:
+        if not self.config.reaches_llm:
             return
         llm, on = self.llm, self._handles.append
-        on(llm.outer.register_forward_pre_hook(self._look_for_images, with_kwargs=True))
-        on(llm.outer.register_forward_hook(self._done, always_call=True))
-        on(llm.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        on(llm.model.register_forward_hook(self._end))
-        on(llm.norm.register_forward_hook(self._restore, prepend=True))
+        on(llm.multimodal.register_forward_pre_hook(self._find_images, with_kwargs=True))
+        on(llm.multimodal.register_forward_hook(self._end_call, always_call=True))
+        on(llm.model.register_forward_pre_hook(self._start, with_kwargs=True))
+        on(llm.model.register_forward_hook(self._end, with_kwargs=True))
+        on(llm.norm.register_forward_hook(self._restore_length, prepend=True))
         if self.config.positions == "original":
-            on(llm.rotary.register_forward_pre_hook(self._turn, with_kwargs=True))
+            on(llm.rotary.register_forward_pre_hook(self._set_positions, with_kwargs=True))
         for i, block in enumerate(llm.blocks):
-            on(block.layer.register_forward_pre_hook(partial(self._enter, i), with_kwargs=True))
-        for look, inside in zip(self._looks, self._inside):
-            self._handles += [*look.install(), *inside.install()]
+            on(block.layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True))
+        for s, (capture, block) in enumerate(zip(self._captures, self._blocks)):
+            enter = partial(self._before_attention, s)
+            on(block.block.attention.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles += [*capture.install(), *block.install()]
+        self._choose_attention()
+
+    def _choose_attention(self) -> None:
+        """Log sizes go into masks; where the attention implementation takes none, into its keys."""
+        if self._attention is not None and not self.llm.family.takes_masks:
+            self._attention.renew()
 
     def remove(self) -> None:
-        """Takes every hook off and forgets the last forward pass."""
+        """Takes everything back and forgets the last forward pass."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._images: tuple[Tensor, int] | None = None
-        self._pass: ForwardState | None = None
-        self._asked: list[LayerAttention | None] = [None] * len(self.layers)
-        for part in (*self._looks, *self._inside):
-            part.forget()
+        if self._attention is not None:
+            self._attention.remove()
+        self._images = self.last = None
 
     @property
-    def slots(self) -> list[TokenState | None]:
-        """What is known of the images' tokens behind each merge of the last prefill, the first in front."""
-        return [] if self._pass is None else self._pass.slots
+    def tokens(self) -> list[TokenState | None]:
+        """The images' tokens before the first merge of the last prefill, and after each."""
+        return [] if self.last is None else self.last.tokens
 
-    def _stretch(self, i: int) -> int:
-        """The number of merges in front of layer i."""
-        return sum(layer < i for layer in self.layers)
-
-    @property
-    def _firsts(self) -> tuple[int, ...]:
-        """The first layer of each stretch."""
-        return (0, *(i + 1 for i in self.layers))
-
-    @property
-    def _way(self) -> tuple[str, bool]:
-        """What else passes over one cache must have in common."""
-        return self.config.positions, self.config.llm_proportional
+    def segment(self, layer: int) -> int:
+        """The number of merges before a layer."""
+        return sum(merging < layer for merging in self.layers)
 
     def _grid(self) -> tuple[int, int]:
         return grid(self.patches(), self.config)
 
-    def _has_images(self) -> bool:
-        return self._pass is not None and self._pass.has_images
+    def _state(self, s: int) -> ForwardState | None:
+        """The state of the forward pass that runs, if the layer after segment s merges in it."""
+        state = current_pass(self)
+        return state if state is not None and state.has_images and state.segment == s else None
 
-    def _look_for_images(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """In front of the whole: which tokens of the prompts are an image's."""
+    def _find_images(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the multimodal module: which tokens of the prompts are image tokens."""
         self._images = None
-        given = _named(module, args, kwargs)
-        self.llm.check(given)
+        inputs = _by_name(module, args, kwargs)
+        self.llm.family.check_inputs(inputs)
         if self.llm.image_token is None:
             return
-        each = self.llm.image_tokens(given, self.patches())
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
-        if ids is None and (each is not None or getattr(cache, pasts.NAME, None) is None):
+        count = self.llm.family.tokens_per_image(inputs, self.patches())
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if ids is None and (count is not None or not kv_cache.is_known(cache)):
             raise ValueError("merging in the language model needs input_ids, which say where the images are")
-        if each is None:
-            return
-        self._images = (ids == self.llm.image_token, each)
+        if count is not None:
+            self._images = (ids == self.llm.image_token, count)
 
-    def _done(self, *_args: Any) -> None:
+    def _end_call(self, *_args: Any) -> None:
+        """After the multimodal module, also when it raised."""
         self._images = None
+        enter_pass(None)
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """In front of the language model: what is known of this pass, and of those before it."""
-        kwargs = _named(module, args, kwargs)
-        self.llm.check(kwargs)
-        hidden, cache, given = (kwargs.get(k) for k in ("inputs_embeds", "past_key_values", "attention_mask"))
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before the language model: starts a forward pass."""
+        inputs = _by_name(module, args, kwargs)
+        self.llm.family.check_inputs(inputs)
+        self._choose_attention()
+        hidden, cache, mask = (inputs.get(k) for k in ("inputs_embeds", "past_key_values", "attention_mask"))
         if hidden is None:  # called by itself, with ids: no images
-            hidden = kwargs["input_ids"]
+            hidden = inputs["input_ids"]
         batch, length = hidden.shape[:2]
-        memory = None if cache is None else pasts.recall(cache, self._firsts, self._way, batch)
-        real = None if given is None or length == 1 else given[:, -length:].bool()
-        now = ForwardState(len(self._firsts), length, memory)
+        known = None if cache is None else kv_cache.recall(cache, self._settings, batch)
+        real = None if mask is None or length == 1 else mask[:, -length:].bool()
+        state = ForwardState(self, len(self._settings.first_layers), length, known)
         images = self._images
-        if self.llm.image_token is None and kwargs.get("inputs_embeds") is not None:
-            images = self.arrivals.found(hidden)
+        if self.llm.image_token is None and inputs.get("inputs_embeds") is not None:
+            images = self.features.locate(hidden)
         if images is not None and bool(images[0].any()):
-            is_image, each = images
+            is_image, count = images
             real = real if real is None else real.to(hidden.device)
-            prompt = prompts.find(is_image.to(hidden.device), each, self.llm.front, real)
+            prefix = self.llm.num_feature_prefix_tokens
+            layout = prompt_layout.locate(is_image.to(hidden.device), count, prefix, real)
             seen = 0 if cache is None else cache.get_seq_length()
-            before = given[:, :seen].bool() if given is not None and seen else None
+            before = mask[:, :seen].bool() if mask is not None and seen else None
             before = None if before is None or bool(before.all()) else before
-            sizes, places = self.arrivals.of(hidden, prompt.images)
-            now.begin(prompt, sizes, SegmentCache(seen, before), self.config.llm_proportional)
-            if self.config.positions == "original" and places is not None:
-                now.place(places, self.patches())
+            sizes, kept = self.features.lookup(hidden, layout.images)
+            state.start_with_images(layout, sizes, SegmentCache(seen, before), self.config.llm_proportional)
+            if self.config.positions == "original" and kept is not None:
+                state.set_original_positions(kept, self.patches())
         else:
-            now.go_on(length, None if real is None or bool(real.all()) else real)
-        self._pass = now
+            state.start_without_images(length, None if real is None or bool(real.all()) else real)
+        enter_pass(state)
+        return args, kwargs | {STATE: state}
 
-    def _turn(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """In front of the angles: image tokens get the positions of their patches."""
-        if len(args) > 1:
-            return (args[0], self._pass.turned(args[1]), *args[2:]), kwargs
-        return args, kwargs | {"position_ids": self._pass.turned(kwargs["position_ids"])}
-
-    def _enter(self, i: int, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """In front of layer i: the mask and the positions of the tokens that are left."""
-        s, now = self._stretch(i), self._pass
-        hidden, _ = hidden_of(args, kwargs)
-        now.check(s, hidden, kwargs["position_embeddings"][0])
-        if now.past is None:
+    def _set_positions(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before the rotary embedding: image tokens get the positions of their patches."""
+        state = current_pass(self)
+        if state is None:
             return None
-        mask = now.mask(s, kwargs.get("attention_mask"), hidden, self.llm.plain())
-        kwargs = kwargs | {"attention_mask": mask} | now.angles(s, kwargs)
-        if i in self.layers and now.has_images:
-            cached = partial(self.llm.cached_keys, kwargs.get("past_key_values"), i)
-            turns, before = kwargs["position_embeddings"], now.past[s].length
-            self._asked[s] = LayerAttention(
-                self._looks[s], now.prompts[s], mask, turns, cached, before, self._grid
-            )
+        if len(args) > 1:
+            return (args[0], state.position_ids(args[1]), *args[2:]), kwargs
+        return args, kwargs | {"position_ids": state.position_ids(kwargs["position_ids"])}
+
+    def _before_layer(
+        self, i: int, _layer: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """Before layer i: the mask and the positions of the tokens that remain."""
+        state: ForwardState | None = kwargs.get(STATE)
+        if state is None:
+            return None
+        enter_pass(state)
+        s = state.segment = self.segment(i)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        state.check_shape(s, hidden)
+        if state.past is None:
+            return None
+        mask = state.mask(s, kwargs.get("attention_mask"), hidden, self.llm.family)
+        kwargs = kwargs | {"attention_mask": mask} | state.positions(s, kwargs)
+        if i in self.layers and state.has_images:
+            cached = partial(self.llm.family.cached_keys, kwargs.get("past_key_values"), i)
+            state.attention[s] = LayerAttention(
+                None, None, state.layouts[s], mask, kwargs["position_embeddings"], cached,
+                state.past[s].length, self._grid,
+            )  # fmt: skip
         return args, kwargs
 
-    def _merges(self, s: int) -> bool:
-        return self._has_images()
+    def _before_attention(self, s: int, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        """Before the attention of a layer that merges, also where gradient checkpointing recomputes it."""
+        state: ForwardState | None = kwargs.get(STATE)
+        enter_pass(state)
+        if state is not None:
+            state.segment = s
 
-    def _merge(self, s: int, hidden: Tensor) -> Tensor:
-        """The merge behind stretch s: hidden (B, T, D) to (B, T', D)."""
-        now, i, config = self._pass, self.layers[s], self.config
-        now.check(s, hidden)
-        prompt = now.prompts[s].to(hidden.device)
-        source = hidden.detach() if config.metric == "hidden" else self._looks[s].key()
-        x, metric = (y.flatten(0, 1)[prompt.images] for y in (hidden, source))
-        length = schedule.left(x.shape[1], config.decoder[i], f"decoder[{i}]")
-        way = (config.method, config.parameters, i / len(self.llm.blocks))
-        offers = self._asked[s]._replace(prompt=prompt).offers(source)
-        merged, slot = self.merger.merge(x, metric, length, now.slots[s], now.slots[s + 1], way, offers)
-        short = prompts.shorten(prompt, slot.merge)
-        now.enter(s + 1, short.after, slot, config.llm_proportional)
-        return prompts.replace(hidden, short, merged)
+    def _merge(self, s: int, state: ForwardState, hidden: Tensor) -> Tensor:
+        """The merge after segment s: hidden states (B, T, D) to (B, T', D)."""
+        i, config = self.layers[s], self.config
+        state.check_shape(s, hidden)
+        layout = state.layouts[s].to(hidden.device)
+        attention = state.attention[s]._replace(
+            layout=layout,
+            queries=state.projected.pop((s, 0), None),
+            keys=state.projected.pop((s, 1), None),
+        )
+        source = hidden.detach() if config.metric == "hidden" else attention.mean_keys()
+        x, metric = (y.flatten(0, 1)[layout.images] for y in (hidden, source))
+        length = token_schedule.kept_tokens(x.shape[1], config.decoder[i], f"decoder[{i}]")
+        point = MergePoint("decoder", i, i / len(self.llm.blocks), config.method, config.parameters)
+        inputs = attention.inputs(source)
+        merged, tokens = self.step.merge(
+            x, metric, length, state.tokens[s], point, inputs, state.tokens[s + 1]
+        )
+        short = prompt_layout.shorten(layout, tokens.merge)
+        state.enter_segment(s + 1, short.after, tokens, config.llm_proportional)
+        return prompt_layout.replace(hidden, short, merged)
 
-    def _restore(self, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
-        """Behind the last norm: every token of the prompts finds what it, or what it merged into, became."""
-        prompt = self._pass.prompts[-1]
-        if prompt is None or prompt.into is None:
+    def _restore_length(self, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
+        """After the last norm: every token of the prompt gets the output of the token it merged into."""
+        state = current_pass(self)
+        layout = None if state is None else state.layouts[-1]
+        if layout is None or layout.current is None:
             return None
-        return gather_tokens(output, prompt.into.to(output.device))
+        return gather_tokens(output, layout.current.to(output.device))
 
-    def _end(self, _module: nn.Module, _args: tuple, output: Any) -> None:
-        """Behind the language model: the cache is told what it holds."""
+    def _end(self, _module: nn.Module, _args: tuple, kwargs: dict, output: Any) -> None:
+        """After the language model: the cache remembers what it holds."""
+        state: ForwardState = kwargs[STATE]
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and self._pass.past is not None:
-            pasts.remember(cache, self._pass.end(self._firsts, self._way))
-        if not torch.is_grad_enabled():  # gradient checkpointing may run what is inside a layer again
-            self._asked = [None] * len(self.layers)
-            self._pass.forget_masks()
-        for part in (*self._looks, *self._inside):
-            part.forget()
+        if cache is not None and state.past is not None:
+            kv_cache.remember(cache, state.cache_state(self._settings))
+        if not torch.is_grad_enabled():  # gradient checkpointing may run layers again
+            state.release()
+        self.last = state
+        enter_pass(None)
 
 
-def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """All that a module is called with, by name."""
     return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs

@@ -1,8 +1,9 @@
-"""One merge: from a metric and a hidden state to fewer tokens and their sizes; the same in every place.
+"""One merge, the same in every place: from a metric and hidden states to fewer tokens and their sizes.
 
-Shapes: B images, T tokens with those in front, N without them, M after the merge, D channels.
+Shapes: B images, T tokens with prefix tokens, N without them, M after the merge, D channels.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,39 +14,84 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.merge.plan import (
     MergePlan,
     add_prefix_tokens,
-    full_precision,
     make_plan,
     without_prefix_tokens,
 )
-from llava_pitome.merge.reduce import MergeResult, reduce_tokens
+from llava_pitome.merge.reduce import MergeResult, full_precision, reduce_tokens
 from llava_pitome.methods import METHODS
 from llava_pitome.methods.registry import choose
-from llava_pitome.models.parts import TokenState
 
 ANOTHER_PASS = (
-    "gradient checkpointing ran a block again after another forward pass changed what merges; with "
-    "checkpointing on, go backward before the next forward"
+    "gradient checkpointing recomputed a layer, and other tokens would merge than in the forward pass: its "
+    "inputs, weights or randomness changed in between"
 )
-Offers = Mapping[str, Callable[[], Any]]  # what a place can tell of methods' GIVEN, worked out when asked
+STATE = "token_merging"  # the keyword argument that carries a forward pass's state to the layers
+InputProviders = Mapping[str, Callable[[], Any]]  # functions that compute a method's inputs, by METHOD_INPUTS
+
+
+class TokenState(NamedTuple):
+    """The tokens before a layer.
+
+    Attributes:
+        sizes: (B, T) patches that each token stands for, 1 for a prefix token.
+        merge: the merge of all T tokens that led there; None where none did.
+        num_prefix_tokens: tokens before the patches, which never merge.
+    """
+
+    sizes: Tensor
+    merge: MergePlan | None = None
+    num_prefix_tokens: int = 0
+
+    @property
+    def patch_sizes(self) -> Tensor:
+        """Sizes (B, N) without prefix tokens; where nothing is dropped they add up to the image's patches."""
+        return self.sizes[:, self.num_prefix_tokens :]
+
+    @property
+    def plan(self) -> MergePlan | None:
+        """The merge without prefix tokens."""
+        return self.merge and without_prefix_tokens(self.merge, self.num_prefix_tokens)
+
+
+class MergePoint(NamedTuple):
+    """Where a merge happens, and by which method.
+
+    Attributes:
+        place: "tower", "prefix" or "decoder".
+        layer: index of the tower's or the language model's layer; 0 at the prefix.
+        depth: l_i / l in [0, 1], as the method is given it.
+        method: a name in METHODS.
+        parameters: the method's own.
+    """
+
+    place: str
+    layer: int
+    depth: float
+    method: str
+    parameters: Mapping[str, Any]
 
 
 class MergeRecord(NamedTuple):
-    """One merge, as whoever watches is shown it; tokens in front are left out.
+    """One merge as the callback of `MergeHandle.record` is given it, without prefix tokens.
 
     Attributes:
+        place: as in MergePoint.
+        layer: as in MergePoint.
         metric: (B, N, C) what similarity was measured on, float32 at least.
         plan: where every token went.
-        dropped: (B, N) True for tokens that left nothing behind.
-        method: who chose, a name in METHODS.
-        parameters: the method's own.
-        depth: of this merge in [0, 1], as the method was told.
+        dropped: (B, N) True for tokens that are in no average.
+        method: as in MergePoint.
+        parameters: as in MergePoint.
+        depth: as in MergePoint.
     """
 
+    place: str
+    layer: int
     metric: Tensor
     plan: MergePlan
     dropped: Tensor
     method: str
-    parameters: dict[str, Any]
+    parameters: Mapping[str, Any]
     depth: float
 
 
@@ -53,129 +99,162 @@ class MergeStep:
     """Merges as a config says.
 
     Attributes:
-        watch: is shown every merge; None: nobody watches, and nothing is worked out for it.
+        record: called with a MergeRecord after every merge; None records nothing.
     """
 
-    def __init__(self, config: MergeConfig, front: int, triton: bool):
-        """Prepares merging.
+    def __init__(self, config: MergeConfig, num_prefix_tokens: int, triton: bool):
+        """Keeps how to merge.
 
         Args:
             config: how to merge.
-            front: tokens in front of the patches that never merge: a class token, or none.
-            triton: let kernels written in Triton compute, where they can.
+            num_prefix_tokens: tokens before the patches that never merge.
+            triton: prefer kernels written in Triton.
         """
-        self.config, self.front, self.triton = config, front, triton
-        self.watch: Callable[[MergeRecord], None] | None = None
+        self.config, self.num_prefix_tokens, self.triton = config, num_prefix_tokens, triton
+        self.record: Callable[[MergeRecord], None] | None = None
 
     def merge(
         self,
         x: Tensor,
         metric: Tensor,
         length: int,
-        here: TokenState,
-        last: TokenState | None,
-        way: tuple[str, dict[str, Any], float],
-        offers: Offers,
+        before: TokenState,
+        point: MergePoint,
+        inputs: InputProviders,
+        previous: TokenState | None = None,
     ) -> tuple[Tensor, TokenState]:
         """Merges once.
 
         Args:
-            x: (B, T, D) the hidden state that becomes shorter.
+            x: (B, T, D) the hidden states to shorten.
             metric: (B, T, C) what similarity is measured on.
-            length: M, patches that survive.
-            here: what is known in front.
-            last: what the pass before left behind.
-            way: the method, its parameters, and the depth of this merge in [0, 1].
-            offers: what the method may need beside the metric.
+            length: M, patches that are kept.
+            before: the tokens before this merge.
+            point: where this is, and the method.
+            inputs: what the method may need besides the metric.
+            previous: what an earlier run of this merge left, where gradient checkpointing recomputes it.
 
         Returns:
-            The merged hidden state, front tokens first, and what is known behind it.
+            The merged hidden states (B, prefix + M, D), prefix tokens first, and the tokens after the merge.
 
         Raises:
-            RuntimeError: gradient checkpointing runs a block again, and other tokens would merge.
+            RuntimeError: gradient checkpointing recomputes a layer, and other tokens would merge.
         """
-        sizes = here.sizes.to(x.device)
-        choice, laid = self._choose(metric.detach(), length, sizes, way, offers)
-        if recomputing() and not (last and last.merge and torch.equal(last.merge.slot, laid.slot)):
+        sizes = before.sizes.to(x.device)
+        result, plan = self._choose(metric.detach(), length, sizes, point, inputs)
+        recomputes = is_recomputing()
+        if recomputes and not (previous and previous.merge and torch.equal(previous.merge.slot, plan.slot)):
             raise RuntimeError(ANOTHER_PASS)
-        if self.watch is not None:
-            self.watch(self._sight(metric.detach(), choice, laid, way))
-        merged, sizes = reduce_tokens(x, sizes, laid, choice, self.config.size_weighted, self._triton_now)
-        return merged, TokenState(sizes, laid, self.front)
-
-    def _sight(
-        self, metric: Tensor, choice: MergeResult, laid: MergePlan, way: tuple[str, dict[str, Any], float]
-    ) -> MergeRecord:
-        """A merge as it is shown."""
-        front = self.front
-        gone = torch.ones_like(choice.parent, dtype=torch.bool).scatter(1, laid.kept, False)
-        nothing = choice.prunes if choice.weight is None else choice.weight == 0
-        return MergeRecord(
-            self._wide(metric), without_prefix_tokens(laid, front), (gone & nothing)[:, front:], *way
-        )
-
-    def _wide(self, metric: Tensor) -> Tensor:
-        """What methods are given of a metric (B, T, C)."""
-        return metric[:, self.front :].to(torch.promote_types(metric.dtype, torch.float32))
+        if self.record is not None and not recomputes:
+            self.record(self._recorded(metric.detach(), result, plan, point))
+        merged, sizes = reduce_tokens(x, sizes, plan, result, self.config.size_weighted, self._uses_triton)
+        return merged, TokenState(sizes, plan, self.num_prefix_tokens)
 
     @torch.no_grad()
     def _choose(
-        self,
-        metric: Tensor,
-        length: int,
-        sizes: Tensor,
-        way: tuple[str, dict[str, Any], float],
-        offers: Offers,
+        self, metric: Tensor, length: int, sizes: Tensor, point: MergePoint, inputs: InputProviders
     ) -> tuple[MergeResult, MergePlan]:
-        """Who merges, front tokens included."""
-        method, parameters, depth = way
-        front = self.front
-        offers = {"size": lambda: sizes[:, front:], **offers}
-        given = {name: offers[name]() for name in METHODS[method].needs}
-        metric = self._wide(metric)
+        """What the method chooses, prefix tokens included."""
+        prefix = self.num_prefix_tokens
+        inputs = {"sizes": lambda: sizes[:, prefix:], **inputs}
+        given = {name: inputs[name]() for name in METHODS[point.method].needs}
+        metric = self._without_prefix(metric)
         with full_precision(metric.device.type):
-            choice = choose(
+            result = choose(
                 metric,
                 metric.shape[1] - length,
-                method,
+                point.method,
                 ordered=self.config.order == "method",
-                triton=self._triton_now,
-                depth=depth,
+                triton=self._uses_triton,
+                depth=point.depth,
                 **given,
-                **parameters,
+                **point.parameters,
             )
-        choice = _widened(choice, front)
-        return choice, make_plan(choice.parent, length + front, choice.rank)
+        result = _with_prefix(result, prefix)
+        return result, make_plan(result.parent, length + prefix, result.order)
+
+    def _without_prefix(self, metric: Tensor) -> Tensor:
+        """The metric (B, T, C) as methods are given it: (B, N, C), float32 at least."""
+        return metric[:, self.num_prefix_tokens :].to(torch.promote_types(metric.dtype, torch.float32))
+
+    def _recorded(
+        self, metric: Tensor, result: MergeResult, plan: MergePlan, point: MergePoint
+    ) -> MergeRecord:
+        """A merge as callbacks are given it."""
+        prefix = self.num_prefix_tokens
+        merged_away = torch.ones_like(result.parent, dtype=torch.bool).scatter(1, plan.kept, False)
+        uncounted = result.prunes if result.weight is None else result.weight == 0
+        return MergeRecord(
+            point.place,
+            point.layer,
+            self._without_prefix(metric),
+            without_prefix_tokens(plan, prefix),
+            (merged_away & uncounted)[:, prefix:],
+            point.method,
+            point.parameters,
+            point.depth,
+        )
 
     @property
-    def _triton_now(self) -> bool:
+    def _uses_triton(self) -> bool:
         """Whether Triton may compute: torch.compile writes kernels of its own."""
         return self.triton and not torch.compiler.is_compiling()
 
 
-def _widened(choice: MergeResult, front: int) -> MergeResult:
-    """The choice with `front` tokens ahead, which keep to themselves."""
-    if not front:
-        return choice
-    rank, weight, mixing = choice.rank, choice.weight, choice.mixing
-    if rank is not None:
-        rank = nn.functional.pad(rank + front, (front, 0))
+def _with_prefix(result: MergeResult, prefix: int) -> MergeResult:
+    """The result for `prefix` tokens more, which come first and keep to themselves."""
+    if not prefix:
+        return result
+    order, weight, mixing = result.order, result.weight, result.mixing
+    if order is not None:
+        order = nn.functional.pad(order + prefix, (prefix, 0))
     if weight is not None:
-        weight = nn.functional.pad(weight, (front, 0), value=1)
+        weight = nn.functional.pad(weight, (prefix, 0), value=1)
     if mixing is not None:
-        mixing = nn.functional.pad(mixing, (front, 0, front, 0))
-        mixing[:, :front, :front] = torch.eye(front, dtype=mixing.dtype, device=mixing.device)
-    return choice._replace(
-        parent=add_prefix_tokens(choice.parent, front), rank=rank, weight=weight, mixing=mixing
+        mixing = nn.functional.pad(mixing, (prefix, 0, prefix, 0))
+        mixing[:, :prefix, :prefix] = torch.eye(prefix, dtype=mixing.dtype, device=mixing.device)
+    return result._replace(
+        parent=add_prefix_tokens(result.parent, prefix), order=order, weight=weight, mixing=mixing
     )
 
 
-def key(keys: Tensor, heads: int) -> Tensor:
-    """One key a token (B, T, C): the mean over the heads of (B, T, heads * C), without gradients."""
-    wide = torch.promote_types(keys.dtype, torch.float32)
-    return keys.detach().unflatten(-1, (heads, -1)).mean(-2, dtype=wide)
-
-
-def recomputing() -> bool:
-    """Whether this runs inside a backward pass, where gradient checkpointing runs a block again."""
+def is_recomputing() -> bool:
+    """Whether this runs inside a backward pass, where gradient checkpointing runs a layer again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Thread(threading.local):
+    """The forward pass that this thread runs, and the attention module it entered last."""
+
+    def __init__(self) -> None:
+        """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
+        self.state: Any = None
+        self.attention: Any = None
+
+
+_thread = _Thread()
+
+
+def enter_pass(state: Any) -> None:
+    """Makes a forward pass's state the one that this thread's hooks find; None ends it.
+
+    Layers hand the state on as a keyword argument, also where gradient checkpointing recomputes them in
+    another thread. Hooks on modules that take no keyword arguments, such as norms and MLPs, find it here.
+    """
+    _thread.state, _thread.attention = state, None
+
+
+def enter_attention(module: nn.Module, _args: tuple, kwargs: dict) -> None:
+    """A pre-hook for attention modules that keep their keyword arguments from the attention function."""
+    _thread.state, _thread.attention = kwargs.get(STATE), module
+
+
+def state_of_attention(module: nn.Module) -> Any:
+    """The state of the forward pass that entered an attention module by `enter_attention`; None elsewhere."""
+    return _thread.state if _thread.attention is module else None
+
+
+def current_pass(owner: Any) -> Any:
+    """The state of the forward pass that this thread runs, if it belongs to `owner`; None otherwise."""
+    state = _thread.state
+    return state if state is not None and state.owner is owner else None

@@ -1,6 +1,6 @@
-"""Merging once behind the projector, in front of the language model: one hook on the projector's output.
+"""The hook on the projector: merges once before the language model, and remembers the features it hands on.
 
-Shapes: I images, N tokens that the projector makes without those in front, M after the merge, D channels.
+Shapes: I images, N tokens that the projector makes without prefix tokens, M after the merge, D channels.
 """
 
 import math
@@ -11,103 +11,150 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.attention_capture import AttentionCapture, wanted
-from llava_pitome.hooks.merge_step import MergeStep
+from llava_pitome.hooks.attention_capture import needs_attention
+from llava_pitome.hooks.image_features import ImageFeatures
+from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
 from llava_pitome.hooks.vision_tower import VisionTowerHooks
 from llava_pitome.merge.plan import MergePlan, gather_tokens
 from llava_pitome.methods import METHODS
-from llava_pitome.models.parts import TokenState
 
-DEPTH = 1.0  # behind all of the tower
+DEPTH = 1.0  # after all of the tower
 
 
 class ProjectorHooks:
-    """The hook on a projector, and what the last forward pass left.
+    """The hook on a projector.
 
     Attributes:
-        slot: what is known of the tokens that reach the language model; None before the first pass.
-        merger: what merges.
+        tokens: the tokens that reached the language model in the last forward pass; None before there was one.
+        features: what is remembered of them for the language model; None where it needs nothing.
+        step: what merges.
     """
 
     def __init__(
-        self, projector: nn.Module, tower: VisionTowerHooks, front: int, config: MergeConfig, triton: bool
+        self,
+        projector: nn.Module,
+        tower: VisionTowerHooks,
+        num_prefix_tokens: int,
+        config: MergeConfig,
+        triton: bool,
+        features: ImageFeatures | None,
     ):
         """Prepares the hook.
 
         Args:
-            projector: (I, front + N, channels) to (I, front + N, D).
-            tower: what the tower in front of it does.
-            front: class tokens that the projector is given too, 0 or 1.
+            projector: (I, prefix + N, channels) to (I, prefix + N, D).
+            tower: the hooks of the tower before it.
+            num_prefix_tokens: prefix tokens among the features, 0 or 1.
             config: how to merge.
-            triton: let kernels written in Triton compute, where they can.
+            triton: prefer kernels written in Triton.
+            features: is told which features reach the language model.
         """
-        self.projector, self.tower, self.front, self.config = projector, tower, front, config
-        self.by_keys = (config.prefix_metric or ("features", "keys")[METHODS[config.method].keys]) == "keys"
-        last = tower.blocks[tower.feature - 1]
-        self._look = AttentionCapture(last, wanted(config.method, self.by_keys), tower.class_tokens, _always)
-        self.merger = MergeStep(config, front, triton)
+        self.projector, self.tower, self.config = projector, tower, config
+        self.num_prefix_tokens, self.features = num_prefix_tokens, features
+        self.step = MergeStep(config, num_prefix_tokens, triton)
+        self._point = MergePoint("prefix", 0, DEPTH, config.method, config.parameters)
         self._handles: list[RemovableHandle] = []
-        self.slot: TokenState | None = None
+        self.tokens: TokenState | None = None
 
     def install(self) -> None:
-        """Registers the hooks; before the tower's own, which may hand shorter projections on."""
-        self._handles = [*self._look.install(), self.projector.register_forward_hook(self._merge)]
+        """Registers the hook."""
+        self._handles.append(self.projector.register_forward_hook(self._after_projector))
 
     def remove(self) -> None:
-        """Takes the hooks off and forgets the last forward pass."""
+        """Takes the hook off and forgets the last forward pass."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._look.forget()
-        self.slot = None
+        self.tokens = None
+        if self.features is not None:
+            self.features.forget()
 
     def plans(self) -> list[MergePlan]:
-        """The merge of the last forward pass; see `merging.trace`."""
-        return [self.slot.plan] if self.slot is not None and self.slot.merge is not None else []
+        """The merge of the last forward pass."""
+        return [self.tokens.plan] if self.tokens is not None and self.tokens.merge is not None else []
 
-    def _merge(self, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
-        """Behind the projector."""
-        here = self._arriving(output)
-        count = output.shape[1] - self.front
-        length = self.config.prefix_length(count, self.tower.patches or count, self.tower.feature)
+    def _after_projector(self, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        """Merges the projected features where the config says so."""
+        output, self.tokens = self._merged(output)
+        if self.features is not None:
+            plans = (self.tower.last.plans() if self.tower.last is not None else []) + self.plans()
+            self.features.remember(output, self.tokens.patch_sizes if plans else None, plans)
+        self._release()
+        return output
+
+    def _release(self) -> None:
+        """Drops what the tower captured for this merge."""
+        if self.tower.last is not None:
+            self.tower.last.captured.clear()
+
+    def _merged(self, output: Tensor) -> tuple[Tensor, TokenState]:
+        before = self._before(output)
+        if not self.config.merges_in_prefix:
+            return output, before
+        count = output.shape[1] - self.num_prefix_tokens
+        patches = self.tower.last.patches if self.tower.last is not None else count
+        length = self.config.prefix_length(count, patches, self.tower.num_layers)
         if length == count:
-            self.slot = here
-            return None
-        metric = self._keys() if self.by_keys else output
-        way = (self.config.method, self.config.parameters, DEPTH)
-        offers = {
+            return output, before
+        metric = self._keys() if uses_keys(self.config) else output
+        inputs = {
             "class_attention": self._class_attention,
-            "grid": partial(grid, self.tower.patches, self.config),
+            "grid": partial(grid, patches, self.config),
         }
-        merged, self.slot = self.merger.merge(output, metric, length, here, self.slot, way, offers)
-        return merged
+        return self.step.merge(output, metric, length, before, self._point, inputs)
 
-    def _arriving(self, output: Tensor) -> TokenState:
-        """What the tower left of the sizes; of features that did not come from it, nothing is known."""
+    def _before(self, output: Tensor) -> TokenState:
+        """The tokens that the projector was given; of features from elsewhere than the tower nothing is known."""
         sizes = torch.ones(output.shape[:2], device=output.device)
-        left = self.tower.slots[-1]
-        if left is not None and left.size.shape == sizes[:, self.front :].shape:
-            sizes[:, self.front :] = left.size
-        return TokenState(sizes, front=self.front)
+        last = self.tower.last.tokens[-1] if self.tower.last is not None else None
+        if last is not None and last.patch_sizes.shape == sizes[:, self.num_prefix_tokens :].shape:
+            sizes[:, self.num_prefix_tokens :] = last.patch_sizes
+        return TokenState(sizes, num_prefix_tokens=self.num_prefix_tokens)
+
+    def _captured(self):
+        """What the tower's last layer captured.
+
+        Raises:
+            RuntimeError: the features did not come from the tower.
+        """
+        found = None if self.tower.last is None else self.tower.last.captured.get(self.tower.num_layers - 1)
+        if found is None:
+            raise RuntimeError(
+                "the projector was given features that the vision tower did not compute right before, so that "
+                "their keys are unknown"
+            )
+        return found
 
     def _keys(self) -> Tensor:
-        """The keys (I, front + N, C) of the tower's last block, of the tokens that left it."""
-        keys, behind = self._look.key(), self.tower.slots[-1]
-        if behind.merge is not None:
-            keys = _averaged(keys, behind.merge)
-        return keys[:, self.tower.class_tokens - self.front :]
+        """The keys (I, prefix + N, C) of the tower's last layer, of the tokens that left it."""
+        keys, after = self._captured().mean_keys(), self.tower.last.tokens[-1]
+        if after.merge is not None:
+            keys = _averaged(keys, after.merge)
+        return keys[:, self.tower.num_prefix_tokens - self.num_prefix_tokens :]
 
     def _class_attention(self) -> Tensor:
-        """The class token's attention (I, N) in the tower's last block, of the tokens that left it."""
-        found = self._look.class_attention(self.tower.sizes_in(self.tower.feature - 1))
-        behind = self.tower.slots[-1]
-        if behind.merge is None:
+        """The class token's attention (I, N) in the tower's last layer, to the tokens that left it."""
+        state = self.tower.last
+        sizes = state.attention_sizes(self.tower.num_layers - 1)
+        found = self._captured().class_attention(self.tower.num_prefix_tokens, sizes)
+        after = state.tokens[-1]
+        if after.merge is None:
             return found
-        return found.new_zeros(len(found), behind.plan.length).scatter_add(1, behind.plan.slot, found)
+        return found.new_zeros(len(found), after.plan.length).scatter_add(1, after.plan.slot, found)
 
 
-def _always() -> bool:
-    return True
+def uses_keys(config: MergeConfig) -> bool:
+    """Whether the merge after the projector measures similarity on the keys of the tower's last layer."""
+    return (config.prefix_metric or METHODS[config.method].prefix_metric) == "keys"
+
+
+def feature_keys(config: MergeConfig) -> str | None:
+    """What the merge after the projector needs of the feature layer's attention, as VisionTowerHooks takes it."""
+    if not config.merges_in_prefix:
+        return None
+    if needs_attention(config.method):
+        return "attention"
+    return "keys" if uses_keys(config) else None
 
 
 def _averaged(x: Tensor, plan: MergePlan) -> Tensor:
@@ -122,7 +169,7 @@ def grid(patches: int, config: MergeConfig) -> tuple[int, int]:
     """Rows and columns of the patches that the tower was given.
 
     Raises:
-        ValueError: they are no square and nothing says what they are.
+        ValueError: they are not square, and nothing says what they are.
     """
     side = math.isqrt(patches)
     if config.resize is None and side * side != patches:

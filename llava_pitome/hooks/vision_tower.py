@@ -1,12 +1,11 @@
-"""Merging inside a vision tower, by hooks alone: between attention and MLP, or behind the block.
+"""Merging in the layers of a vision tower: what starts a forward pass, what each layer does, what is kept of it.
 
-Slot i holds what is known in front of block i: how many patches each token stands for, and the merge that led
-there. Block i reads slot i and writes slot i + 1, so that running a block again (gradient checkpointing,
-retries) is harmless.
-Shapes: B images, T tokens with the class token, N without it, D channels.
+A pre-hook on the tower makes the state of a forward pass and hands it to every layer as a keyword argument. Layer i
+reads entry i of the state and writes entry i + 1, so that running a layer again (gradient checkpointing, retries) is
+harmless. The attention function captures keys (attention_capture.py), the hooks of a layer merge (block_merge.py).
+Shapes: B images, T tokens with prefix tokens, N without them, D channels.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,184 +13,215 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks import attention_capture as looks
+from llava_pitome.hooks.attention_capture import AttentionSwitch, CapturedAttention, needs_attention
 from llava_pitome.hooks.block_merge import BlockMerge
-from llava_pitome.hooks.merge_step import MergeStep
-from llava_pitome.hooks.own_attention import OwnAttention
-from llava_pitome.kernels.cpu_attention import pays
-from llava_pitome.merge.plan import MergePlan, log_size_bias
-from llava_pitome.models.parts import BlockParts, TokenState, hidden_of
+from llava_pitome.hooks.input_resize import resize_images
+from llava_pitome.hooks.merge_step import STATE, MergePoint, MergeStep, TokenState, current_pass, enter_pass
+from llava_pitome.merge.plan import MergePlan
+from llava_pitome.models.hf_llava import check_tower_attention
+from llava_pitome.models.parts import ModelParts
 
-KERNELS = (True, False, "triton")  # what is known to be faster, plain PyTorch alone, and Triton too
+KERNELS = (True, False, "triton")  # values of `kernels`: the faster ones, plain PyTorch alone, Triton too
+
+
+class TowerState:
+    """What one forward pass through a vision tower knows.
+
+    Attributes:
+        owner: the hooks that made it.
+        patches: of an image, before the first layer.
+        lengths: patches before the first layer and after each, up to the feature layer.
+        tokens: the tokens before each of these layers, and after the last.
+        captured: what the attention of a layer computed, until the merge that needs it.
+        pending: what the hooks of a block hand to each other.
+    """
+
+    def __init__(self, owner: "VisionTowerHooks", patches: int):
+        """Starts a forward pass."""
+        self.owner, self.patches, self.lengths = owner, patches, owner.lengths(patches)
+        self.tokens: list[TokenState | None] = [None] * len(self.lengths)
+        self.captured: dict[int, CapturedAttention] = {}
+        self.pending: dict[str, Tensor] = {}
+        self.layer = 0
+
+    @property
+    def merges(self) -> bool:
+        """Whether any layer merges in this forward pass."""
+        return self.lengths[0] != self.lengths[-1]
+
+    @property
+    def uses_kernel(self) -> bool:
+        """Whether this package's attention kernel may compute: never where nothing merges."""
+        return bool(self.owner.kernels) and self.merges
+
+    def merges_at(self, layer: int) -> bool:
+        """Whether a layer merges in this forward pass."""
+        return self.lengths[layer] != self.lengths[layer + 1]
+
+    def before_attention(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
+        """Captures what later merges need, and returns the log sizes (B, T) that weight the layer's attention.
+
+        Args:
+            layer: its index.
+            query: (B, H, T, C).
+            key: (B, H, T, C).
+        """
+        enter_pass(self)
+        self.layer = layer
+        if layer == 0:  # and not where the pass starts, which torch.compile would make a graph of its own
+            ones = torch.ones(len(query), query.shape[2], device=query.device)
+            self.tokens[0] = TokenState(ones, num_prefix_tokens=self.owner.num_prefix_tokens)
+        if not self.merges_at(layer):
+            self.tokens[layer + 1] = self.tokens[layer]._replace(merge=None)
+        keys, queries = self.owner.captures(layer, self.merges_at(layer))
+        if keys or queries:
+            self.captured[layer] = CapturedAttention(query if queries else None, key)
+        sizes = self.attention_sizes(layer)
+        return None if sizes is None else sizes.to(query.device).log()
+
+    def attention_sizes(self, layer: int) -> Tensor | None:
+        """The sizes (B, T) that weight a layer's attention; None where it is not weighted."""
+        weighted = self.owner.config.proportional and self.lengths[layer] != self.lengths[0]
+        return self.tokens[layer].sizes if weighted else None
+
+    def plans(self) -> list[MergePlan]:
+        """The merges of this forward pass, in order, without prefix tokens."""
+        return [tokens.plan for tokens in self.tokens if tokens is not None and tokens.merge is not None]
 
 
 class VisionTowerHooks:
-    """The hooks on a tower, and what the last forward pass left in its slots.
+    """The hooks on a vision tower.
 
     Attributes:
-        slots: one per block up to the feature layer, and one behind it.
-        merger: what merges, wherever it is.
+        last: the state of the last forward pass; None before there was one.
+        step: what merges.
     """
 
     def __init__(
         self,
-        blocks: tuple[BlockParts, ...],
-        feature: int,
-        class_tokens: int,
+        parts: ModelParts,
         config: MergeConfig,
         kernels: bool | str = False,
-        sdpa: Callable[[], bool] = bool,
+        feature_keys: str | None = None,
     ):
-        """Prepares hooks for `blocks`; features are read behind block `feature` - 1.
+        """Prepares the hooks.
 
         Args:
-            blocks: every block of the tower, in order.
-            feature: number of blocks whose output counts; those behind it feed nothing.
-            class_tokens: tokens in front of the patches that never merge, 0 or 1.
+            parts: of the model.
             config: how to merge.
-            kernels: a value of KERNELS: this package's kernels where they are known to be faster, plain
-                PyTorch, or also what is written in Triton.
-            sdpa: tells whether the tower leaves attention to torch, so that a kernel may be chosen for it.
+            kernels: a value of KERNELS.
+            feature_keys: what the merge after the projector needs of the feature layer's attention: "keys",
+                "attention", or None.
         """
-        self.blocks, self.feature, self.class_tokens, self.config = blocks, feature, class_tokens, config
-        self.kernels = kernels
-        self.merger = MergeStep(config, class_tokens, kernels == "triton")
-        self._sdpa = sdpa
-        self._looks = [self._look(i, block) for i, block in enumerate(blocks[:feature])]
-        self._inside = [
-            BlockMerge(block, config.site, partial(self._merges, i), partial(self._merge, i))
-            for i, block in enumerate(blocks[:feature])
+        self.parts, self.config, self.kernels = parts, config, kernels
+        self.num_layers = parts.num_feature_layers
+        self.num_prefix_tokens = parts.num_prefix_tokens
+        self.feature_keys = feature_keys
+        self.step = MergeStep(config, parts.num_prefix_tokens, kernels == "triton")
+        self.attention = AttentionSwitch(
+            parts.tower.config,
+            [block.attention for block in parts.blocks[: self.num_layers]],
+            parts.passes_kwargs,
+        )
+        self._points = [self._point(i) for i in range(self.num_layers)]
+        self._captures = [(config.metric == "keys", needs_attention(point.method)) for point in self._points]
+        self._blocks = [
+            BlockMerge(block, config.site, partial(self._state, i), self._merge)
+            for i, block in enumerate(parts.blocks[: self.num_layers])
         ]
-        self._own = [
-            OwnAttention(b.attention, (b.queries, b.keys, b.values), b.out, b.heads) for b in blocks[:feature]
-        ]
-        self._plans: dict[int, tuple[int, ...]] = {}  # lengths by patches
-        self._lengths: tuple[int, ...] = ()
+        seen = config.patches_at(parts.patches)
+        self._lengths = {seen: config.lengths(seen, self.num_layers)}  # known before anything is compiled
         self._handles: list[RemovableHandle] = []
-        self._forget()
-
-    def _look(self, i: int, block: BlockParts) -> looks.AttentionCapture:
-        method = self._way(i)[0]
-        wanted = looks.wanted(method, self.config.metric == "keys")
-        return looks.AttentionCapture(block, wanted, self.class_tokens, partial(self._merges, i))
+        self.last: TowerState | None = None
 
     def install(self) -> None:
-        """Registers the hooks."""
-        for i, block in enumerate(self.blocks[: self.feature]):
-            self._on(block.layer.register_forward_pre_hook(partial(self._enter, i), with_kwargs=True))
-            self._handles += self._looks[i].install()
-            if self.kernels:
-                self._handles += self._own[i].install()
-            self._handles += self._inside[i].install()
-        for block in self.blocks[self.feature :]:
-            self._on(block.layer.register_forward_pre_hook(self._idle, with_kwargs=True))
+        """Registers the hooks and the attention function."""
+        on = self._handles.append
+        on(self.parts.tower.register_forward_pre_hook(self._start, with_kwargs=True))
+        on(self.parts.tower.register_forward_hook(self._end, with_kwargs=True, always_call=True))
+        self.attention.install()
+        if not self.config.merges_in_tower:
+            return
+        for block in self._blocks:
+            self._handles += block.install()
+        for block in self.parts.blocks[self.num_layers :]:
+            on(block.layer.register_forward_pre_hook(self._skip, with_kwargs=True))
 
     def remove(self) -> None:
-        """Takes every hook off and forgets the last forward pass."""
+        """Takes everything back and forgets the last forward pass."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._forget()
-
-    def _forget(self) -> None:
-        """Empties every place in which a forward pass leaves something."""
-        self.slots: list[TokenState | None] = [None] * (self.feature + 1)
-        for part in (*self._looks, *self._inside):
-            part.forget()
-        for own in self._own:
-            own.stop()
+        self.attention.remove()
+        self.last = None
 
     def lengths(self, patches: int) -> tuple[int, ...]:
-        """Patches before the first block and after each one, up to the feature layer."""
-        if patches not in self._plans:
-            self._plans[patches] = self.config.lengths(patches, self.feature)
-        return self._plans[patches]
+        """Patches before the first layer and after each, up to the feature layer."""
+        if patches not in self._lengths:
+            self._lengths[patches] = self.config.lengths(patches, self.num_layers)
+        return self._lengths[patches]
 
-    def plans(self) -> list[MergePlan]:
-        """The merges of the last forward pass, in order; see `merging.trace`."""
-        return [slot.plan for slot in self.slots if slot is not None and slot.merge is not None]
+    def captures(self, layer: int, merges: bool) -> tuple[bool, bool]:
+        """Whether keys, and queries too, of a layer are needed after its attention."""
+        keys, queries = self._captures[layer] if merges else (False, False)
+        if layer == self.num_layers - 1 and self.feature_keys is not None:
+            keys, queries = True, queries or self.feature_keys == "attention"
+        return keys or queries, queries
 
-    @property
-    def patches(self) -> int:
-        """Patches in front of the first block, in the last forward pass; 0 before there was one."""
-        return self._lengths[0] if self._lengths else 0
+    def _point(self, layer: int) -> MergePoint:
+        depth = layer / len(self.parts.blocks)
+        return MergePoint("tower", layer, depth, *self.config.method_at(depth))
 
-    def merge_alone(self, i: int, keys: Tensor, x: Tensor) -> Tensor:
-        """What merging at block i costs, for measuring: from its keys (B, T, D) to the merged x (B, T, D).
+    def _state(self, layer: int) -> TowerState | None:
+        """The state of the forward pass that runs, if this layer merges in it."""
+        state = current_pass(self)
+        return state if state is not None and state.layer == layer and state.merges_at(layer) else None
 
-        Raises:
-            RuntimeError: the method needs more than the keys.
-        """
-        if not self._merges(i):
-            return x
-        self._looks[i].see(keys)
-        return self._merge(i, x)
+    def _start(self, _tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before the tower: resizes the images and starts a forward pass."""
+        self.attention.renew()
+        check_tower_attention(self.parts.tower, self.config)
+        pixels = args[0] if args else kwargs["pixel_values"]
+        if self.config.resize is not None:
+            pixels = resize_images(pixels, self.config.resize, self.parts.patch_size)
+            kwargs = kwargs | {"interpolate_pos_encoding": True}
+        size = self.parts.patch_size
+        patches = (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
+        kwargs = kwargs | {STATE: TowerState(self, patches)}
+        return ((pixels, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": pixels})
 
-    def _on(self, handle: RemovableHandle) -> None:
-        self._handles.append(handle)
+    def _end(self, _tower: nn.Module, _args: tuple, kwargs: dict, output: object) -> None:
+        """After the tower, also when it raised: keeps the state for what follows."""
+        enter_pass(None)
+        if output is None:
+            return
+        self.last = kwargs[STATE]
+        if self.last.tokens[-1] is None:
+            raise RuntimeError(
+                "a layer of the vision tower did not call transformers' attention interface, so that its tokens "
+                "could not merge"
+            )
 
-    def _way(self, i: int) -> tuple:
-        """The method at block i, its parameters, and how deep the block lies."""
-        depth = i / len(self.blocks)
-        return (*self.config.method_at(depth), depth)
-
-    def _merges(self, i: int) -> bool:
-        return self._lengths[i] != self._lengths[i + 1]
-
-    def _enter(self, i: int, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """In front of block i: starts the slots, hands sizes on, and biases attention by log size."""
-        hidden, rest = hidden_of(args, kwargs)
-        if i == 0:
-            self._lengths = self.lengths(hidden.shape[1] - self.class_tokens)
-            ones = torch.ones(hidden.shape[:2], device=hidden.device)
-            self.slots[0] = TokenState(ones, front=self.class_tokens)
-        if not self._merges(i):
-            self.slots[i + 1] = self.slots[i]._replace(merge=None)
-        sizes = self.sizes_in(i)
-        sizes = None if sizes is None else sizes.to(hidden.device)
-        mask = rest[0] if rest else kwargs.get("attention_mask")
-        self._own[i].stop()
-        if self._attends_here(i, hidden, mask):
-            self._own[i].start(sizes)
-        elif sizes is not None:
-            bias = log_size_bias(sizes, hidden.dtype)
-            bias = bias if mask is None else mask + bias
-            return ((hidden, bias, *rest[1:]), kwargs) if rest else (args, kwargs | {"attention_mask": bias})
-        return None
-
-    def sizes_in(self, i: int) -> Tensor | None:
-        """The sizes (B, T) that weigh block i's attention; None where it is not weighed."""
-        weighted = self.config.proportional and self._lengths[i] != self._lengths[0]
-        return self.slots[i].sizes if weighted else None
-
-    def _attends_here(self, i: int, hidden: Tensor, mask: Tensor | None) -> bool:
-        """Whether this package's attention takes the place of block i's: never where nothing merges."""
-        return (
-            bool(self.kernels)
-            and mask is None
-            and self._lengths[0] != self._lengths[-1]
-            and not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and not self.blocks[i].attention.training  # dropout
-            and pays(hidden)
-            and self._sdpa()
-            and self._own[i].intact
+    def _merge(self, state: TowerState, x: Tensor) -> Tensor:
+        """Merges x (B, T, D) in the layer that runs, and writes the tokens after it."""
+        i, prefix = state.layer, self.num_prefix_tokens
+        captured = state.captured.get(i)
+        metric = x if self.config.metric == "hidden" else captured.mean_keys()
+        sizes = state.attention_sizes(i)
+        inputs = {"class_attention": lambda: captured.class_attention(prefix, sizes)}
+        before, after = state.tokens[i], state.tokens[i + 1]
+        merged, state.tokens[i + 1] = self.step.merge(
+            x, metric, state.lengths[i + 1], before, self._points[i], inputs, after
         )
-
-    def _merge(self, i: int, x: Tensor) -> Tensor:
-        """Merges x (B, T, D) at block i and writes slot i + 1."""
-        seen, sizes = self._looks[i], self.sizes_in(i)
-        metric = x if self.config.metric == "hidden" else seen.key()
-        offers = {"class_attention": partial(seen.class_attention, sizes)}
-        length, here, last = self._lengths[i + 1], self.slots[i], self.slots[i + 1]
-        merged, self.slots[i + 1] = self.merger.merge(x, metric, length, here, last, self._way(i), offers)
+        if i < self.num_layers - 1:
+            state.captured.pop(i, None)
         return merged
 
-    def _idle(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """In front of a block behind the feature layer: one token, since nothing reads what comes of it."""
-        if self._lengths[0] == self._lengths[-1]:
+    def _skip(self, _layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before a layer after the feature layer: one token, since nothing reads its output."""
+        state = kwargs.get(STATE)
+        if state is None or not state.merges:
             return None
-        hidden, rest = hidden_of(args, kwargs)
         if args:
-            return (hidden[:, :1], *rest), kwargs
-        return args, kwargs | {"hidden_states": hidden[:, :1]}
+            return (args[0][:, :1], *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"][:, :1]}

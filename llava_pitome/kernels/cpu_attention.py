@@ -1,8 +1,8 @@
 """Proportional attention on CPUs in bfloat16: two batched matrix products and a softmax, in blocks.
 
-torch's own CPU kernel multiplies bfloat16 at a sixth of what the same processor does in a plain matrix
-product (docs/performance.md has the measurement). Scores are rounded to bfloat16 before the softmax, as
-transformers' eager attention does; torch's kernel keeps them in float32.
+torch's own CPU kernel multiplies bfloat16 at a sixth of the speed of the same processor's plain matrix product
+(docs/performance.md has the measurement). Scores are rounded to bfloat16 before the softmax, as transformers' eager
+attention does; torch's kernel keeps them in float32.
 Shapes: B images, T tokens, H heads, C channels a head.
 """
 
@@ -12,53 +12,52 @@ from torch import Tensor
 SCORES = 2_600_000  # scores at a time: 5 MB, a part of the last-level cache that two cores keep to themselves
 LEAST = (
     2**23
-)  # multiplications an image below which the calls cost more than they save: 91 tokens of 1,024 channels
+)  # multiplications an image below which calls cost more than they save: 91 tokens of 1,024 channels
 
 
-def pays(x: Tensor) -> bool:
-    """Whether this kernel was measured to be the faster one for tokens (B, T, D).
+def is_faster(query: Tensor) -> bool:
+    """Whether this kernel was measured to be faster than SDPA for queries (B, H, T, C).
 
-    It was for many tokens in bfloat16 on a processor with AVX-512's bfloat16 products; one with AMX tiles,
-    which torch's own kernel uses, was not measured. How many images there are does not matter, so that the
-    answer to one does not depend on the others.
+    It was for many tokens in bfloat16 on a processor with AVX-512's bfloat16 products; one with AMX tiles, which
+    torch's own kernel uses, was not measured. The number of images does not matter, so that the answer to one does
+    not depend on the others.
     """
+    _, heads, tokens, channels = query.shape
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and x.shape[1] ** 2 * x.shape[2] >= LEAST
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and tokens**2 * heads * channels >= LEAST
         and torch.cpu._is_avx512_bf16_supported()
         and not torch.cpu._is_amx_tile_supported()
     )
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, size: Tensor | None = None) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, log_sizes: Tensor | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(C) + log s) V for every head (the paper, section 3.2), without gradients.
 
     Args:
-        query: (B, T, H C), as the projection leaves it.
+        query: (B, H, T, C).
         key: as `query`.
         value: as `query`.
-        heads: H.
-        size: (B, T) patches that each token stands for; None is plain attention.
+        log_sizes: (B, T) of the tokens, float32 at least; None is plain attention.
 
     Returns:
-        (B, T, H C), as the output projection takes it.
+        (B, T, H, C).
     """
-    batch, count, width = query.shape
-    q, k, v = (x.view(batch, count, heads, -1).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    batch, heads, count, _ = query.shape
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     bias = q.new_zeros(())
-    if size is not None:
-        wide = size.to(torch.promote_types(q.dtype, torch.float32))
-        bias = wide.log().to(q.dtype).repeat_interleave(heads, 0).unsqueeze(1)  # (B H, 1, T)
+    if log_sizes is not None:
+        bias = log_sizes.to(q.dtype).repeat_interleave(heads, 0).unsqueeze(1)  # (B H, 1, T)
     bias = bias.expand(len(q), 1, count)
     out = torch.empty_like(q)  # (B H, T, C)
     step = -(-len(q) // -(-len(q) * count**2 // SCORES))  # as many heads, the same number in every block
     scores = q.new_empty(step, count, count)
-    beta, scale = int(size is not None), q.shape[2] ** -0.5
+    beta, scale = int(log_sizes is not None), q.shape[2] ** -0.5
     for start in range(0, len(q), step):
         part = slice(start, start + step)
-        room = scores[: len(q[part])]
-        torch.baddbmm(bias[part], q[part], k[part].transpose(1, 2), beta=beta, alpha=scale, out=room)
-        torch.softmax(room, -1, out=room)
-        torch.bmm(room, v[part], out=out[part])
-    return out.view(batch, heads, count, -1).transpose(1, 2).reshape(batch, count, width)
+        block = scores[: len(q[part])]
+        torch.baddbmm(bias[part], q[part], k[part].transpose(1, 2), beta=beta, alpha=scale, out=block)
+        torch.softmax(block, -1, out=block)
+        torch.bmm(block, v[part], out=out[part])
+    return out.view(batch, heads, count, -1).transpose(1, 2)

@@ -1,72 +1,57 @@
-"""What several methods find survivors with: the best, the evenly spread, and who is most similar to whom.
+"""Helpers shared by methods: the highest scores, evenly spaced positions, the most similar kept token.
 
-Shapes: B images, N tokens, K of them, M survivors, D channels.
+Shapes: B images, N tokens before, M tokens after, K some of them, D channels.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llava_pitome.merge.plan import gather_tokens
+from llava_pitome.merge.reduce import MergeResult
 
-def best(score: Tensor, count: int) -> Tensor:
-    """The positions (B, `count`) of the highest scores (B, N), ascending; of equals the lower index."""
+
+def highest(score: Tensor, count: int) -> Tensor:
+    """Returns the positions (B, count) of the highest scores (B, N), ascending; ties go to the lower."""
     return score.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
 
 
-def others(chosen: Tensor, count: int) -> Tensor:
-    """The positions (B, `count` - K) of `count` that are not among the chosen (B, K), ascending."""
-    taken = torch.zeros(len(chosen), count, dtype=torch.uint8, device=chosen.device).scatter(1, chosen, 1)
-    return taken.argsort(dim=1, stable=True)[:, : count - chosen.shape[1]]
+def complement(index: Tensor, count: int) -> Tensor:
+    """Returns the positions (B, count - K) of `count` that are not in `index` (B, K), ascending."""
+    is_in = torch.zeros(len(index), count, dtype=torch.uint8, device=index.device).scatter(1, index, 1)
+    return is_in.argsort(dim=1, stable=True)[:, : count - index.shape[1]]
 
 
-def part_of(place: Tensor, length: int, parts: int | Tensor) -> Tensor:
-    """The part in which each place lies when `length` places are cut into `parts` as even as can be."""
-    return ((place + 1) * parts - 1) // length
+def segment_of(position: Tensor, length: int, segments: int | Tensor) -> Tensor:
+    """Returns the segment of each position when `length` positions are cut as evenly as possible."""
+    return ((position + 1) * segments - 1) // length
 
 
-def middle(part: Tensor, length: int, parts: int | Tensor) -> Tensor:
-    """The place in the middle of each part, the lower of two."""
-    return (part * length // parts + (part + 1) * length // parts - 1) // 2
+def segment_middle(segment: Tensor, length: int, segments: int | Tensor) -> Tensor:
+    """Returns the middle position of each segment, the lower of two."""
+    return (segment * length // segments + (segment + 1) * length // segments - 1) // 2
 
 
-def spread(length: int, count: int, device: torch.device) -> Tensor:
-    """`count` of `length` places (count,), ascending: the middles of as many even parts."""
-    return middle(torch.arange(count, device=device), length, count)
+def evenly_spaced(length: int, count: int, device: torch.device) -> Tensor:
+    """Returns `count` of `length` positions (count,), ascending: the middles of as many even segments."""
+    return segment_middle(torch.arange(count, device=device), length, count)
 
 
-def tokens_at(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens of x (B, N, D) at `index` (B, K): (B, K, D)."""
-    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))
+def most_similar(metric: Tensor, kept: Tensor) -> Tensor:
+    """Returns the parents (B, N) of tokens (B, N, D) that merge into the most similar of `kept` (B, M).
 
-
-def closest(metric: Tensor, among: Tensor) -> Tensor:
-    """For each token of (B, N, D) the most similar of those `among` (B, M), ascending: (B, N).
-
-    Those who are among them are their own. Ties go to the lower index.
+    `kept` is ascending, so that ties go to the lower index; a kept token is its own parent.
     """
     unit = F.normalize(metric, dim=-1)
-    scores = unit @ tokens_at(unit, among).transpose(1, 2)  # (B, N, M)
-    return among.gather(1, scores.argmax(-1)).scatter(1, among, among)
+    scores = unit @ gather_tokens(unit, kept).transpose(1, 2)  # (B, N, M)
+    return kept.gather(1, scores.argmax(-1)).scatter(1, kept, kept)
 
 
-def share(name: str, value: float) -> float:
-    """The value of a parameter that is a share.
+def prune(kept: Tensor, count: int) -> MergeResult:
+    """Returns the decision that keeps the tokens `kept` (B, M), ascending, of `count` and drops the others.
 
-    Raises:
-        ValueError: it is no number from 0 to 1.
+    For provenance, the parent of a dropped token is the kept token before it, or the first.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be a number from 0 to 1")
-    return value
-
-
-def whole(name: str, value: int, least: int) -> int:
-    """The value of a parameter that counts something.
-
-    Raises:
-        ValueError: it is no whole number from `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number from {least}")
-    return value
+    positions = torch.arange(count, device=kept.device).repeat(len(kept), 1)
+    is_kept = torch.zeros_like(positions).scatter_(1, kept, kept)
+    return MergeResult(torch.maximum(is_kept.cummax(1).values, kept[:, :1]), prunes=True)

@@ -1,36 +1,37 @@
-"""DiffRate: prune the least attended, merge the next (Chen et al., ICCV 2023, arXiv:2305.17997).
+"""DiffRate: prune the least attended tokens, merge the next (Chen et al., ICCV 2023, arXiv:2305.17997)."""
 
-Tokens are sorted by the class token's attention. The last of them are dropped; those in front of these are
-merged, each into the most similar of the tokens that remain. The paper learns how many of each, per layer;
-here the layer's count is given and `prune` divides it.
-"""
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llava_pitome.methods._common import closest, share
+from llava_pitome.merge.reduce import MergeResult
+from llava_pitome.methods._common import most_similar
+from llava_pitome.methods.registry import Method, parameter, register_method
 
 
-def weighted(
-    metric: Tensor, remove: int, *, depth: float = 0.0, class_attention: Tensor, prune: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """The token each token folds into (B, N), and how much of each token counts there (B, N).
+@register_method("diffrate")
+@dataclass(frozen=True)
+class DiffRate(Method):
+    """Tokens are ranked by the class token's attention: the last are dropped, those before them merge.
 
-    Ties go to the lower index. A dropped token has a parent too, for provenance: the most similar survivor.
-
-    Args:
-        metric: (B, N, D) what similarity is measured on.
-        remove: tokens that go, at most N - 1.
-        depth: not used by this method.
-        class_attention: (B, N) the class token's attention.
-        prune: share of those who go that is dropped; half, for want of learned rates.
-
-    Raises:
-        ValueError: `prune` that is no number from 0 to 1.
+    A merged token joins the most similar kept token. The paper learns both counts for each layer; here the
+    layer's count is given and `prune` divides it. Ties go to the lower index. The parent of a dropped token,
+    for provenance, is the most similar kept token.
     """
-    dropped = round(remove * share("prune", prune))
-    count = metric.shape[1]
-    down = class_attention.argsort(dim=1, descending=True, stable=True)
-    parent = closest(metric, down[:, : count - remove].sort(1).values)
-    weight = torch.ones(parent.shape, device=metric.device).scatter(1, down[:, count - dropped :], 0.0)
-    return parent, weight
+
+    needs = ("class_attention",)
+    places = ("tower", "prefix")
+
+    prune: float = parameter(0.5, "share of the removed tokens that is dropped", least=0, most=1)
+
+    def merge(
+        self, metric: Tensor, remove: int, depth: float = 0.0, *, class_attention: Tensor
+    ) -> MergeResult:
+        """Returns the decision by the class token's attention (B, N)."""
+        dropped = round(remove * self.prune)
+        count = metric.shape[1]
+        ranking = class_attention.argsort(dim=1, descending=True, stable=True)
+        parent = most_similar(metric, ranking[:, : count - remove].sort(1).values)
+        weight = torch.ones(parent.shape, device=metric.device).scatter(1, ranking[:, count - dropped :], 0.0)
+        return MergeResult(parent, weight=weight)

@@ -1,27 +1,40 @@
-"""FastV: image tokens that get little attention in the LLM go (Chen et al., ECCV 2024, arXiv:2403.06764).
+"""FastV: drop image tokens of little attention in the LLM (Chen et al., ECCV 2024, arXiv:2403.06764).
 
-The paper ranks the image's tokens, behind the LLM's second layer, by "the average attention-score one token
-received from all other tokens" (section 4.1) and drops the lowest; `kept` does that. The authors' code looks
-at the attention of the prompt's last token instead (their issues 14, 44 and 48); `kept_by_last` does that.
+The paper ranks image tokens, after the LLM's second layer, by "the average attention-score one token received
+from all other tokens" (section 4.1): `fastv`. The authors' code ranks them by the attention of the prompt's
+last token (its issues 14, 44 and 48): `fastv-last`. Ties go to the lower index.
 """
 
 from torch import Tensor
 
-from llava_pitome.methods._common import best
+from llava_pitome.merge.reduce import MergeResult
+from llava_pitome.methods._common import highest, prune
+from llava_pitome.methods.registry import Method, register_method
 
 
-def kept(metric: Tensor, remove: int, *, depth: float = 0.0, received_attention: Tensor) -> Tensor:
-    """Who stays (B, N - remove), ascending: those that get most attention. Ties go to the lower index.
+@register_method("fastv")
+class FastV(Method):
+    """Keeps the tokens that receive most attention from all tokens. Only the metric's shape counts."""
 
-    Args:
-        metric: (B, N, D); only its shape counts.
-        remove: tokens that go, at most N - 1.
-        depth: not used by this method.
-        received_attention: (B, N) the attention that each gets, the mean over all queries.
-    """
-    return best(received_attention, metric.shape[1] - remove)
+    needs = ("received_attention",)
+    places = ("decoder",)
+
+    def merge(
+        self, metric: Tensor, remove: int, depth: float = 0.0, *, received_attention: Tensor
+    ) -> MergeResult:
+        """Returns the decision by the attention (B, N) that tokens receive."""
+        return prune(highest(received_attention, metric.shape[1] - remove), metric.shape[1])
 
 
-def kept_by_last(metric: Tensor, remove: int, *, depth: float = 0.0, last_attention: Tensor) -> Tensor:
-    """`kept`, by the attention (B, N) of the prompt's last token."""
-    return best(last_attention, metric.shape[1] - remove)
+@register_method("fastv-last")
+class FastVLast(Method):
+    """Keeps the tokens that the prompt's last token attends to most. Only the metric's shape counts."""
+
+    needs = ("last_attention",)
+    places = ("decoder",)
+
+    def merge(
+        self, metric: Tensor, remove: int, depth: float = 0.0, *, last_attention: Tensor
+    ) -> MergeResult:
+        """Returns the decision by the last token's attention (B, N)."""
+        return prune(highest(last_attention, metric.shape[1] - remove), metric.shape[1])

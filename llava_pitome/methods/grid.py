@@ -1,38 +1,41 @@
-"""The control for choosing by content: patches are pooled in the cells of a uniform grid, average pooling.
-
-There are exactly as many cells as tokens are to stay. Where these make no rectangle, bands of rows differ by
-one in how many cells they hold.
-"""
+"""Grid pooling, a control for choosing tokens by content: average pooling in the cells of a uniform grid."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from llava_pitome.methods._common import middle, part_of
+from llava_pitome.merge.reduce import MergeResult
+from llava_pitome.methods._common import segment_middle, segment_of
+from llava_pitome.methods.registry import Method, register_method
 
 
-def parents(metric: Tensor, remove: int, *, depth: float = 0.0, grid: tuple[int, int]) -> Tensor:
-    """The token each token folds into: (B, N), the one in the middle of its cell.
+@register_method("grid")
+class Grid(Method):
+    """Patches merge within cells, exactly as many as tokens are kept, into the middle patch of each.
 
-    Args:
-        metric: (B, N, D); only its shape counts.
-        remove: tokens that go, at most N - 1.
-        depth: not used by this method.
-        grid: rows and columns of patches, N in all.
-
-    Raises:
-        ValueError: a grid of another number of patches.
+    Where the count has no rectangular grid, bands of rows differ by one in their number of cells. Only the
+    metric's shape counts.
     """
-    count, (rows, columns) = metric.shape[1], grid
-    if rows * columns != count:
-        raise ValueError(f"grid={grid!r} is not allowed: rows times columns must be the {count} tokens")
-    cells = count - remove
-    square = round(math.sqrt(cells * rows / columns))  # bands that make cells nearly square
-    bands = min(max(square, math.ceil(cells / columns)), rows, cells)
-    place = torch.arange(count, device=metric.device)
-    band = part_of(place // columns, rows, bands)  # (N,)
-    held = (band + 1) * cells // bands - band * cells // bands  # (N,) cells in the band
-    cell = part_of(place % columns, columns, held)
-    parent = middle(band, rows, bands) * columns + middle(cell, columns, held)
-    return parent.repeat(len(metric), 1)
+
+    needs = ("grid",)
+    places = ("prefix", "decoder")
+
+    def merge(self, metric: Tensor, remove: int, depth: float = 0.0, *, grid: tuple[int, int]) -> MergeResult:
+        """Returns the cells.
+
+        Raises:
+            ValueError: rows times columns of the grid are not N.
+        """
+        count, (rows, columns) = metric.shape[1], grid
+        if rows * columns != count:
+            raise ValueError(f"grid={grid!r} is not allowed: rows times columns must be the {count} tokens")
+        cells = count - remove
+        square = round(math.sqrt(cells * rows / columns))  # number of bands that makes cells nearly square
+        bands = min(max(square, math.ceil(cells / columns)), rows, cells)
+        position = torch.arange(count, device=metric.device)
+        band = segment_of(position // columns, rows, bands)  # (N,)
+        width = (band + 1) * cells // bands - band * cells // bands  # (N,) cells in the band
+        cell = segment_of(position % columns, columns, width)
+        parent = segment_middle(band, rows, bands) * columns + segment_middle(cell, columns, width)
+        return MergeResult(parent.repeat(len(metric), 1))

@@ -1,40 +1,189 @@
-"""From a method's name to who joins whom: checks, rounds where most go, and what methods leave unsaid."""
+"""The registry of merging methods, and the functions that run a method by its name.
 
-import inspect
+Shapes: B images, N tokens before, M tokens after, D channels.
+"""
+
+import dataclasses
+import math
+import types
+import typing
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llava_pitome.kernels import triton_takes
+from llava_pitome.kernels import supports_triton
 from llava_pitome.merge.plan import compose, make_plan
 from llava_pitome.merge.reduce import MergeResult, reduce_tokens
-from llava_pitome.methods import METHOD_INPUTS, METHODS, Method
+
+PLACES = ("tower", "prefix", "decoder")
+METHOD_INPUTS = {  # what a place can provide to a method besides the metric
+    "sizes": "(B, N) patches that each token stands for",
+    "class_attention": "(B, N) attention of the class token, the mean over heads",
+    "received_attention": "(B, N) attention that each token receives, the mean over heads and all queries",
+    "last_attention": "(B, N) attention of the prompt's last token, the mean over heads",
+    "text_attention": "(B, Q, N) attention of each text token, the mean over heads",
+    "text": "(B, Q, D) the text tokens, in the space of the metric",
+    "text_mask": "(B, Q) False where a text token is padding",
+    "grid": "(rows, columns) of patches before any of them has merged",
+}
 
 
-def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -> Tensor:
-    """The token each token folds into: (B, N) int64, itself for the N - remove that survive.
+class _Rule(NamedTuple):
+    """The values that a parameter may have: its type (or the choices of a Literal), None, and bounds."""
 
-    Methods that pair tokens up remove at most half of them at once; more is removed in rounds, each matched
-    on the averages that the round before has left.
+    name: str
+    kind: type
+    choices: tuple
+    optional: bool
+    least: float
+    most: float
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError unless the value is allowed."""
+        if (value is None and self.optional) or (self.choices and value in self.choices):
+            return
+        if self.choices:
+            raise ValueError(f"{self.name}={value!r} is unknown; allowed are {', '.join(self.choices)}")
+        number = isinstance(value, int if self.kind is int else int | float) and not isinstance(value, bool)
+        if number and abs(value) < math.inf and self.least <= value <= self.most:
+            return
+        limits = (("from", self.least), ("to", self.most))
+        bounds = "".join(f" {word} {limit}" for word, limit in limits if abs(limit) < math.inf)
+        kind = "whole" if self.kind is int else "" if bounds else "finite"
+        allowed = f"{kind} number{bounds}".lstrip()
+        raise ValueError(f"{self.name}={value!r} is not allowed: it must be a {allowed}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merging method: a dataclass whose fields, made by `parameter`, are the method's own parameters.
+
+    Attributes:
+        needs: names in METHOD_INPUTS; `merge` receives them as keywords.
+        places: names in PLACES where the method is defined, the paper's own first.
+        pairs_tokens: pairs tokens up, so that one call can remove at most half of them. `choose` calls such a
+            method repeatedly; it cannot have `needs`.
+        prefix_metric: what similarity is measured on after the projector, where the config has None: the
+            projected features or the tower's keys.
+        has_order: returns an order of kept tokens of its own.
+        needs_grid: "grid" is among `needs`; set by `register_method`.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    places: ClassVar[tuple[str, ...]] = PLACES
+    pairs_tokens: ClassVar[bool] = False
+    prefix_metric: ClassVar[Literal["features", "keys"]] = "features"
+    has_order: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
+    _rules: ClassVar[tuple[_Rule, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a parameter's value that is not allowed."""
+        for rule in self._rules:
+            rule.check(getattr(self, rule.name))
+
+    def merge(self, metric: Tensor, remove: int, depth: float = 0.0, **inputs: Any) -> MergeResult:
+        """Decides which tokens merge.
+
+        Args:
+            metric: (B, N, D) what similarity is measured on.
+            remove: N - M, the number of tokens to remove, from 1.
+            depth: l_i / l in [0, 1], the position of the layer in its encoder.
+            **inputs: those named by `needs`.
+        """
+        raise NotImplementedError
+
+    def merge_triton(self, metric: Tensor, remove: int, depth: float = 0.0, **inputs: Any) -> MergeResult:
+        """`merge` by a Triton kernel, for methods that have one."""
+        return self.merge(metric, remove, depth, **inputs)
+
+    def energies(self, metric: Tensor, depth: float = 0.0) -> Tensor | None:
+        """Returns the energies (B, N) by which the method ranks tokens; None for methods without."""
+        return None
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def parameter(default: Any, help: str, *, least: float = -math.inf, most: float = math.inf) -> Any:
+    """Declares a parameter of a Method.
+
+    Its annotation is its type: `int`, `float`, `Literal[...]`, or one of these `| None`.
+
+    Args:
+        default: value.
+        help: one line on what it does.
+        least: smallest number allowed.
+        most: largest number allowed.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Returns a decorator that adds a subclass of Method to METHODS.
+
+    Raises:
+        ValueError: the name is another class's, or the class names unknown inputs or places.
+    """
+
+    def register(cls: type[Method]) -> type[Method]:
+        known = METHODS.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"method {name!r} is registered already, as {known.__module__}.{known.__qualname__}"
+            )
+        if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
+            raise ValueError(f"method {name!r} has parameters: make {cls.__name__} a dataclass(frozen=True)")
+        for kind, names, allowed in (("needs", cls.needs, METHOD_INPUTS), ("places", cls.places, PLACES)):
+            if unknown := [x for x in names if x not in allowed]:
+                raise ValueError(f"method {name!r} {kind} {unknown[0]!r}; allowed are {', '.join(allowed)}")
+        if cls.pairs_tokens and cls.needs:
+            raise ValueError(f"method {name!r} runs in rounds, so it cannot need {', '.join(cls.needs)}")
+        hints = typing.get_type_hints(cls)
+        cls._rules = tuple(_rule(field, hints[field.name]) for field in dataclasses.fields(cls))
+        cls.needs_grid = "grid" in cls.needs
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def _rule(field: dataclasses.Field, hint: Any) -> _Rule:
+    """Returns the rule of a parameter from its annotation and its bounds."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if is_union else (hint,)
+    kind = next(option for option in options if option is not types.NoneType)
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    bounds = field.metadata["least"], field.metadata["most"]
+    return _Rule(field.name, kind, choices, types.NoneType in options, *bounds)
+
+
+def parents(
+    metric: Tensor, remove: int, method: str = "pitome", *, depth: float = 0.0, **parameters: Any
+) -> Tensor:
+    """Returns the token each token merges into: (B, N) int64, itself for the N - remove that are kept.
 
     Args:
         metric: (B, N, D) what similarity is measured on, without the class token.
-        remove: tokens that go, 0 to N - 1.
+        remove: tokens to remove, 0 to N - 1. Methods that pair tokens up remove at most half of them at once;
+            more are removed in rounds, each matched on the averages of the round before.
         method: a name in METHODS.
-        **parameters: the method's own, see its file, and what it needs of GIVEN.
+        depth: l_i / l in [0, 1], the position of the layer in its encoder.
+        **parameters: the method's own parameters, and the inputs it needs (METHOD_INPUTS).
 
     Raises:
-        ValueError: an unknown method or parameter, a metric that is not (B, N, D), or `remove` out of range.
+        ValueError: an unknown method or parameter, a missing input, a metric of another shape than (B, N, D),
+            or `remove` out of range.
     """
-    given = {k: v for k, v in parameters.items() if k in METHOD_INPUTS}
-    own = {k: v for k, v in parameters.items() if k not in METHOD_INPUTS}
-    check(method, own)
+    inputs = {name: value for name, value in parameters.items() if name in METHOD_INPUTS}
+    check(method, {name: value for name, value in parameters.items() if name not in METHOD_INPUTS})
     needs = METHODS[method].needs
-    if idle := [name for name in given if name not in needs]:
+    if unused := [name for name in inputs if name not in needs]:
         raise ValueError(
-            f"method {method!r} has no use for {', '.join(idle)}; it needs {', '.join(needs) or 'nothing'}"
+            f"method {method!r} takes no {', '.join(unused)}; it needs {', '.join(needs) or 'no inputs'}"
         )
     if metric.ndim != 3:
         raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (images, tokens, channels)")
@@ -43,103 +192,84 @@ def parents(metric: Tensor, remove: int, method: str = "pitome", **parameters) -
     count = metric.shape[1]
     if not isinstance(remove, int) or not 0 <= remove < max(count, 1):
         raise ValueError(f"remove={remove} does not fit {count} tokens; allowed is 0 to {max(count - 1, 0)}")
-    if missing := [name for name in needs if name not in given]:
-        raise ValueError(f"method {method!r} needs {', '.join(missing)}, which was not given")
-    return choose(metric, remove, method, **given, **own).parent
+    if missing := [name for name in needs if name not in inputs]:
+        raise ValueError(f"method {method!r} needs {', '.join(missing)}")
+    return choose(metric, remove, method, depth=depth, **parameters).parent
 
 
 def choose(
-    metric: Tensor, remove: int, method: str, *, ordered: bool = False, triton: bool = False, **parameters
+    metric: Tensor,
+    remove: int,
+    method: str,
+    *,
+    ordered: bool = False,
+    triton: bool = False,
+    depth: float = 0.0,
+    **parameters: Any,
 ) -> MergeResult:
-    """What a method chooses, without the checks of `parents`, for callers whose config was checked.
+    """Returns a method's decision, without the checks of `parents`, for callers whose config was checked.
 
     Args:
         metric: (B, N, D) what similarity is measured on.
-        remove: tokens that go, 0 to N - 1.
+        remove: tokens to remove, 0 to N - 1.
         method: a name in METHODS.
-        ordered: ask for the layout of the method's authors, where they have one.
-        triton: prefer a GPU kernel.
-        **parameters: the method's own, depth, and what it needs of GIVEN.
+        ordered: return the method's own order of kept tokens, where it has one; else raster order.
+        triton: use the method's Triton kernel where it has one that supports the metric.
+        depth: l_i / l in [0, 1], the position of the layer in its encoder.
+        **parameters: the method's own parameters, and the inputs it needs.
     """
-    count, found = metric.shape[1], METHODS[method]
     if remove == 0:
-        return MergeResult(_themselves(metric))
-    if ordered and found.ordered:
-        parent, rank = found.ordered(metric, min(remove, count // 2), **parameters)
-        if remove > count // 2:
-            parent = _rounds(metric, remove, found, found.parents, parameters).parent
-        return MergeResult(parent, rank=rank)
-    find = found.triton if triton and found.triton and triton_takes(metric) else found.find
-    if found.halves and remove > count // 2:
-        return _rounds(metric, remove, found, find, parameters)
-    return _chosen(found, find, metric, remove, parameters)
+        return MergeResult(_identity(metric))
+    inputs = {name: parameters.pop(name) for name in METHODS[method].needs}
+    instance = METHODS[method](**parameters)
+    ordered = ordered and instance.has_order
+    merge = instance.merge_triton if triton and not ordered and supports_triton(metric) else instance.merge
+    half = metric.shape[1] // 2
+    if not instance.pairs_tokens or remove <= half:
+        result = merge(metric, remove, depth, **inputs)
+        return result if ordered else result._replace(order=None)
+    result = _merge_in_rounds(metric, remove, depth, merge)
+    return result._replace(order=merge(metric, half, depth).order) if ordered else result
 
 
-def _chosen(
-    found: Method, find: Callable[..., Any], metric: Tensor, remove: int, parameters: dict
+def _merge_in_rounds(
+    metric: Tensor, remove: int, depth: float, merge: Callable[..., MergeResult]
 ) -> MergeResult:
-    """What one call of a method's function chooses."""
-    said = find(metric, remove, **parameters)
-    if find is found.kept:
-        return MergeResult(_parents_of(said, metric.shape[1]), prunes=True)
-    if find is found.mixed:
-        return MergeResult(said[0], mixing=said[1])
-    if find is found.weighted:
-        return MergeResult(said[0], weight=said[1], keeps_norm=found.keeps_norm)
-    return MergeResult(said, keeps_norm=found.keeps_norm)
-
-
-def _rounds(
-    metric: Tensor, remove: int, found: Method, find: Callable[..., Any], parameters: dict
-) -> MergeResult:
-    """One choice for several, each of which pairs up what the one before has left."""
-    count = metric.shape[1]
-    parent, weight = _themselves(metric), None
+    """Returns one decision for several, each of which pairs up the averages of the one before."""
+    parent, weight = _identity(metric), None
     size = torch.ones(metric.shape[:2], device=metric.device)
-    laid = make_plan(parent, count)
+    plan = make_plan(parent, metric.shape[1])
     while remove:
         step = min(remove, metric.shape[1] // 2)
-        later = _chosen(found, find, metric, step, parameters)
-        if later.weight is not None:
-            lifted = later.weight.gather(1, laid.slot)
-            weight = lifted if weight is None else weight * lifted
-        parent = compose(later.parent, laid)
-        metric, size = reduce_tokens(metric, size, make_plan(later.parent, metric.shape[1] - step), later)
-        laid = make_plan(parent, metric.shape[1])
+        result = merge(metric, step, depth)
+        if result.weight is not None:
+            weights = result.weight.gather(1, plan.slot)
+            weight = weights if weight is None else weight * weights
+        parent = compose(result.parent, plan)
+        next_plan = make_plan(result.parent, metric.shape[1] - step)
+        metric, size = reduce_tokens(metric, size, next_plan, result)
+        plan = make_plan(parent, metric.shape[1])
         remove -= step
-    return MergeResult(parent, weight=weight, keeps_norm=found.keeps_norm)
+    return MergeResult(parent, weight=weight, keeps_norm=result.keeps_norm)
 
 
-def _themselves(metric: Tensor) -> Tensor:
-    """Everybody stays: (B, N)."""
+def _identity(metric: Tensor) -> Tensor:
+    """Returns the parents (B, N) of tokens that are all kept."""
     return torch.arange(metric.shape[1], device=metric.device).repeat(metric.shape[0], 1)
 
 
-def _parents_of(kept: Tensor, count: int) -> Tensor:
-    """Parents (B, N) where those who go leave nothing behind: the survivor in front of them, or the first."""
-    here = torch.arange(count, device=kept.device).repeat(len(kept), 1)
-    stays = torch.zeros_like(here).scatter_(1, kept, kept)
-    return torch.maximum(stays.cummax(1).values, kept[:, :1])
-
-
 def parameters_of(method: str) -> tuple[str, ...]:
-    """The names of a method's own parameters."""
-    found = METHODS[method]
-    asked = inspect.signature(found.find).parameters.items()
-    return tuple(n for n, p in asked if p.kind is p.KEYWORD_ONLY and n not in ("depth", *found.needs))
+    """Returns the names of a method's own parameters."""
+    return tuple(field.name for field in dataclasses.fields(METHODS[method]))
 
 
-def check(method: str, parameters: dict) -> None:
-    """Raises ValueError for a name that METHODS lacks, or parameters that the method does not take."""
+def check(method: str, parameters: dict[str, Any]) -> None:
+    """Raises ValueError for an unknown method, an unknown parameter, or a value that is not allowed."""
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
     own = parameters_of(method)
-    for name in parameters:
-        if name not in (*own, "depth"):
-            raise ValueError(
-                f"method {method!r} has no parameter {name!r}; it takes {', '.join(own) or 'none'}"
-            )
-    given = {name: METHOD_INPUTS[name] for name in METHODS[method].needs}
-    METHODS[method].find(
-        torch.eye(4).unsqueeze(0), 1, **given, **parameters
-    )  # raises on values it cannot take
+    if unknown := [name for name in parameters if name not in own]:
+        raise ValueError(
+            f"method {method!r} has no parameter {unknown[0]!r}; it takes {', '.join(own) or 'none'}"
+        )
+    METHODS[method](**parameters)

@@ -1,36 +1,34 @@
-"""ToFu: prune in the first layers, merge in the later ones (Kim et al., WACV 2024, arXiv:2312.01026).
+"""ToFu: prune in the first layers, merge in the later ones (Kim et al., WACV 2024, arXiv:2312.01026)."""
 
-Tokens are matched as in ToMe. Where the layers behind are far from linear, which early ones are, a token that
-goes is dropped and its partner stays as it is; later they are averaged, and the average is stretched to the
-norm of the longer (MLERP). The paper finds by measurement where one turns into the other, per model and task;
-here it is half of the encoder, unless `prune_until` says otherwise. The norms are the caller's part: see
-`Method.keeps_norm`.
-"""
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llava_pitome.merge.reduce import MergeResult
 from llava_pitome.methods import tome
-from llava_pitome.methods._common import share
+from llava_pitome.methods.registry import Method, parameter, register_method
 
 
-def weighted(
-    metric: Tensor, remove: int, *, depth: float = 0.0, prune_until: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """The token each token folds into (B, N), and how much of each token counts there (B, N).
+@register_method("tofu")
+@dataclass(frozen=True)
+class ToFu(Method):
+    """Tokens are paired as in ToMe. A removed token is dropped in early layers and averaged in later ones.
 
-    Args:
-        metric: (B, N, D) what similarity is measured on; the attention keys, in the paper.
-        remove: tokens that go, at most N // 2.
-        depth: how far up the encoder this is, 0 to 1.
-        prune_until: depth from which those who go are merged; before it they are dropped.
-
-    Raises:
-        ValueError: `prune_until` that is no number from 0 to 1.
+    Averages are scaled to the norm of the longer token (MLERP). Pruning is for layers that are far from
+    linear: the paper measures which, per model and task; here they are those before the depth `prune_until`.
     """
-    share("prune_until", prune_until)
-    parent = tome.parents(metric, remove)
-    weight = torch.ones(parent.shape, device=metric.device)
-    if depth < prune_until:
-        weight = (parent == torch.arange(parent.shape[1], device=metric.device)).to(weight)
-    return parent, weight
+
+    pairs_tokens = True
+
+    prune_until: float = parameter(
+        0.5, "depth from which removed tokens are averaged; before it they are dropped", least=0, most=1
+    )
+
+    def merge(self, metric: Tensor, remove: int, depth: float = 0.0) -> MergeResult:
+        """Returns the pairs, with the weight 0 for dropped tokens."""
+        parent = tome.match(metric, remove)
+        weight = torch.ones(parent.shape, device=metric.device)
+        if depth < self.prune_until:
+            weight = (parent == torch.arange(parent.shape[1], device=metric.device)).to(weight)
+        return MergeResult(parent, weight=weight, keeps_norm=True)

@@ -1,35 +1,43 @@
-"""VisionZip: keep what is attended, pool the rest around a few (Yang et al., CVPR 2025, arXiv:2412.04467).
+"""VisionZip: keep attended tokens, merge the rest into a few (Yang et al., CVPR 2025, arXiv:2412.04467)."""
 
-Tokens that the class token attends to most stay as they are (dominant). Of the others, targets are sampled
-uniformly, and all that are left merge into the most similar target by their keys (contextual). At least one
-target is kept here, so that nobody is dropped; groups are plain averages, and survivors keep raster order.
-"""
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava_pitome.methods._common import best, closest, others, share, spread, tokens_at
+from llava_pitome.merge.plan import gather_tokens
+from llava_pitome.merge.reduce import MergeResult
+from llava_pitome.methods._common import complement, evenly_spaced, highest, most_similar
+from llava_pitome.methods.registry import Method, parameter, register_method
 
 
-def parents(
-    metric: Tensor, remove: int, *, depth: float = 0.0, class_attention: Tensor, contextual: float = 10 / 64
-) -> Tensor:
-    """The token each token folds into: (B, N), itself for the N - remove that survive.
+@register_method("visionzip")
+@dataclass(frozen=True)
+class VisionZip(Method):
+    """Dominant tokens, which the class token attends to most, are kept unchanged; the others merge.
 
-    Args:
-        metric: (B, N, D) what similarity is measured on; the attention keys, in the paper.
-        remove: tokens that go, at most N - 1.
-        depth: not used by this method.
-        class_attention: (B, N) the class token's attention.
-        contextual: share of the survivors that others merge into; of 64 the paper has 54 + 10.
-
-    Raises:
-        ValueError: `contextual` that is no number from 0 to 1.
+    Of the others, contextual tokens are sampled uniformly, and the rest merge into the most similar of them
+    by keys. At least one contextual token is kept, so that no token is dropped. Groups are plain averages and
+    kept tokens stay in raster order.
     """
-    count = metric.shape[1]
-    length = count - remove
-    targets = max(round(length * share("contextual", contextual)), 1)
-    dominant = best(class_attention, length - targets)
-    rest = others(dominant, count)  # (B, N - dominant)
-    even = spread(rest.shape[1], targets, metric.device).expand(len(rest), -1)  # (B, targets) within the rest
-    joined = rest.gather(1, closest(tokens_at(metric, rest), even))
-    return rest.new_empty(len(rest), count).scatter(1, dominant, dominant).scatter(1, rest, joined)
+
+    needs = ("class_attention",)
+    places = ("prefix",)
+    prefix_metric = "keys"
+
+    contextual: float = parameter(
+        10 / 64, "share of the kept tokens that others merge into; 10 of 64 in the paper", least=0, most=1
+    )
+
+    def merge(
+        self, metric: Tensor, remove: int, depth: float = 0.0, *, class_attention: Tensor
+    ) -> MergeResult:
+        """Returns the decision by the class token's attention (B, N)."""
+        count = metric.shape[1]
+        length = count - remove
+        num_contextual = max(round(length * self.contextual), 1)
+        dominant = highest(class_attention, length - num_contextual)
+        rest = complement(dominant, count)  # (B, N - dominant)
+        contextual = evenly_spaced(rest.shape[1], num_contextual, metric.device)  # positions within the rest
+        closest = most_similar(gather_tokens(metric, rest), contextual.expand(len(rest), -1))
+        parent = rest.new_empty(len(rest), count).scatter(1, dominant, dominant)
+        return MergeResult(parent.scatter(1, rest, rest.gather(1, closest)))

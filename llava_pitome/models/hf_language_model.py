@@ -1,47 +1,125 @@
-"""Where the parts of a LLaVA's language model are, and what it must be like for tokens to merge inside it."""
+"""Language models of transformers that are built like Llama: their parts, and what merging in them requires.
 
-from functools import partial
+Shapes: B prompts, T tokens of this forward pass, P tokens in the KV cache, H heads, C channels a head.
+"""
+
 from typing import Any
 
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.models.language_model_parts import LanguageModelParts
-from llava_pitome.models.parts import BlockParts, ModelParts
+from llava_pitome.models.parts import BlockParts, LanguageModelParts, ModelParts
 
-KINDS = (
-    "LlamaModel",
-    "MistralModel",
-    "Qwen2Model",
-)  # whose layers are known to be what the hooks take them for
-KERNELS = ("sdpa", "eager")  # attention kernels that take a mask of their own for every layer
+CLASSES = ("LlamaModel", "MistralModel", "Qwen2Model")  # whose layers the hooks were tested with
+MASKED = ("sdpa", "eager")  # attention implementations that take an additive mask
 SUPPORTED = "language models built like Llama (Llama, Vicuna, Mistral without a sliding window, Qwen2)"
 
 
 def find(parts: ModelParts, config: MergeConfig) -> LanguageModelParts | None:
     """The language model of a LLaVA, where a config changes something inside it; None elsewhere."""
-    if parts.whole is None or not config.reaches_llm:
+    if parts.llava is None or not config.reaches_llm:
         return None
-    llm = parts.whole.llm
-    tokens = partial(config.tokens_at, layers=parts.feature)
+    llm = parts.llava.llm
     return LanguageModelParts(
-        outer=parts.whole.outer,
+        multimodal=parts.llava.multimodal,
         model=llm,
         blocks=tuple(_block(layer) for layer in llm.layers),
         norm=llm.norm,
         rotary=llm.rotary_emb,
-        image_token=parts.whole.image_token,
-        front=parts.front,
-        image_tokens=partial(_image_tokens, parts.patch_size, parts.front, tokens),
-        cached_keys=_cached_keys,
-        plain=partial(_plain, llm),
-        check=partial(_check, llm),
+        image_token=parts.llava.image_token,
+        num_feature_prefix_tokens=parts.num_feature_prefix_tokens,
+        family=LlamaLike(llm, parts, config),
     )
 
 
+def _block(layer: nn.Module) -> BlockParts:
+    return BlockParts(layer, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
+
+
+class LlamaLike:
+    """What the hooks ask of a language model built like Llama."""
+
+    def __init__(self, llm: nn.Module, parts: ModelParts, config: MergeConfig):
+        """Keeps what token counts depend on."""
+        self.llm, self.config = llm, config
+        self._patch_size, self._num_feature_layers = parts.patch_size, parts.num_feature_layers
+        self._num_prefix = parts.num_feature_prefix_tokens
+
+    @property
+    def is_causal_without_mask(self) -> bool:
+        """Whether the attention implementation is causal where it is given no mask."""
+        return "eager" not in attention_implementation(self.llm)
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether the attention implementation takes additive masks; flash attention takes padding masks."""
+        return "flash" not in attention_implementation(self.llm)
+
+    def tokens_per_image(self, inputs: dict[str, Any], last_patches: int) -> int | None:
+        """Tokens of each image in a call of the multimodal module; None where it gets no image.
+
+        Args:
+            inputs: what the module is called with.
+            last_patches: patches of the images that were encoded last. Features that were encoded before the
+                call may have been cut where a prompt is prefilled in chunks, so that their own length can mislead.
+        """
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            if not last_patches:
+                return len(encoded.pooler_output[0])
+            return self._tokens(last_patches)
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return None
+        return self._tokens((pixels.shape[-2] // self._patch_size) * (pixels.shape[-1] // self._patch_size))
+
+    def _tokens(self, patches: int) -> int:
+        return self.config.tokens_at(patches, self._num_feature_layers) + self._num_prefix
+
+    def projections(self, block: BlockParts) -> tuple[nn.Module, nn.Module]:
+        """The query and key projections of a layer."""
+        return block.attention.q_proj, block.attention.k_proj
+
+    def num_heads(self) -> tuple[int, int]:
+        """Heads of the queries and of the keys."""
+        return self.llm.config.num_attention_heads, self.llm.config.num_key_value_heads
+
+    def cached_keys(self, cache: Any, layer: int, count: int) -> Tensor:
+        """The first `count` keys (B, H, count, C) of a layer in the KV cache."""
+        return cache.layers[layer].keys[:, :, :count]
+
+    def check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Raises ValueError for a cache, mask or attention implementation that cannot work in this call."""
+        check_attention(self.llm)
+        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
+        if cache is not None and (type(cache).__name__ != "DynamicCache" or kinds - {"DynamicLayer"}):
+            what = type(cache).__name__ + (f" with {', '.join(sorted(kinds))}" if kinds else "")
+            raise ValueError(
+                f"{what} cannot hold layers of different lengths; merging inside the language model needs a "
+                "DynamicCache (cache_implementation=None)"
+            )
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask is {shape}; merging inside the language model needs it as (prompts, tokens)"
+            )
+        positions = inputs.get("position_ids") if inputs.get("pixel_values") is not None else None
+        if mask is None and cache is None and positions is not None and bool((positions.diff() != 1).any()):
+            raise ValueError(
+                "position_ids without attention_mask start again within a row, as where sequences are packed; "
+                "merging inside the language model needs one prompt per row"
+            )
+
+
+def attention_implementation(module: nn.Module) -> str:
+    """The name of a model's attention implementation, without what merging adds to it."""
+    return module.config._attn_implementation.removeprefix("token_merging_")
+
+
 def check_model(model: nn.Module, llm: nn.Module) -> None:
-    """Raises ValueError unless merging knows its way inside a model's language model."""
-    if not {c.__name__ for c in type(llm).__mro__} & set(KINDS):
+    """Raises ValueError unless tokens can merge inside a model's language model."""
+    if not {c.__name__ for c in type(llm).__mro__} & set(CLASSES):
         raise ValueError(
             f"tokens cannot merge inside a {type(llm).__name__}; supported are {SUPPORTED}. Merge in the "
             "tower or at the prefix instead"
@@ -62,67 +140,11 @@ def check_model(model: nn.Module, llm: nn.Module) -> None:
         )
 
 
-def check_kernel(llm: nn.Module) -> None:
-    """Raises ValueError unless the language model's attention kernel takes masks."""
-    kernel = llm.config._attn_implementation
-    if kernel not in KERNELS:
+def check_attention(llm: nn.Module) -> None:
+    """Raises ValueError unless the attention implementation is one whose masks are known."""
+    name = attention_implementation(llm)
+    if name not in MASKED and "flash" not in name:
         raise ValueError(
-            f"merging inside the language model needs an attention kernel that takes a mask; "
-            f"attn_implementation={kernel!r} does not, allowed are {', '.join(map(repr, KERNELS))}"
+            f"merging inside the language model cannot build masks for attn_implementation={name!r}; allowed "
+            f"are {', '.join(map(repr, MASKED))} and flash attention"
         )
-
-
-def _check(llm: nn.Module, given: dict) -> None:
-    """Raises ValueError for a cache, mask or kernel that cannot work, before anything runs."""
-    check_kernel(llm)
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
-    if cache is not None and (type(cache).__name__ != "DynamicCache" or kinds - {"DynamicLayer"}):
-        what = type(cache).__name__ + (f" with {', '.join(sorted(kinds))}" if kinds else "")
-        raise ValueError(
-            f"{what} cannot hold layers of different lengths; merging inside the language model needs a "
-            "DynamicCache (cache_implementation=None)"
-        )
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask is {shape}; merging inside the language model needs it as (prompts, tokens)"
-        )
-    positions = given.get("position_ids") if given.get("pixel_values") is not None else None
-    if mask is None and cache is None and positions is not None and bool((positions.diff() != 1).any()):
-        raise ValueError(
-            "position_ids without attention_mask start again within a row, as where sequences are packed; "
-            "merging inside the language model needs one prompt a row"
-        )
-
-
-def _plain(llm: nn.Module) -> bool:
-    """Whether the kernel is causal without a mask."""
-    return llm.config._attn_implementation == "sdpa"
-
-
-def _block(layer: nn.Module) -> BlockParts:
-    a = layer.self_attn
-    heads, key_heads = a.config.num_attention_heads, a.config.num_key_value_heads
-    norm = layer.post_attention_layernorm
-    return BlockParts(layer, a, a.q_proj, a.k_proj, a.v_proj, a.o_proj, heads, key_heads, norm, layer.mlp)
-
-
-def _image_tokens(patch: int, front: int, tokens: Any, kwargs: dict, last: int) -> int | None:
-    """Tokens of each image in a call of LlavaModel; None where it gets no picture.
-
-    Pictures that are encoded already may have been cut where a prompt is prefilled in chunks, so that the
-    patches of the `last` ones that were encoded say how long they should be.
-    """
-    encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-    if encoded is not None:
-        return tokens(last) + front if last else len(encoded.pooler_output[0])
-    pixels = kwargs.get("pixel_values")
-    if pixels is None:
-        return None
-    return tokens((pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)) + front
-
-
-def _cached_keys(cache: Any, layer: int, count: int) -> Tensor:
-    """The first keys (B, H, count, C) of a layer."""
-    return cache.layers[layer].keys[:, :, :count]

@@ -1,6 +1,6 @@
-"""Where the parts of an original LLaVA are: the only file that knows the attribute names of llava-torch.
+"""The parts of an original LLaVA: the only file that knows the attribute names of llava-torch.
 
-The package itself is never imported: its classes are known by their names.
+The package itself is never imported: its classes are recognized by their names.
 """
 
 from torch import nn
@@ -12,12 +12,12 @@ TOWER = "CLIPVisionTower"
 FEATURES = ("patch", "cls_patch")  # without and with the class token
 
 
-def whole(model: nn.Module) -> LlavaParts:
-    """What an original LLaVA has around its tower.
+def llava_parts(model: nn.Module) -> LlavaParts:
+    """The parts of an original LLaVA around the blocks of its vision tower.
 
     Raises:
-        ValueError: it has no tower yet, another tower than CLIP's at one resolution, or it lays features out
-            in a grid.
+        ValueError: its vision tower is missing, not loaded, or not a CLIP at one resolution, or its features
+            are packed as a grid.
     """
     tower = model.get_vision_tower()
     if tower is None or not tower.is_loaded:
@@ -34,25 +34,25 @@ def whole(model: nn.Module) -> LlavaParts:
     return LlavaParts(
         tower=tower.vision_tower,
         feature_layer=tower.select_layer,
-        first_read=tower.select_feature == "cls_patch",
+        reads_first_token=tower.select_feature == "cls_patch",
         projector=model.get_model().mm_projector,
         llm=model.get_model(),
-        outer=model,
+        multimodal=model,
         image_token=None,
     )
 
 
 def check_layout(config: object) -> None:
-    """Raises ValueError where a config lays features out in a grid, as LLaVA-NeXT does.
+    """Raises ValueError where features are packed as a grid, as LLaVA-NeXT does.
 
     Args:
         config: has the settings as attributes, or lacks them.
     """
-    layout = getattr(config, "mm_patch_merge_type", None) or "flat"
-    shape = getattr(config, "image_aspect_ratio", None) or "square"
-    if layout != "flat" or shape.startswith("anyres"):
+    merge_type = getattr(config, "mm_patch_merge_type", None) or "flat"
+    aspect = getattr(config, "image_aspect_ratio", None) or "square"
+    if merge_type != "flat" or aspect.startswith("anyres"):
         raise ValueError(
-            f"mm_patch_merge_type={layout!r} with image_aspect_ratio={shape!r} is not supported: it cuts a "
-            "picture into tiles and lays their features out in a grid, which merged tokens do not form; "
+            f"mm_patch_merge_type={merge_type!r} with image_aspect_ratio={aspect!r} is not supported: it "
+            "cuts an image into tiles and packs their features as a grid, which merged tokens do not form; "
             "allowed are 'flat', with 'square' or 'pad'"
         )

@@ -1,1 +1,1 @@
-"""What merging costs and saves on the clock: `llava-pitome bench`."""
+"""`llava-pitome bench`: time, memory and FLOPs of merging models and the dense one."""

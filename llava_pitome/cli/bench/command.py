@@ -1,33 +1,82 @@
-"""The bench's options, and what it writes: a table, bench.json, and pictures."""
+"""The options of `llava-pitome bench` and its results: a table, bench.json, bench.md and plots."""
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_pitome.cli.bench.machine import machine, packages
-from llava_pitome.cli.bench.plots import draw
-from llava_pitome.cli.bench.profile import profiled
-from llava_pitome.cli.bench.run import Load, measure
-from llava_pitome.cli.bench.sides import Side, compiling, side
-from llava_pitome.cli.bench.summary import summarise, table
-from llava_pitome.cli.bench.targets import NAMED, Target, build
-from llava_pitome.cli.options import share
+from llava_pitome.cli.bench.environment import machine, packages
+from llava_pitome.cli.bench.profile import profile_table
+from llava_pitome.cli.bench.report import full_table, plot, summarise
+from llava_pitome.cli.bench.targets import NAMED_TARGETS, Target, build
+from llava_pitome.cli.bench.timing import Workload, measure
+from llava_pitome.cli.bench.variants import Variant, compile_limit, make_variant
+from llava_pitome.cli.options import Option, add_flags, boolean, folder, one_of, several, share, whole
 from llava_pitome.config import RECIPES, MergeConfig
-from llava_pitome.kernels.cpu_attention import pays
+from llava_pitome.kernels.cpu_attention import is_faster
 
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 DTYPES = ("bfloat16", "float32", "float16")
 KERNELS = {"on": (True,), "off": (False,), "both": (True, False), "triton": ("triton",)}
 LABELS = {True: ", own attention", False: "", "triton": ", triton"}
-DEFAULTS = {"ratio": [0.975, 0.95, 0.925, 0.9, 0.85], "batch": [1, 4], "rounds": 9, "warmup": 2}
-QUICK = {"ratio": [0.9], "batch": [1], "rounds": 3, "warmup": 1}
-ANSWERS = {"text": 60, "new_tokens": [16, 128]}  # of targets that answer
+DEFAULTS = {"ratio": [0.975, 0.95, 0.925, 0.9, 0.85], "batch": [1, 4], "patches": [None], "rounds": 9,
+            "warmup": 2, "text": 60, "new_tokens": [16, 128]}  # fmt: skip
+QUICK = {"ratio": [0.9], "batch": [1], "rounds": 3, "warmup": 1, "new_tokens": [16]}
+
+
+def _count(default: int | None, help: str, low: int = 1) -> Option:
+    return Option(default, whole(low), f"a whole number from {low}", help)
+
+
+def _counts(help: str) -> Option:
+    return Option(None, _list(whole(1)), "whole numbers from 1, separated by commas", help)
+
+
+def _list(read: Callable[[str], Any]) -> Callable[[str], list]:
+    return lambda text: list(several(read)(text))
+
+
+def _choice(default: str | None, names: Iterable[str], help: str = "") -> Option:
+    allowed = " | ".join(names)
+    return Option(default, one_of(*names), allowed, allowed + help)
+
+
+def _flag(help: str) -> Option:
+    return Option(False, boolean, "true | false", help)
+
+
+OPTIONS = {  # those without a default get theirs from DEFAULTS or QUICK
+    "target": Option(
+        "tower", str, "a target", f"{' | '.join(NAMED_TARGETS)} | embedded | a folder or hub id of a LLaVA"
+    ),
+    "ratio": Option(
+        None,
+        _list(share),
+        "numbers in (0, 1], separated by commas",
+        "ratios of tokens kept (0.975,0.95,0.925,0.9,0.85)",
+    ),
+    "batch": _counts("batch sizes (1,4)"),
+    "patches": _counts("patches of an image, for named targets (576)"),
+    "recipe": _choice("paper", RECIPES),
+    "kernels": _choice(None, KERNELS, ": this package's kernels (both, where they make a difference)"),
+    "text": _count(None, "tokens of a prompt beside the image's (60)"),
+    "new_tokens": _counts("lengths of answers in tokens (16,128)"),
+    "rounds": _count(None, "number of times each variant is timed (9)"),
+    "warmup": _count(None, "rounds before these, which are not timed (2)", 0),
+    "dtype": _choice("bfloat16", DTYPES, ", of weights and images"),
+    "device": _choice("cuda" if torch.cuda.is_available() else "cpu", ("cpu", "cuda")),
+    "compile": _choice("off", COMPILE, ": mode of torch.compile for all vision towers"),
+    "graphs": _flag("replay all vision towers as CUDA graphs; for target tower"),
+    "threads": _count(torch.get_num_threads(), "threads of torch on CPUs"),
+    "profile": _flag("also write profile.md, the towers' time by operation"),
+    "quick": _flag("ratio 0.9, batch 1, 3 rounds, 1 warm-up and answers of 16, unless given"),
+    "output": Option("output/bench", folder, "a folder, not a file", "folder for results", short="-o"),
+}
 
 
 def describe(commands: Any, name: str) -> None:
@@ -35,155 +84,99 @@ def describe(commands: Any, name: str) -> None:
     parser = commands.add_parser(
         name,
         help="time a merging model against the dense one",
-        description="Times towers and whole LLaVAs, dense and merging in turns, and tells where time goes.",
+        description="Times vision towers and LLaVAs, dense and merging, in interleaved rounds.",
     )
-    add, devices = parser.add_argument, ("cpu", "cuda")
-    add("--target", default="tower", help=f"{', '.join(NAMED)}, embedded, or a folder or hub id with a LLaVA")
-    add("--ratio", type=_shares, help="shares kept, with commas (0.975,0.95,0.925,0.9,0.85)")
-    add("--batch", type=_counts, help="batch sizes, with commas (1,4)")
-    add(
-        "--patches",
-        type=_counts,
-        default=[None],
-        help="patches of an image, with commas (576); named targets",
-    )
-    add("--recipe", choices=RECIPES, default="paper", help="how to merge (paper)")
-    add(
-        "--kernels",
-        choices=KERNELS,
-        help="this package's kernels for merging sides (both, where they differ)",
-    )
-    add("--text", type=_count, help="tokens of a prompt besides the image's (60)")
-    add("--new-tokens", type=_counts, help="lengths of answers, with commas (16,128)")
-    add("--rounds", type=_count, help="times that each side is timed (9)")
-    add("--warmup", type=partial(_count, least=0), help="runs in front that do not count (2)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and images (bfloat16)")
-    add(
-        "--device",
-        choices=devices,
-        default=devices[torch.cuda.is_available()],
-        help="(cuda where there is one)",
-    )
-    add("--compile", choices=COMPILE, default="off", help="torch.compile for the towers of all sides (off)")
-    add("--graphs", action="store_true", help="CUDA graphs for the towers of all sides; target tower")
-    add("--threads", type=_count, default=torch.get_num_threads(), help="of torch on CPUs (all)")
-    add("--profile", action="store_true", help="also write profile.md: the towers' time by operation")
-    add("--quick", action="store_true", help="ratio 0.9, batch 1, 3 rounds, answers of 16, where not given")
-    add("--output", type=Path, default=Path("output/bench"), help="folder for what is written (output/bench)")
+    add_flags(parser, OPTIONS)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures what the options ask for, writes it down and shows the table.
+    """Measures what the options ask for, writes the results and prints the table.
 
     Raises:
-        ValueError: options that do not go together, or a target that cannot be built.
+        ValueError: options that exclude each other, or a target that cannot be built.
     """
     _check(options)
-    _complete(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    before = torch.get_num_threads()
+    fill_defaults(options)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
+    profiles: list[str] = []
     graphs = len(options.ratio) * 2 * len(options.batch) * len(options.patches) + 8
     try:
         for patches in options.patches:
             target = build(options.target, getattr(torch, options.dtype), options.device, patches)
-            sides = _sides(target, options)
+            variants = _variants(target, options)
             for batch in options.batch:
-                load = Load(batch, options.text, tuple(options.new_tokens), options.rounds, options.warmup,
-                            options.graphs)  # fmt: skip
-                with compiling(graphs) if options.compile != "off" else nullcontext():
-                    rows += measure(sides, load)
-                _write(rows, options)  # what is measured is kept, whatever happens next
+                workload = Workload(batch, options.text, tuple(options.new_tokens), options.rounds,
+                                    options.warmup, options.graphs)  # fmt: skip
+                with compile_limit(graphs) if options.compile != "off" else nullcontext():
+                    rows += measure(variants, workload)
+                _write(rows, options, output)  # after every batch, so that an interrupted run keeps its rows
             if options.profile:
-                text = "\n".join(profiled(sides, batch) for batch in options.batch)
-                (options.output / "profile.md").write_text(text)
+                profiles += [profile_table(v, batch) for batch in options.batch for v in variants]
+                (output / "profile.md").write_text("\n".join(profiles))
     finally:
-        torch.set_num_threads(before)
-    done = summarise(rows)
-    sys.stdout.write(table(done))
-    for path in (options.output / "bench.json", options.output / "bench.md", *draw(done, options.output)):
+        torch.set_num_threads(threads)
+    summary = summarise(rows)
+    sys.stdout.write(full_table(summary))
+    for path in (output / "bench.json", output / "bench.md", *plot(summary, output)):
         sys.stdout.write(f"{path}\n")
     return 0
 
 
-def _sides(target: Target, options: argparse.Namespace) -> list[Side]:
-    """The dense side, and every ratio with this package's kernels, without them, or both."""
-    sides = [side(target, None, "dense", False, options.compile)]
+def _variants(target: Target, options: argparse.Namespace) -> list[Variant]:
+    """Returns the dense variant, and every ratio with this package's kernels, without them, or both."""
+    variants = [make_variant(target, None, "dense", False, options.compile)]
     for ratio in options.ratio:
         config = MergeConfig.recipe(options.recipe, ratio=ratio)
         for kernels in KERNELS[options.kernels]:
             label = f"{ratio:g}{LABELS[kernels] if _own_attention(options) or kernels == 'triton' else ''}"
-            sides.append(side(target, config, label, kernels, options.compile))
-    return sides
+            variants.append(make_variant(target, config, label, kernels, options.compile))
+    return variants
 
 
 def _own_attention(options: argparse.Namespace) -> bool:
-    """Whether this package has an attention kernel of its own for what is asked for."""
-    tokens = torch.empty(1, 577, 1024, dtype=getattr(torch, options.dtype), device="cpu")
-    return options.device == "cpu" and options.compile == "off" and pays(tokens)
+    """Whether this package's CPU attention kernel runs for CLIP-L's 577 tokens under these options."""
+    queries = torch.empty(1, 16, 577, 64, dtype=getattr(torch, options.dtype), device="cpu")
+    return options.device == "cpu" and options.compile == "off" and is_faster(queries)
 
 
-def _complete(options: argparse.Namespace) -> None:
-    """Fills in what was not given."""
-    known = (
-        DEFAULTS | (QUICK if options.quick else {}) | {"kernels": "both" if _own_attention(options) else "on"}
-    )
-    known |= ANSWERS | ({"new_tokens": [16]} if options.quick else {})
-    for name, value in known.items():
+def fill_defaults(options: argparse.Namespace) -> None:
+    """Sets the options that were not given, in place."""
+    defaults = DEFAULTS | {"kernels": "both" if _own_attention(options) else "on"}
+    for name, value in (defaults | (QUICK if options.quick else {})).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ValueError for what cannot be done, before anything is built."""
+    """Raises ValueError for options that exclude each other, before anything is built."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; allowed is cpu")
+        raise ValueError("--device cuda: torch finds no CUDA device; allowed is cpu")
     if options.graphs and (options.device != "cuda" or options.target != "tower" or options.compile != "off"):
-        raise ValueError("--graphs is for --target tower --device cuda, and not together with --compile")
+        raise ValueError("--graphs is for --target tower --device cuda, without --compile")
     if options.dtype == "float16" and options.device == "cpu":
         raise ValueError(
             "--dtype float16 is hundreds of times slower than bfloat16 on CPUs; allowed: bfloat16, float32"
         )
     if options.target == "tower" and (options.text or options.new_tokens):
-        raise ValueError("--text and --new-tokens are for targets that answer; --target tower does not")
+        raise ValueError("--text and --new-tokens are for targets that generate; --target tower does not")
     if options.kernels == "both" and not _own_attention(options):
-        raise ValueError(
-            "--kernels both: with and without kernels the same would run here; allowed is on or off"
-        )
+        raise ValueError("--kernels both: kernels make no difference here; allowed is on or off")
     if options.kernels == "triton" and (options.device != "cuda" or options.compile != "off"):
-        raise ValueError("--kernels triton is for --device cuda, and not together with --compile")
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output {options.output} is a file; it must be a folder")
+        raise ValueError("--kernels triton is for --device cuda, without --compile")
 
 
-def _write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _write(rows: list[dict[str, Any]], options: argparse.Namespace, output: Path) -> None:
     """Writes bench.json and bench.md."""
-    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "command"}
-    asked.pop("output")
-    done = summarise(rows)
-    whole = {"options": asked, "machine": machine(options.device), "packages": packages(), "rows": done}
-    (options.output / "bench.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (options.output / "bench.md").write_text(table(done))
-
-
-def _count(text: str, least: int = 1) -> int:
-    """Reads a whole number from `least`."""
-    if not text.strip().isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be a whole number from {least}")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    """Reads whole numbers from 1, separated by commas."""
-    return [_count(word) for word in text.split(",")]
-
-
-def _shares(text: str) -> list[float]:
-    """Reads numbers in (0, 1], separated by commas."""
-    try:
-        return [share(word) for word in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: it must be numbers in (0, 1], separated by commas"
-        ) from error
+    summary = summarise(rows)
+    results = {
+        "options": {key: getattr(options, key) for key in OPTIONS if key != "output"},
+        "machine": machine(options.device),
+        "packages": packages(),
+        "rows": summary,
+    }
+    (output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "bench.md").write_text(full_table(summary))

@@ -1,4 +1,8 @@
-"""Peak memory of a piece of work: of the tensors that operations return on CPUs, the allocator's on CUDA."""
+"""Peak memory of one call: the CUDA allocator's statistics, or the tensors that operations return on CPUs.
+
+resource and psutil report the memory of the process, whose peak never falls and which keeps what was freed:
+they cannot tell variants in one process apart.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -9,48 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors that operations made and that are still there.
-
-    What an operation uses inside itself and gives back is not seen.
-
-    Attributes:
-        now: bytes that are there.
-        most: the most there ever were.
-    """
-
-    def __init__(self) -> None:
-        """Starts at zero: what was there before does not count."""
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Runs an operation and counts what it made."""
-        before = {id_ for x in tree_leaves((args, kwargs)) if (id_ := _storage(x)) is not None}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            key = _storage(x)
-            if key is None or key in before or key in self._seen:
-                continue
-            storage = x.untyped_storage()
-            self._seen.add(key)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, key, storage.nbytes())
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
-def _storage(x: Any) -> int | None:
-    return x.untyped_storage()._cdata if isinstance(x, torch.Tensor) else None
-
-
-def peak(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that `work` allocates at most at one time, on top of what is there before."""
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Returns the most bytes that `work` holds at one time, beyond those allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -58,6 +22,26 @@ def peak(work: Callable[[], Any], device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with Peak() as found, torch.no_grad():
+    with _AllocationCounter() as counter, torch.no_grad():
         work()
-    return found.most
+    return counter.peak
+
+
+class _AllocationCounter(TorchDispatchMode):
+    """Records the peak of the bytes of live tensors that operations returned, without buffers inside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        inputs = _storages((args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        self._live |= _storages(out) - inputs  # the output of a view or an operation in place is an input
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self._live))
+        return out
+
+
+def _storages(tree: Any) -> set[torch.UntypedStorage]:
+    return {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}

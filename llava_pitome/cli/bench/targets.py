@@ -1,7 +1,6 @@
-"""What is benchmarked: models of the real shapes with random weights, also written down, or any checkpoint.
+"""Models to benchmark: real shapes with random weights, which need no download, or any checkpoint.
 
-Nothing is downloaded for the former. Speed depends on shapes alone: schedules fix how many tokens merge,
-whatever the weights are.
+Speed depends on shapes alone: how many tokens merge follows from the config, whatever the weights are.
 """
 
 import math
@@ -15,63 +14,65 @@ from llava_pitome import embedded
 from llava_pitome.models import checkpoints
 from llava_pitome.models import hf_llava as llava
 
-ANSWERING = ("llava-7b-2layer", "llava-7b")
-NAMED = ("tower", *ANSWERING)
+LLM_LAYERS = {"tower": 1, "llava-7b-2layer": 2, "llava-7b": 32}
+NAMED_TARGETS = tuple(LLM_LAYERS)
+LLAVA_TARGETS = NAMED_TARGETS[1:]  # those whose language model has real shapes too
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
           "projection_dim": 768}  # fmt: skip
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32064}
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 128}
-LAYERS = {"tower": 1, "llava-7b-2layer": 2, "llava-7b": 32}  # of the language model
-PATCH, IMAGE_TOKEN = 14, 100
-SCALE = 0.02  # of random weights
+PATCH, PATCHES, IMAGE_TOKEN = 14, 576, 100
+STD = 0.02  # of random weights
 
 
 class Target(NamedTuple):
-    """A model to be timed.
+    """A model to benchmark.
 
     Attributes:
-        name: as it was asked for.
+        name: a name in NAMED_TARGETS, "embedded", a folder or a hub id.
         model: a LLaVA, in inference mode.
-        answers: whether its language model is part of what is timed, or only its tower.
+        generates: whether answers are timed; otherwise the vision tower alone is.
         patches: patches of an image.
     """
 
     name: str
     model: nn.Module
-    answers: bool
+    generates: bool
     patches: int
 
 
 def build(name: str, dtype: torch.dtype, device: str, patches: int | None = None) -> Target:
-    """The target of a name in NAMED, of "embedded", or of a folder or hub id.
+    """Returns the target of a name.
 
     Args:
         name: "tower" is CLIP ViT-L/14; "llava-7b" LLaVA-1.5-7B (13.5 GB in bfloat16); "llava-7b-2layer" the
-            same with two of its 32 language layers.
+            same with two of its 32 language layers; else "embedded", a folder or a hub id.
         dtype: of the weights.
         device: where they are.
-        patches: patches of an image, a square number; 576 where not given. Named targets only.
+        patches: patches of an image, a square number; None: 576. Named targets only.
 
     Raises:
-        ValueError: patches that are no square, or given for a checkpoint; a checkpoint that is not there or
-            no LLaVA.
+        ValueError: `patches` is no square number, or is set for a checkpoint; the checkpoint does not exist
+            or is no LLaVA.
     """
-    if name not in NAMED:
+    if name not in NAMED_TARGETS:
         if patches is not None:
-            raise ValueError(f"patches={patches} is for {', '.join(NAMED)}; {name!r} has its own image size")
+            allowed = ", ".join(NAMED_TARGETS)
+            raise ValueError(f"patches={patches} is for {allowed}; {name!r} has its own image size")
         path = str(embedded.PATH) if name == "embedded" else name
-        checkpoints.counts(path)  # a clear error for a path that leads nowhere
+        checkpoints.patches_and_layers(path)  # a clear error for a path that leads nowhere
         model, _ = checkpoints.load(path, None, dtype=dtype)
         return Target(name, model.to(device), True, llava.find(model).patches)
-    side = math.isqrt(patches or 576)
-    if side * side != (patches or 576):
+    patches = PATCHES if patches is None else patches
+    side = math.isqrt(patches)
+    if side * side != patches:
         raise ValueError(f"patches={patches} is not allowed: it must be a square number, as 196, 576, 2304")
-    model = _random(LAYERS[name], SMALL if name == "tower" else LLAMA_7B, side, dtype, device)
-    return Target(name, model, name != "tower", side * side)
+    model = _random_model(LLM_LAYERS[name], SMALL if name == "tower" else LLAMA_7B, side, dtype, device)
+    return Target(name, model, name in LLAVA_TARGETS, patches)
 
 
-def inputs(target: Target, batch: int, tokens: int, text: int) -> dict[str, Tensor]:
-    """A batch of prompts of one image and `text` further tokens; `tokens` image tokens are to arrive.
+def make_inputs(target: Target, batch: int, tokens: int, text: int) -> dict[str, Tensor]:
+    """Returns a batch of prompts with one image each: `tokens` placeholders and `text` further tokens.
 
     Returns:
         pixel_values (B, 3, height, width), input_ids and attention_mask (B, tokens + text).
@@ -81,27 +82,24 @@ def inputs(target: Target, batch: int, tokens: int, text: int) -> dict[str, Tens
     side = math.isqrt(target.patches) * llava.find(model).patch_size
     image, vocabulary = model.config.image_token_id, model.config.text_config.vocab_size
     words = torch.randint(0, vocabulary - 1, (batch, text), generator=generator)
-    words += words >= image  # any word but the image's
+    words += words >= image  # any token but the placeholder
     images = torch.full((batch, tokens), image)
     ids = torch.cat([words[:, :1], images, words[:, 1:]], 1).to(model.device)
     pixels = torch.randn(batch, 3, side, side, generator=generator).to(model.device, model.dtype)
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def write(name: str, into: Path) -> None:
-    """Writes a target of a name in ANSWERING as a checkpoint in bfloat16, with a processor of its own.
-
-    What it says means nothing: its words are the embedded model's.
-    """
+def save_checkpoint(name: str, folder: Path) -> None:
+    """Saves a target of LLAVA_TARGETS in bfloat16, with a processor that uses the embedded tokenizer."""
     model = build(name, torch.bfloat16, "cpu").model
-    processor = fitting(model.config)
+    processor = make_processor(model.config)
     model.config.image_token_id = processor.image_token_id
-    model.save_pretrained(into)
-    processor.save_pretrained(into)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
-def fitting(config: Any) -> Any:
-    """The embedded model's processor, with pictures as large and patches as wide as a config says."""
+def make_processor(config: Any) -> Any:
+    """Returns the embedded model's processor with the image and patch size of a LlavaConfig."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(embedded.PATH)
@@ -111,8 +109,8 @@ def fitting(config: Any) -> Any:
     return processor
 
 
-def _random(layers: int, text: dict[str, int], side: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """A LLaVA whose weights are one random block over and over: a 7B is there in seconds."""
+def _random_model(layers: int, text: dict[str, int], side: int, dtype: torch.dtype, device: str) -> nn.Module:
+    """Returns a LLaVA whose weights repeat one random block, so that building 7B parameters takes seconds."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.initialization import no_init_weights
 
@@ -123,12 +121,10 @@ def _random(layers: int, text: dict[str, int], side: int, dtype: torch.dtype, de
     )
     with no_init_weights(), torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    block = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * SCALE).to(device, dtype)
+    block = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * STD).to(device, dtype)
     for parameter in model.parameters():
-        flat = parameter.data.view(-1)
-        for start in range(0, len(flat), len(block)):
-            part = flat[start : start + len(block)]
-            part.copy_(block[: len(part)])
+        for chunk in parameter.data.view(-1).split(len(block)):
+            chunk.copy_(block[: len(chunk)])
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
             nn.init.ones_(module.weight)

@@ -1,1 +1,1 @@
-"""A conversation with a LLaVA, merging or not: its turns, its streamed answers, its terminal."""
+"""A conversation with a LLaVA: its turns, streamed answers, and the terminal."""

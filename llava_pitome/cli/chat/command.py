@@ -1,79 +1,62 @@
-"""`llava-pitome chat`: its options, and where the lines come from."""
+"""`llava-pitome chat`: its options, and reading lines."""
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from llava_pitome.api import applied
-from llava_pitome.cli import model_options as commands
-from llava_pitome.cli import options as options_module
-from llava_pitome.cli.options import whole
-from llava_pitome.config import MergeConfig
-from llava_pitome.config_validation import AMOUNTS
+from llava_pitome.cli.model_options import MODEL_OPTIONS, check_model, load
+from llava_pitome.cli.options import Option, add_flags, merge_config, merge_options, number, whole
 from llava_pitome.image_io import open_image
 
+OPTIONS = {
+    "image": Option([], str, "a file", "an image for the first question; may be repeated", repeats=True),
+    "max_new_tokens": Option(512, whole(1), "a whole number from 1", "the most tokens of an answer"),
+    "temperature": Option(0.0, number(0), "a number from 0", "of sampling; 0 takes the likeliest token"),
+    **MODEL_OPTIONS,
+    **merge_options(),
+}
 
-def describe(parsers: Any, name: str) -> None:
-    """Adds the command and its options to a parser's subparsers."""
-    parser = parsers.add_parser(
+
+def describe(subparsers: Any, name: str) -> None:
+    """Adds the command's parser."""
+    parser = subparsers.add_parser(
         name,
-        help="talk with a LLaVA in the terminal",
-        description="A conversation with a LLaVA about pictures, in the terminal or from a pipe: a question "
-        "a line. /help there lists what else a line can do.",
+        description="A conversation with a LLaVA about images, in the terminal or from a pipe: one question "
+        "a line. The line /help lists the commands.",
     )
-    options_module.add_flags(parser, commands.MODEL_OPTIONS)
-    options_module.add_flags(parser, options_module.merge_options())
-    add = parser.add_argument
-    add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
-    add("--max-new-tokens", type=options_module.reader(options_module.Option(None, whole(1), "a whole number from 1", "")), default=512,
-        help="length of an answer at most (512)")  # fmt: skip
-    add("--temperature", type=options_module.reader(options_module.Option(None, _temperature, "a number from 0", "")), default=0.0,
-        help="0 takes the likeliest token, more draws (0)")  # fmt: skip
+    add_flags(parser, OPTIONS)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Holds the conversation.
+    """Runs the conversation.
 
     Raises:
-        ValueError: options that do not go together, a picture that cannot be opened, or, from a pipe, a line
-            that cannot be done.
+        ValueError: options that contradict each other, an image that cannot be opened, or, from a pipe, a
+            line that is not allowed.
     """
     from llava_pitome.cli.chat.conversation import Conversation
     from llava_pitome.cli.chat.terminal import Terminal
 
-    commands.check_model(options)
-    config = options_module.merge_config(vars(options))
-    pictures = [open_image(name) for name in options.image]
-    model, processor = commands.load(options, config)
+    check_model(options)
+    config = merge_config(vars(options))
+    images = [open_image(file) for file in options.image]
+    model, processor = load(options, config)
     conversation = Conversation(model, processor, options.max_new_tokens, options.temperature)
-    for picture in pictures:
-        conversation.show(picture)
+    for image in images:
+        conversation.add_image(image)
     interactive = sys.stdin.isatty()
-    terminal = Terminal(conversation, applied(model), partial(_changed, applied(model)))
+    terminal = Terminal(conversation, applied(model))
     if interactive:
-        terminal.say(f"{options.model}: a question a line; /help lists commands\n")
-    terminal.hold(_typed() if interactive else sys.stdin, interactive)
+        terminal.write(f"{options.model}: one question a line; /help lists the commands\n")
+    terminal.run(_typed_lines() if interactive else sys.stdin, interactive)
     return 0
 
 
-def _temperature(text: str) -> float:
-    if not 0 <= (value := float(text)) < math.inf:
-        raise ValueError(text)
-    return value
-
-
-def _changed(begun: MergeConfig | None, **amount: Any) -> MergeConfig:
-    """How the model merged at first, going as far as `amount` says instead."""
-    kept = {k: v for k, v in begun.to_dict().items() if k not in AMOUNTS} if begun else {}
-    return MergeConfig.from_dict(kept | amount)
-
-
-def _typed() -> Iterator[str]:
-    """Lines as a person types them, with the editing and history of the terminal, until Ctrl-D or Ctrl-C."""
-    import readline  # noqa: F401  # input() uses it once it is there
+def _typed_lines() -> Iterator[str]:
+    """Lines from the terminal, with line editing and history, until Ctrl-D or Ctrl-C."""
+    import readline  # noqa: F401  # input() uses it once it is imported
 
     while True:
         try:

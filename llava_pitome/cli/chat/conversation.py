@@ -1,41 +1,73 @@
-"""The turns of a conversation, and what the model is given for the next answer."""
+"""A conversation with a LLaVA: its turns, the inputs of the next answer, and the cost of the last one."""
 
 import math
+import resource
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
-from llava_pitome.cli.chat.numbers import Numbers, memory, speed
-from llava_pitome.cli.chat.streaming import Stream
+from llava_pitome.cli.chat.streaming import AnswerStream
 from llava_pitome.models import hf_llava as llava
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-class Conversation:
-    """Questions, pictures and answers, in order. Every answer reads all that came before.
+class AnswerStats(NamedTuple):
+    """The cost of one answer.
 
     Attributes:
-        turns: messages as chat templates take them; pictures stand in them as {"type": "image"}.
-        pictures: all that were shown, in the order of their places in the turns.
-        numbers: what the last answer cost; None before there was one.
+        image_tokens: at the input of the language model, of all images of the prompt.
+        patches: that the image tokens were made of.
+        prompt_tokens: of the complete prompt, image tokens included.
+        answer_tokens: that were generated.
+        first_token: seconds from the question to the first of them.
+        tokens_per_second: of the tokens after the first; None for an answer of one token.
+        memory: peak memory in bytes, of the process on a CPU, of the allocator on a GPU.
+    """
+
+    image_tokens: int
+    patches: int
+    prompt_tokens: int
+    answer_tokens: int
+    first_token: float
+    tokens_per_second: float | None
+    memory: int
+
+    def line(self) -> str:
+        """The stats in one line."""
+        speed = f"{self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else "1 token"
+        return (
+            f"{self.image_tokens} image tokens of {self.patches} · first token {self.first_token:.2f} s · "
+            f"{speed} · {self.memory / 2**30:.2f} GB"
+        )
+
+
+class Conversation:
+    """Questions, images and answers, in order. Every answer is generated from all turns before it.
+
+    Attributes:
+        turns: messages for the chat template, with {"type": "image"} for each image.
+        images: of all turns, in order.
+        stats: of the last answer; None before the first.
     """
 
     def __init__(self, model: nn.Module, processor: Any, max_new_tokens: int = 512, temperature: float = 0.0):
         """Starts an empty conversation.
 
         Args:
-            model: a LLaVA, merging or not; how it merges may change between answers.
-            processor: its processor, which `apply` was given.
-            max_new_tokens: an answer's length at most.
-            temperature: 0 takes the likeliest token, more draws.
+            model: a LLaVA, merging or not; its config may change between answers.
+            processor: the model's, which `apply` was given.
+            max_new_tokens: the most tokens of an answer.
+            temperature: of sampling; 0 takes the likeliest token.
 
         Raises:
-            ValueError: a length or temperature out of its range.
+            ValueError: a length or temperature out of range.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: it must be at least 1")
@@ -46,111 +78,100 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all turns and pictures."""
+        """Removes all turns and images."""
         self.turns: list[dict[str, Any]] = []
-        self.pictures: list[Image.Image] = []
-        self.numbers: Numbers | None = None
-        self._shown: list[Image.Image] = []
+        self.images: list[Image.Image] = []
+        self.stats: AnswerStats | None = None
+        self._new_images: list[Image.Image] = []
 
-    def show(self, picture: "Image.Image") -> None:
-        """Puts a picture in front of the next question."""
-        self._shown.append(picture)
+    def add_image(self, image: "Image.Image") -> None:
+        """Adds an image to the next question, before its text."""
+        self._new_images.append(image)
 
     def ask(self, question: str, stop: threading.Event | None = None) -> Iterator[str]:
-        """The answer's pieces as they are generated; the turn is kept as far as it was read.
+        """The pieces of the answer as they are generated.
 
-        Where the model fails, or the question is refused, the conversation stays as it was.
+        An answer that is interrupted is kept in the turns as far as it was read. Where the model fails or the
+        question is refused, the conversation stays as it was.
 
         Args:
-            question: of a person.
-            stop: ends the answer once it is set, with the next token.
+            question: the user's text.
+            stop: ends the answer at the next token once it is set.
 
         Raises:
-            ValueError: an empty question, one with the image placeholder in it, or a conversation longer
-                than the model reads.
+            ValueError: an empty question, one that contains the image placeholder, or a conversation that is
+                longer than the model's context.
         """
         started = time.perf_counter()
-        asked = self._asked(question)
-        pictures = self.pictures + self._shown
-        inputs = self._inputs([*self.turns, asked], pictures)
-        stream = Stream(self.model, self.processor.tokenizer, inputs | self._settings(), started, stop)
+        if not question.strip():
+            raise ValueError("the question is empty")
+        if self.processor.image_token in question:
+            raise ValueError(f"a question cannot contain {self.processor.image_token}: add images separately")
+        content = [{"type": "image"}] * len(self._new_images) + [{"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        images = self.images + self._new_images
+        inputs = self._inputs([*self.turns, message], images)
+        tokenizer = self.processor.tokenizer
+        settings = {"max_new_tokens": self.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+        sampling = {"temperature": self.temperature} if self.temperature else {}
+        stream = AnswerStream(self.model, tokenizer, stop)
         pieces: list[str] = []
+
+        def keep() -> None:
+            answer = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces).strip()}]}
+            self.turns += [message, answer]
+            self.images, self._new_images = images, []
+            self.stats = self._stats(inputs["input_ids"], len(images), started, stream.times)
+
         try:
-            for piece in stream.pieces():
-                piece = piece if pieces else piece.lstrip()  # the space behind "ASSISTANT:"
+            for piece in stream.generate(**inputs, **settings, do_sample=bool(sampling), **sampling):
+                piece = piece if pieces else piece.lstrip()  # the space after "ASSISTANT:"
                 if piece:
                     pieces.append(piece)
                     yield piece
         except (GeneratorExit, KeyboardInterrupt):
-            self._keep(asked, pictures, pieces, inputs, stream)
+            keep()
             raise
-        self._keep(asked, pictures, pieces, inputs, stream)
+        keep()
 
-    def _asked(self, question: str) -> dict[str, Any]:
-        """The question as a message.
-
-        Raises:
-            ValueError: it is empty, or holds the placeholder of an image.
-        """
-        if not question.strip():
-            raise ValueError("the question is empty")
-        if self.processor.image_token in question:
-            raise ValueError(
-                f"a question cannot hold {self.processor.image_token}: pictures are given beside it"
-            )
-        content = [{"type": "image"}] * len(self._shown) + [{"type": "text", "text": question}]
-        return {"role": "user", "content": content}
-
-    def _inputs(self, turns: list[dict[str, Any]], pictures: "list[Image.Image]") -> dict[str, Any]:
-        """What the model is called with for a prompt (1, T).
+    def _inputs(self, turns: list[dict[str, Any]], images: "list[Image.Image]") -> dict[str, Any]:
+        """The model's inputs for a prompt (1, T).
 
         Raises:
-            ValueError: the prompt and an answer are longer than the model reads.
+            ValueError: the prompt and an answer are longer than the model's context.
         """
         prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        inputs = self.processor(text=[prompt], images=pictures or None, return_tensors="pt")
-        length, most = inputs["input_ids"].shape[1], self._context()
-        if length + self.max_new_tokens > most:
+        inputs = self.processor(text=[prompt], images=images or None, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        context = llava.unwrap(self.model).config.text_config.max_position_embeddings
+        if length + self.max_new_tokens > context:
             raise ValueError(
-                f"the conversation has {length} tokens, and {self.max_new_tokens} are kept for the answer; "
-                f"the model reads {most}: start anew, or merge more"
+                f"the conversation has {length} tokens, and {self.max_new_tokens} are reserved for the "
+                f"answer; the model's context is {context}: start a new conversation, or merge more"
             )
         return dict(inputs.to(self.model.device, self.model.dtype))
 
-    def _settings(self) -> dict[str, Any]:
-        """How `generate` chooses tokens."""
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {}
-        return {
-            "do_sample": False, "max_new_tokens": self.max_new_tokens,
-            "pad_token_id": self.processor.tokenizer.pad_token_id,
-        } | sampling  # fmt: skip
-
-    def _context(self) -> int:
-        """Tokens the language model reads at most, the answer included."""
-        return llava.unwrap(self.model).config.text_config.max_position_embeddings
-
-    def _keep(
-        self,
-        asked: dict[str, Any],
-        pictures: "list[Image.Image]",
-        pieces: list[str],
-        inputs: dict[str, Any],
-        stream: Stream,
-    ) -> None:
-        """Takes the turn up, with what it cost."""
-        answer = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces).strip()}]}
-        self.turns += [asked, answer]
-        self.pictures, self._shown = pictures, []
-        self.numbers = None
-        if not stream.times:
-            return  # left before the first token
-        ids, model = inputs["input_ids"], llava.unwrap(self.model)
-        self.numbers = Numbers(
-            image_tokens=int((ids == model.config.image_token_id).sum()),
-            patches=len(pictures) * llava.find(model).patches,
-            prompt_tokens=ids.shape[1],
-            answer_tokens=len(stream.times),
-            first_token=stream.times[0] - stream.started,
-            tokens_per_second=speed(stream.times),
-            memory=memory(ids.device),
+    def _stats(
+        self, input_ids: torch.Tensor, images: int, started: float, times: list[float]
+    ) -> AnswerStats | None:
+        """The stats of an answer from its token times; None where no token was generated."""
+        if not times:
+            return None
+        model = llava.unwrap(self.model)
+        seconds = times[-1] - times[0]
+        return AnswerStats(
+            image_tokens=int((input_ids == model.config.image_token_id).sum()),
+            patches=images * llava.find(model).patches,
+            prompt_tokens=input_ids.shape[1],
+            answer_tokens=len(times),
+            first_token=times[0] - started,
+            tokens_per_second=(len(times) - 1) / seconds if seconds > 0 else None,
+            memory=_peak_memory(input_ids.device),
         )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""An answer piece by piece while the model still generates, with the times that people feel."""
+"""An answer as a stream of text, with the time of every token."""
 
 import asyncio
 import threading
@@ -12,82 +12,57 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 
-class Stream:
-    """One answer that is being generated.
+class AnswerStream(TextIteratorStreamer):
+    """The text of one answer while it is generated, as an iterator.
 
     Attributes:
-        started: `time.perf_counter()` before anything was done for it.
-        times: when each token was there, on the same clock.
+        times: `time.perf_counter()` at each generated token.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        inputs: dict[str, Any],
-        started: float | None = None,
-        stop: threading.Event | None = None,
-    ):
-        """Prepares the answer; `pieces` starts it.
+    def __init__(self, model: nn.Module, tokenizer: Any, stop: threading.Event | None = None):
+        """Prepares the stream; `generate` starts it.
 
         Args:
             model: a LLaVA, merging or not.
-            tokenizer: of its processor.
-            inputs: everything for `generate`, of a single prompt (1, T).
-            started: when work on it began, where that was earlier than now.
-            stop: ends the generation once it is set, with the next token.
+            tokenizer: its processor's.
+            stop: ends generation at the next token once it is set.
         """
-        self.started = time.perf_counter() if started is None else started
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times: list[float] = []
-        self._model, self._inputs = model, inputs
-        self._text = _Timed(tokenizer, self.times)
-        self._stop = stop or threading.Event()
+        self._model, self._stop, self._is_prompt = model, stop or threading.Event(), True
 
-    def pieces(self) -> Iterator[str]:
-        """The answer's text as it comes; leaving early ends the generation.
+    def generate(self, **inputs: Any) -> Iterator[str]:
+        """The pieces of the answer to a single prompt; closing the iterator ends generation.
+
+        Args:
+            **inputs: for the model's `generate`.
 
         Raises:
-            Exception: whatever `generate` raised, after the pieces that came before.
+            Exception: whatever the model's `generate` raises, after the pieces before it.
         """
+        criteria = StoppingCriteriaList([StopOnEvent(self._stop)])
         with ThreadPoolExecutor(1) as pool:
-            done = pool.submit(
-                self._model.generate,
-                **self._inputs,
-                streamer=self._text,
-                stopping_criteria=StoppingCriteriaList([Until(self._stop)]),
-            )
-            done.add_done_callback(lambda _: self._text.close())  # an error ends the text, too
+            done = pool.submit(self._model.generate, **inputs, streamer=self, stopping_criteria=criteria)
+            done.add_done_callback(lambda _: self.text_queue.put(self.stop_signal))  # after an error too
             try:
-                yield from self._text
+                yield from self
             finally:
                 self._stop.set()
             done.result()
 
-
-class _Timed(TextIteratorStreamer):
-    """Text as it can be read, and the time of every token."""
-
-    def __init__(self, tokenizer: Any, times: list[float]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._times, self._prompt = times, True
-
     def put(self, value: Tensor) -> None:
         """Takes the prompt first, then one token at a time."""
-        if not self._prompt:
-            self._times.append(time.perf_counter())
-        self._prompt = False
+        if not self._is_prompt:
+            self.times.append(time.perf_counter())
+        self._is_prompt = False
         super().put(value)
 
-    def close(self) -> None:
-        """Ends the text, however generation ended."""
-        self.text_queue.put(self.stop_signal)
 
-
-class Until(StoppingCriteria):
+class StopOnEvent(StoppingCriteria):
     """Ends generation once an event is set."""
 
     def __init__(self, event: threading.Event | asyncio.Event):
-        """Looks at an event before every token."""
+        """Checks the event before every token."""
         self._event = event
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""A conversation in a terminal, or from a pipe: lines in, streamed answers out."""
+"""A conversation in a terminal or from a pipe: a question or a command a line, streamed answers."""
 
 import json
 import sys
@@ -8,191 +8,180 @@ from typing import Any, NamedTuple, TextIO
 
 from llava_pitome.api import apply, remove
 from llava_pitome.cli.chat.conversation import Conversation
+from llava_pitome.cli.options import merge_options, parse
 from llava_pitome.config import MergeConfig
+from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.image_io import open_image
 from llava_pitome.models import hf_llava as llava
 
 
-class Over(Exception):
-    """The conversation was ended by its user."""
+class Quit(Exception):
+    """The user ended the conversation."""
 
 
 class Terminal:
-    """What a line does: ask, or one of the commands.
+    """Answers questions and runs commands, one a line.
 
     Attributes:
-        conversation: what is being said.
+        conversation: with the model.
         config: how the model merges; None where it does not.
-        record: everything asked and answered, with the numbers, as /save writes it.
+        record: every question and answer with its stats, as /save writes them.
     """
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        config: MergeConfig | None,
-        change: Callable[..., MergeConfig],
-        out: TextIO | None = None,
-    ):
-        """Takes a conversation over.
+    def __init__(self, conversation: Conversation, config: MergeConfig | None, out: TextIO | None = None):
+        """Takes a conversation with a model that merges as `config` says.
 
         Args:
-            conversation: with a model that merges as `config` says.
-            config: how.
-            change: makes the config for `ratio=` or `tokens=`, with everything else as it was asked for.
-            out: where answers go; None: standard output.
+            conversation: a new one.
+            config: how the model merges; None where it does not.
+            out: where answers are written; None: standard output.
         """
         self.conversation, self.config, self.out = conversation, config, out or sys.stdout
-        self._change = change
+        self._initial = config
         self.record: list[dict[str, Any]] = []
 
-    def hold(self, lines: Iterable[str], interactive: bool) -> None:
-        """Takes lines until there are no more or one says /quit.
+    def run(self, lines: Iterable[str], interactive: bool) -> None:
+        """Handles lines until they end or one is /quit.
 
-        A person is told what was wrong with a line and goes on; a pipe, which reads no such thing, ends.
+        An interactive session writes what is wrong with a line and goes on; otherwise an error ends it.
 
         Raises:
-            ValueError: what was wrong, where nobody is there to be told.
+            ValueError: a line that is not allowed, where the session is not interactive.
         """
         for line in lines:
             try:
-                self.take(line.strip())
-            except Over:
+                self.handle(line.strip())
+            except Quit:
                 return
-            except ValueError as error:
+            except (ValueError, KeyboardInterrupt) as error:
                 if not interactive:
                     raise
-                self.say(f"{error}\n")
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
-                self.say("\n(stopped)\n")
+                self.write(f"{error}\n" if isinstance(error, ValueError) else "\n(stopped)\n")
 
-    def take(self, line: str) -> None:
-        """Does what one line asks for.
+    def handle(self, line: str) -> None:
+        """Answers a question, or runs a command.
 
         Raises:
-            ValueError: it cannot be done; the message says why.
-            Over: the line ends the conversation.
+            ValueError: the line is not allowed; the message says why.
+            Quit: the line ends the conversation.
         """
         name, _, argument = line.partition(" ")
         if name in COMMANDS:
-            COMMANDS[name].do(self, argument.strip())
+            command, argument = COMMANDS[name], argument.strip()
+            if command.argument and not argument:
+                raise ValueError(f"{name} needs {command.argument}: {command.help}")
+            command.run(self, argument)
         elif name.startswith("/"):
-            raise ValueError(f"{name} is no command; there are {', '.join(COMMANDS)}")
+            raise ValueError(f"{name} is no command; allowed are {', '.join(COMMANDS)}")
         elif line:
             self.ask(line)
 
     def ask(self, question: str) -> None:
-        """Shows the answer as it comes, then a line of numbers."""
+        """Writes the answer as it is generated, then a line of stats."""
         pieces: list[str] = []
         answer = self.conversation.ask(question)
         try:
             for piece in answer:
                 pieces.append(piece)
-                self.say(piece)
+                self.write(piece)
         except KeyboardInterrupt:
             answer.close()
-            self._note(question, pieces)
+            self._record(question, pieces)
             raise
         finally:
             answer.close()
-        self.say(f"\n[{self.conversation.numbers.line()}]\n")
-        self._note(question, pieces)
+        self.write(f"\n[{self.conversation.stats.line()}]\n")
+        self._record(question, pieces)
 
-    def _note(self, question: str, pieces: list[str]) -> None:
-        """Keeps an answer, or what there is of it, for /save."""
-        numbers = self.conversation.numbers
+    def _record(self, question: str, pieces: list[str]) -> None:
+        """Keeps an answer, complete or not, for /save."""
+        stats = self.conversation.stats
         self.record.append(
             {
                 "question": question, "answer": "".join(pieces).strip(),
-                "numbers": numbers._asdict() if numbers else None,
+                "numbers": stats._asdict() if stats else None,
                 "token_merging": self.config.to_dict() if self.config else None,
             }
         )  # fmt: skip
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Writes text at once."""
         self.out.write(text)
         self.out.flush()
 
-    def merge(self, **amount: Any) -> None:
-        """Merges otherwise from the next answer on, which reads all pictures anew."""
-        config, conversation = self._change(**amount), self.conversation
+    def add_image(self, file: str) -> None:
+        """Adds an image file to the next question."""
+        image = open_image(file)
+        self.conversation.add_image(image)
+        self.write(f"{file}: {image.width} x {image.height} pixels, for the next question\n")
+
+    def merge(self, name: str, text: str) -> None:
+        """Changes how far the model merges from the next answer on, which encodes all images again.
+
+        Args:
+            name: ratio or tokens.
+            text: its new value.
+        """
+        conversation = self.conversation
+        config = with_amount(self._initial, name, parse([f"{name}={text}"], merge_options())[name])
         apply(conversation.model, config, conversation.processor)
         self.config = config
         parts = llava.find(conversation.model)
-        tokens = config.tokens_at(parts.patches, parts.feature)
-        self.say(f"{tokens} image tokens of {parts.patches} a picture from now on\n")
+        tokens = config.tokens_at(parts.patches, parts.num_feature_layers)
+        self.write(f"{tokens} image tokens of {parts.patches} an image from the next answer on\n")
+
+    def remove_merging(self) -> None:
+        """Merges nothing from the next answer on."""
+        remove(self.conversation.model)
+        self.config = None
+        self.write("nothing merges from the next answer on\n")
+
+    def reset(self) -> None:
+        """Starts a new conversation."""
+        self.conversation.reset()
+        self.write("a new conversation\n")
+
+    def save(self, file: str) -> None:
+        """Writes the record as JSON."""
+        try:
+            Path(file).write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise ValueError(f"{file} cannot be written: {error.strerror}") from error
+        self.write(f"{len(self.record)} answers are in {file}\n")
+
+    def list_commands(self) -> None:
+        """Writes the commands."""
+        for name, command in COMMANDS.items():
+            self.write(f"  {name + ' ' + command.argument:<16}{command.help}\n")
+
+    def quit(self) -> None:
+        """Raises Quit."""
+        raise Quit
 
 
-def _image(terminal: Terminal, argument: str) -> None:
-    if not argument:
-        raise ValueError("/image needs the name of a file")
-    picture = open_image(argument)
-    terminal.conversation.show(picture)
-    terminal.say(f"{argument}: {picture.width} x {picture.height} pixels, with the next question\n")
-
-
-def _ratio(terminal: Terminal, argument: str) -> None:
-    terminal.merge(ratio=_number(float, argument, "a number in (0, 1]"))
-
-
-def _tokens(terminal: Terminal, argument: str) -> None:
-    terminal.merge(tokens=_number(int, argument, "a whole number from 1"))
-
-
-def _plain(terminal: Terminal, _argument: str) -> None:
-    remove(terminal.conversation.model)
-    terminal.config = None
-    terminal.say("nothing merges from now on\n")
-
-
-def _reset(terminal: Terminal, _argument: str) -> None:
-    terminal.conversation.reset()
-    terminal.say("a new conversation\n")
-
-
-def _save(terminal: Terminal, argument: str) -> None:
-    if not argument:
-        raise ValueError("/save needs the name of a file")
-    try:
-        Path(argument).write_text(json.dumps(terminal.record, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise ValueError(f"{argument} cannot be written: {error.strerror}") from error
-    terminal.say(f"{len(terminal.record)} answers are in {argument}\n")
-
-
-def _help(terminal: Terminal, _argument: str) -> None:
-    for name, command in COMMANDS.items():
-        terminal.say(f"  {name + ' ' + command.argument:<16}{command.help}\n")
-
-
-def _quit(_terminal: Terminal, _argument: str) -> None:
-    raise Over
-
-
-def _number(kind: type, text: str, allowed: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"{text!r} is not allowed: it must be {allowed}") from error
+def with_amount(config: MergeConfig | None, name: str, value: Any) -> MergeConfig:
+    """The config with another amount (`name`: ratio or tokens) and everything else unchanged."""
+    fields = {k: v for k, v in config.to_dict().items() if k not in AMOUNTS} if config else {}
+    return MergeConfig.from_dict(fields | {name: value})
 
 
 class Command(NamedTuple):
-    """A word behind a slash: what it takes, what it does for people, and how."""
+    """A command: its argument ("" for none), its help, and what it runs."""
 
     argument: str
     help: str
-    do: Callable[[Terminal, str], None]
+    run: Callable[[Terminal, str], None]
 
 
 COMMANDS = {
-    "/image": Command("FILE", "a picture for the next question", _image),
-    "/ratio": Command("R", "the share of tokens that every layer of the tower keeps", _ratio),
-    "/tokens": Command("N", "how many image tokens reach the language model", _tokens),
-    "/plain": Command("", "no merging", _plain),
-    "/reset": Command("", "forget what was said and shown", _reset),
-    "/save": Command("FILE", "write questions, answers and numbers as JSON", _save),
-    "/help": Command("", "this list", _help),
-    "/quit": Command("", "end", _quit),
+    "/image": Command("FILE", "add an image to the next question", Terminal.add_image),
+    "/ratio": Command(
+        "R", "share of the tokens that every tower layer keeps", lambda t, x: t.merge("ratio", x)
+    ),
+    "/tokens": Command("N", "image tokens at the input of the LLM", lambda t, x: t.merge("tokens", x)),
+    "/plain": Command("", "no merging", lambda t, _: t.remove_merging()),
+    "/reset": Command("", "start a new conversation", lambda t, _: t.reset()),
+    "/save": Command("FILE", "write questions, answers and stats as JSON", Terminal.save),
+    "/help": Command("", "list the commands", lambda t, _: t.list_commands()),
+    "/quit": Command("", "end", lambda t, _: t.quit()),
 }

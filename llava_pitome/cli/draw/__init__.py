@@ -1,1 +1,1 @@
-"""Pictures of a merge: which patches became one token, and PiToMe's energy; for `draw` and the web page."""
+"""Images of merges: which patches became one token, and the tokens' energies; for `draw` and the web page."""

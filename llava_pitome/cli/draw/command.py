@@ -1,4 +1,4 @@
-"""`llava-pitome draw`: which patches of a picture became one token, in several layers, by several methods."""
+"""`llava-pitome draw`: which patches of an image became one token, layer by layer, for several methods."""
 
 import argparse
 import sys
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_pitome import embedded
-from llava_pitome.cli import model_options as commands
-from llava_pitome.cli import options as options_module
-from llava_pitome.cli.draw.choices import configs, layers
-from llava_pitome.cli.options import whole
+from llava_pitome.cli.draw.configs import method_configs, shown_layers
+from llava_pitome.cli.model_options import MODEL_OPTIONS, check_model, load
+from llava_pitome.cli.options import Option, add_flags, merge_options, one_of, several, whole
 from llava_pitome.image_io import open_image
 from llava_pitome.models import checkpoints
 
@@ -19,113 +18,112 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llava_pitome.cli.draw.panels import Point
-    from llava_pitome.tracing.study import Study
+    from llava_pitome.tracing import ImageTrace
 
 SEED = 11  # of the scene "embedded"
-QUESTION = "What is in the picture?"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-SIZES = range(64, 1025)  # pixels across a picture of the sheet
+OPTIONS = {
+    "output": Option(Path("draw.png"), Path, ", ".join(ENDINGS), "the file to write", short="-o"),
+    "layers": Option(
+        None, several(whole(1)), "whole numbers from 1, with commas between them",
+        "tower layers whose outputs are shown; by default four, up to the last that merges",
+    ),
+    "energy": Option(
+        "own", one_of("own", "all", "none"), "own | all | none",
+        "energy maps of the methods that have an energy, of all methods, or none",
+    ),
+    "question": Option("What is in the picture?", str, "text", "for methods that merge in the LLM"),
+    "size": Option(224, whole(64, 1024), "a whole number from 64 to 1024", "pixels of each panel"),
+    **merge_options(methods=True),
+    **MODEL_OPTIONS,
+}  # fmt: skip
 
 
 def describe(subparsers: Any, name: str) -> None:
-    """Adds the command and its options to a parser's subparsers."""
+    """Adds the command's parser."""
     parser = subparsers.add_parser(
         name,
-        help="draw which patches of a picture became one token",
-        description="Draws a picture's tokens behind several tower layers, and PiToMe's energies, by method.",
+        description="Draws an image's tokens after several tower layers, and the energies of tokens, a row "
+        "per method.",
     )
-    add = parser.add_argument
-    add("image", help="a picture file; embedded or embedded:SEED is one of the embedded scenes")
-    add("-o", "--output", type=Path, default=Path("draw.png"), help=f"{', '.join(ENDINGS)} (draw.png)")
-    counts = options_module.reader(
-        options_module.Option(None, _layers, "whole numbers from 1, with commas between them", "")
+    parser.add_argument(
+        "image", help="an image file; embedded or embedded:SEED is a scene of the embedded benchmark"
     )
-    add("--layers", type=counts, help="tower layers to look behind, from 1 (four up to the last that merges)")
-    add("--energy", choices=("own", "all", "none"), default="own",
-        help="energy maps of methods that go by an energy, of all, or none (own)")  # fmt: skip
-    add("--question", default=QUESTION, help=f"for methods that merge in the language model ({QUESTION})")
-    size = options_module.reader(
-        options_module.Option(None, _size, f"a whole number from {SIZES[0]} to {SIZES[-1]}", "")
-    )
-    add("--size", type=size, default=224, help="pixels across each picture (224)")
-    options_module.add_flags(parser, options_module.merge_options(methods=True))
-    options_module.add_flags(parser, commands.MODEL_OPTIONS)
+    add_flags(parser, OPTIONS)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draws what the options ask for; whatever can be refused is, before the model is loaded.
+    """Draws the figure; everything that can be refused is refused before the model is loaded.
 
     Raises:
-        ValueError: options that do not go together or do not fit the model, a picture that cannot be opened,
-            or a file that cannot be written.
+        ValueError: options that contradict each other or do not fit the model, an image that cannot be
+            opened, or an output that cannot be written.
     """
-    _check_output(options.output)
-    picture = _picture(options.image)
-    commands.check_model(options)
-    size = checkpoints.counts(options.model)
-    chosen = configs(options, *size)
-    shown = layers(options.layers, chosen, *size)
-    inside = [config.method for config in chosen.values() if config.decoder]
-    if inside and not options.question.strip():
-        raise ValueError(
-            f"--question {options.question!r} is not allowed: {inside[0]} merges in the language model, "
-            "where it is read"
-        )
     from llava_pitome.api import remove
-    from llava_pitome.cli.draw import panels
-    from llava_pitome.cli.draw.sheet import sheet
-    from llava_pitome.tracing.study import study
+    from llava_pitome.cli.draw import figure, panels
+    from llava_pitome.tracing import trace_image
 
-    model, processor = commands.load(options, None)
-    remove(model)  # a checkpoint that was saved merging
-    studies = {
-        name: study(model, processor, picture, config, options.question) for name, config in chosen.items()
+    _check_output(options.output)
+    image = _image(options.image)
+    check_model(options)
+    sizes = checkpoints.patches_and_layers(options.model)
+    configs = method_configs(options, *sizes)
+    layers = shown_layers(options.layers, configs, *sizes)
+    in_language_model = [config.method for config in configs.values() if config.decoder]
+    if in_language_model and not options.question.strip():
+        raise ValueError(
+            f"--question {options.question!r} is not allowed: {in_language_model[0]} merges in the language "
+            "model, which reads it"
+        )
+    model, processor = load(options, None)
+    remove(model)  # the config that a checkpoint was saved with
+    traces = {
+        name: trace_image(model, processor, image, config, options.question)
+        for name, config in configs.items()
     }
-    points = _points(list(studies.values()), shown)
+    points = _points(list(traces.values()), layers)
     rows = [
         row
-        for name, found in studies.items()
-        for row in panels.rows(name, found, points, options.size, options.energy)
+        for name, traced in traces.items()
+        for row in panels.rows(name, traced, points, options.size, options.energy)
     ]
-    note = panels.note(list(studies.values()), rows)
-    whole = sheet(["what the tower sees", *(point.head for point in points)], rows, note)
-    _save(whole, options.output)
-    for name, found in studies.items():
-        sys.stdout.write(f"{name}, {panels.said(found.config)}: {_counts(found, points)}\n")
+    titles = ["input of the tower", *(point.title for point in points)]
+    try:
+        figure.save(figure.figure(titles, rows, panels.legend(list(traces.values()), rows)), options.output)
+    except OSError as error:
+        raise ValueError(f"--output {options.output} cannot be written: {error}") from error
+    for name, traced in traces.items():
+        counts = [f"{point.title} {traced.trace.after(point.place, point.layer).tokens}" for point in points]
+        line = ", ".join([f"{traced.trace.patches} patches", *counts])
+        sys.stdout.write(f"{name}, {panels.describe(traced.config)}: {line}\n")
     sys.stdout.write(f"{options.output}\n")
     return 0
 
 
-def _points(studies: "Sequence[Study]", layers: list[int]) -> "list[Point]":
-    """The columns: tower layers, what reaches the language model where that is less, and merges inside it."""
+def _points(traces: "Sequence[ImageTrace]", layers: list[int]) -> "list[Point]":
+    """The columns: tower layers, the LLM's input where it has fewer tokens, and merges inside the LLM."""
     from llava_pitome.cli.draw.panels import Point
 
-    points = [Point(f"behind layer {n}", "tower", n - 1) for n in layers]
+    points = [Point(f"after layer {n}", "tower", n - 1) for n in layers]
     last = layers[-1] - 1 if layers else -1
-    histories = [study.history for study in studies]
-    if any(h.after("prefix").tokens < h.after("tower", last).tokens for h in histories):
+    found = [traced.trace for traced in traces]
+    if any(t.after("prefix").tokens < t.after("tower", last).tokens for t in found):
         points.append(Point("to the LLM", "prefix", 0))
-    inside = {m.layer for h in histories for m in h.merges if m.place == "decoder"}
-    return points + [Point(f"in the LLM, decoder {n}", "decoder", n) for n in sorted(inside)]
+    merging = {m.layer for t in found for m in t.merges if m.place == "decoder"}
+    return points + [Point(f"in the LLM, decoder {n}", "decoder", n) for n in sorted(merging)]
 
 
-def _counts(study: "Study", points: "Sequence[Point]") -> str:
-    """The tokens at every column, for people."""
-    found = [f"{point.head} {study.history.after(point.place, point.layer).tokens}" for point in points]
-    return ", ".join([f"{study.history.patches} patches", *found])
-
-
-def _picture(named: str) -> "Image.Image":
-    """The picture that is named.
+def _image(name: str) -> "Image.Image":
+    """The image in a file, or an embedded scene.
 
     Raises:
         ValueError: it cannot be opened.
     """
-    word, colon, seed = named.partition(":")
+    word, colon, seed = name.partition(":")
     if word != embedded.NAME:
-        return open_image(named)
+        return open_image(name)
     if colon and not seed.isdecimal():
-        raise ValueError(f"{named} is no embedded scene: behind the colon stands a whole number, {word}:7")
+        raise ValueError(f"{name} is no embedded scene: a whole number must follow the colon, as in {word}:7")
     from PIL import Image
 
     from llava_pitome.embedded.render import render
@@ -135,7 +133,7 @@ def _picture(named: str) -> "Image.Image":
 
 
 def _check_output(path: Path) -> None:
-    """Raises ValueError where the sheet could not be written."""
+    """Raises ValueError for a file that cannot be written."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"--output {path} must end in one of {', '.join(ENDINGS)}")
     if path.is_dir():
@@ -149,27 +147,3 @@ def _check_output(path: Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}") from error
-
-
-def _save(whole: "Image.Image", path: Path) -> None:
-    """Writes the sheet.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    try:
-        whole.save(path, optimize=True)
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error}") from error
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    """Reads whole numbers from 1, separated by commas."""
-    return tuple(whole(1)(word) for word in text.split(","))
-
-
-def _size(text: str) -> int:
-    """Reads a number of pixels."""
-    if int(text) not in SIZES:
-        raise ValueError(text)
-    return int(text)

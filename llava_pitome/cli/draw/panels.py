@@ -1,103 +1,127 @@
-"""What stands on a sheet: a study's tokens and energies at some point of the model, one picture each."""
+"""The panels of a figure: tokens and energies of a traced image at points of the model."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image
 
-from llava_pitome.cli.draw.heat import heat, spread
+from llava_pitome.cli.draw.heat import heat, value_range
 from llava_pitome.cli.draw.overlay import overlay
-from llava_pitome.cli.draw.sheet import Panel, Row
 from llava_pitome.config import MergeConfig
-from llava_pitome.tracing.study import Study
+from llava_pitome.tracing import ImageTrace
 
 TOKENS = (
     "The patches of one token have their mean colour, with lines between tokens; a patch that is a token of "
-    "its own shows the picture."
+    "its own shows the image."
 )
 DROPPED = "Dark patches were dropped."
 ENERGY = (
-    "Energy (the paper's equation 4, or what the recipe makes of it) is that of the tokens in front of a "
-    "layer's merge: high in a crowd, where tokens merge, low where one is alone and protected. Every map has "
-    "its own scale."
+    "Energy (equation 4 of the paper, or the recipe's variant) is that of the tokens before a layer's merge: "
+    "high for tokens that are similar to many others, which merge; low for distinct tokens, which are "
+    "protected. Every map has its own scale."
 )
 
 
 class Point(NamedTuple):
-    """A point of the model.
+    """A point of the model: after a layer, or after the projector.
 
     Attributes:
-        head: what it is called.
+        title: its name in the figure.
         place: a name in PLACES.
-        layer: behind which to look, from 0; 0 at the prefix.
+        layer: from 0; 0 after the projector.
     """
 
-    head: str
+    title: str
     place: str
     layer: int
 
 
-def plain(study: Study, size: int) -> Panel:
-    """The picture as the tower sees it, `size` pixels across or a little less."""
-    rows, columns = (n * _step(study, size) for n in study.grid)
-    shown = study.view.resize((columns, rows), Image.Resampling.BICUBIC)
-    return Panel(shown, f"{study.history.patches} patches")
+class Panel(NamedTuple):
+    """One image of a figure.
 
-
-def tokens(study: Study, point: Point, size: int) -> Panel:
-    """Which patches are one token behind a point of the model."""
-    state = study.history.after(point.place, point.layer)
-    drawn = overlay(study.view, state.slot, _step(study, size), study.grid, state.dropped)
-    return Panel(drawn, f"{state.tokens} tokens")
-
-
-def energy(study: Study, point: Point, size: int, borrowed: bool = False) -> Panel:
-    """The energy of the token that each patch is in, in front of the merge at a point of the model.
-
-    Where the method goes by no energy there is no picture, unless PiToMe's is `borrowed`; nor is there where
-    nothing merges.
+    Attributes:
+        image: None for a panel without an image, whose caption, if any, says why.
+        caption: a line below the image.
+        values: the lowest and highest value of its colour scale; None: it has none.
     """
-    merge = study.history.merge(point.place, point.layer)
+
+    image: Image.Image | None
+    caption: str
+    values: tuple[float, float] | None = None
+
+
+class Row(NamedTuple):
+    """A row of a figure: its name, a detail below the name, and its panels."""
+
+    name: str
+    detail: str
+    panels: Sequence[Panel]
+
+
+def plain(traced: ImageTrace, size: int) -> Panel:
+    """The image without merges, at most `size` pixels high and wide."""
+    rows, columns = (n * _step(traced, size) for n in traced.grid)
+    image = traced.image.resize((columns, rows), Image.Resampling.BICUBIC)
+    return Panel(image, f"{traced.trace.patches} patches")
+
+
+def tokens(traced: ImageTrace, point: Point, size: int) -> Panel:
+    """The tokens after a point of the model."""
+    state = traced.trace.after(point.place, point.layer)
+    image = overlay(traced.image, state.slot, _step(traced, size), traced.grid, state.dropped)
+    return Panel(image, f"{state.tokens} tokens")
+
+
+def energy(traced: ImageTrace, point: Point, size: int, fallback: bool = False) -> Panel:
+    """The energies of the tokens before the merge at a point of the model.
+
+    The panel has no image where nothing merges, or where the method has no energy and `fallback` does not ask
+    for PiToMe's.
+    """
+    merge = traced.trace.merge(point.place, point.layer)
     if merge is None:
         return Panel(None, "nothing merges here")
-    values = merge.energy(borrowed)
+    values = merge.energy(fallback)
     if values is None:
-        return Panel(None, f"{merge.sight.method} goes by no energy")
+        return Panel(None, f"{merge.record.method} has no energy")
     slot, dropped, count = merge.before
-    drawn = heat(values, slot, _step(study, size), study.grid, dropped)
-    return Panel(drawn, f"in front: {count} tokens", spread(values, dropped))
+    image = heat(values, slot, _step(traced, size), traced.grid, dropped)
+    return Panel(image, f"before: {count} tokens", value_range(values, dropped))
 
 
-def rows(name: str, study: Study, points: Sequence[Point], size: int, energies: str = "own") -> list[Row]:
-    """A study's rows of a sheet: its tokens, and the energies.
+def rows(
+    name: str, traced: ImageTrace, points: Sequence[Point], size: int, energies: str = "own"
+) -> list[Row]:
+    """The rows of one method: its tokens and, where there are any, its energies.
 
     Args:
         name: of the method.
-        study: what is drawn.
-        points: of the model, one a column; the picture itself is in front of them.
-        size: pixels across a picture.
-        energies: "own": where the method goes by an energy; "all": PiToMe's for the others too; "none".
+        traced: the image.
+        points: of the model, one per column; the image itself is the column before them.
+        size: the most pixels of a panel.
+        energies: "own": of methods that have an energy; "all": PiToMe's for the others too; "none".
     """
-    found = [Row(name, said(study.config), [plain(study, size), *(tokens(study, p, size) for p in points)])]
+    panels = [plain(traced, size), *(tokens(traced, point, size) for point in points)]
+    found = [Row(name, describe(traced.config), panels)]
     if energies == "none":
         return found
-    borrowed = energies == "all"
-    maps = [energy(study, point, size, borrowed) for point in points]
-    if any(panel.picture for panel in maps):
-        method = study.config.method
-        whose = f"that {method} goes by" if _own(study) else f"PiToMe's, of what {method} merges by"
-        found.append(Row("energy", whose, [Panel(None, ""), *maps]))
+    maps = [energy(traced, point, size, energies == "all") for point in points]
+    if any(panel.image for panel in maps):
+        method = traced.config.method
+        is_own = any(merge.energy() is not None for merge in traced.trace.merges)
+        detail = f"of {method}" if is_own else f"PiToMe's, of the tokens of {method}"
+        found.append(Row("energy", detail, [Panel(None, ""), *maps]))
     return found
 
 
-def note(studies: Sequence[Study], rows: Sequence[Row]) -> str:
-    """What is to be said below a sheet."""
-    dropped = any(bool(study.history.after("decoder", 10**6).dropped.any()) for study in studies)
-    mapped = any(panel.ends for row in rows for panel in row.panels)
-    return " ".join([TOKENS] + [DROPPED] * dropped + [ENERGY] * mapped)
+def legend(traces: Sequence[ImageTrace], rows: Sequence[Row]) -> str:
+    """The text below a figure."""
+    any_dropped = any(bool(t.trace.merges and t.trace.merges[-1].after.dropped.any()) for t in traces)
+    any_energy = any(panel.values for row in rows for panel in row.panels)
+    return " ".join([TOKENS] + [DROPPED] * any_dropped + [ENERGY] * any_energy)
 
 
-def said(config: MergeConfig) -> str:
+def describe(config: MergeConfig) -> str:
     """How far a config merges, and where."""
     parts = [f"{config.tokens} tokens"] if config.tokens is not None else []
     if isinstance(config.ratio, tuple):
@@ -116,11 +140,6 @@ def _kept(keep: float | int) -> str:
     return f"{keep} tokens" if isinstance(keep, int) else f"ratio {keep:g}"
 
 
-def _own(study: Study) -> bool:
-    """Whether the method goes by an energy anywhere."""
-    return any(merge.energy() is not None for merge in study.history.merges)
-
-
-def _step(study: Study, size: int) -> int:
-    """Screen pixels across a patch."""
-    return max(size // max(study.grid), 1)
+def _step(traced: ImageTrace, size: int) -> int:
+    """Pixels per patch."""
+    return max(size // max(traced.grid), 1)

@@ -1,1 +1,1 @@
-"""A web page on which a LLaVA answers about pictures, with and without merging, and shows what merged."""
+"""A web page that answers questions about images, with and without merging, and shows what merged."""

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible endpoint whose model merges: handlers of `transformers serve` behind a guard."""
+"""An OpenAI-compatible endpoint for merging models, on the chat handler of `transformers serve`."""

@@ -1,27 +1,46 @@
-"""`llava-pitome serve`: its options, and the server's life."""
+"""`llava-pitome serve`: its options, and the life of the server."""
 
 import argparse
+import socket
 import sys
 from contextlib import suppress
 from typing import Any
 
 from llava_pitome.api import image_tokens
-from llava_pitome.cli import model_options as commands
-from llava_pitome.cli import options as options_module
-from llava_pitome.cli.options import whole
+from llava_pitome.cli import model_options
+from llava_pitome.cli.options import Option, add_flags, boolean, merge_config, merge_options, whole
 from llava_pitome.integrations.serve.limits import Limits
-from llava_pitome.integrations.serve.listening import address, listening, port
-from llava_pitome.models import hf_llava as llava
+from llava_pitome.models import hf_llava
 
-GRACE = 30  # seconds in which the token that is being worked out must come, when the server ends
-NAMES = {  # of limits, in the order of --help
-    "prompt": ("--max-prompt-tokens", 1, "tokens of a prompt"),
-    "answer": ("--max-new-tokens", 1, "tokens of an answer"),
-    "queue": ("--max-queue", 1, "requests that are answered or wait at one time"),
-    "pictures": ("--max-pictures", 1, "pictures in a request"),
-    "pixels": ("--max-pixels", 1, "pixels of a request's pictures together"),
-    "picture": ("--max-picture-mb", 2**20, "megabytes of a picture"),
-    "body": ("--max-request-mb", 2**20, "megabytes of a request"),
+SHUTDOWN_SECONDS = 30  # within which the token that is being generated must come
+MEGABYTE = 2**20
+LIMITS = Limits()
+
+
+def _limit(default: int, help: str) -> Option:
+    return Option(default, whole(1), "a whole number from 1", help, "limits")
+
+
+OPTIONS = {
+    "host": Option(
+        "127.0.0.1", str, "an address", "address to listen on; 127.0.0.1: this machine alone", "server"
+    ),
+    "port": Option(8000, whole(0, 65535), "in [0, 65535]", "port; 0: a free one", "server"),
+    "name": Option(None, str, "a name", "name of the model for clients; the value of --model", "server"),
+    "fetch_urls": Option(
+        False,
+        boolean,
+        "true | false",
+        "fetch images from http and https URLs; private addresses never are",
+        "server",
+    ),
+    "max_prompt_tokens": _limit(LIMITS.prompt_tokens, "tokens of a prompt, image tokens included"),
+    "max_new_tokens": _limit(LIMITS.new_tokens, "tokens of an answer"),
+    "max_queue": _limit(LIMITS.queue, "requests that are answered or wait at a time"),
+    "max_pictures": _limit(LIMITS.images, "images in a request"),
+    "max_pixels": _limit(LIMITS.pixels, "pixels of a request's images together"),
+    "max_picture_mb": _limit(LIMITS.image_bytes // MEGABYTE, "megabytes of an image"),
+    "max_request_mb": _limit(LIMITS.request_bytes // MEGABYTE, "megabytes of a request"),
 }
 
 
@@ -30,52 +49,59 @@ def describe(parsers: Any, name: str) -> None:
     parser = parsers.add_parser(
         name,
         help="an OpenAI-compatible endpoint",
-        description="Serves /v1/chat/completions as OpenAI's clients speak it, with merging on.",
+        description="Serves /v1/chat/completions for OpenAI's clients, with merging on.",
     )
-    options_module.add_flags(parser, commands.MODEL_OPTIONS)
-    options_module.add_flags(parser, options_module.merge_options())
-    add = parser.add_argument_group("server").add_argument
-    add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
-    add(
-        "--port",
-        type=options_module.reader(options_module.Option(None, port, "in [0, 65535]", "")),
-        default=8000,
-        help="0 takes a free one (8000)",
-    )
-    add("--name", help="what clients call the model (what --model says)")
-    add("--fetch-urls", action="store_true",
-        help="fetch pictures from http and https addresses; private ones never are (off)")  # fmt: skip
-    add = parser.add_argument_group("limits").add_argument
-    for field, (flag, unit, help) in NAMES.items():
-        default = getattr(Limits(), field) // unit
-        read = options_module.reader(options_module.Option(None, whole(1), "a whole number from 1", ""))
-        add(flag, dest=field, type=read, default=default, help=f"{help}, at most ({default})")
+    add_flags(parser, model_options.MODEL_OPTIONS | merge_options() | OPTIONS)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serves until it is ended.
+    """Serves until it is interrupted.
 
     Raises:
-        ValueError: options that do not go together, or an address that cannot be listened at.
+        ValueError: options that contradict each other, or an address that cannot be listened on.
     """
     import uvicorn
 
-    from llava_pitome.integrations.serve.app import build
-    from llava_pitome.integrations.serve.ending import Server
+    from llava_pitome.integrations.serve.app import Server, build
 
-    commands.check_model(options)
-    config = options_module.merge_config(vars(options))
+    model_options.check_model(options)
+    config = merge_config(vars(options))
     limits = Limits(
-        **{field: getattr(options, field) * unit for field, (_, unit, _) in NAMES.items()},
-        urls=options.fetch_urls,
+        request_bytes=options.max_request_mb * MEGABYTE,
+        image_bytes=options.max_picture_mb * MEGABYTE,
+        pixels=options.max_pixels,
+        images=options.max_pictures,
+        prompt_tokens=options.max_prompt_tokens,
+        new_tokens=options.max_new_tokens,
+        queue=options.max_queue,
+        fetch_urls=options.fetch_urls,
     )
-    with listening(options.host, options.port) as sock:  # before a model is loaded for nothing
-        model, processor = commands.load(options, config)
+    with listen(options.host, options.port) as sock:  # before a model is loaded in vain
+        model, processor = model_options.load(options, config)
         app = build(options.name or options.model, model, processor, limits)
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
-        tokens = f"{image_tokens(model)} image tokens of {llava.find(model).patches} a picture"
-        with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        tokens = f"{image_tokens(model)} image tokens of {hf_llava.find(model).patches} an image"
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again after the shutdown
             sys.stdout.write(f"http://{address(sock)}/v1 serves {options.model}, {tokens}\n")
             sys.stdout.flush()
-            Server(settings, app).run(sockets=[sock])
+            Server(settings).run(sockets=[sock])
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a listening socket; uvicorn's `bind_socket` exits the process where it cannot.
+
+    Raises:
+        ValueError: the address is taken or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+
+
+def address(sock: socket.socket) -> str:
+    """Returns the host and port of a socket as they stand in a URL."""
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,112 +1,93 @@
-"""The pictures of a request: fetched where that is on, decoded, opened."""
+"""The images of a request: fetched where that is on, decoded, opened."""
 
 import base64
-import binascii
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from starlette.exceptions import HTTPException
 
 from llava_pitome.image_io import open_image
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.integrations.serve.remote import fetch
-from llava_pitome.integrations.serve.request import Refused, parts
+from llava_pitome.integrations.serve.requests import Message
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Read = Callable[[str, int, float], bytes]
+Fetch = Callable[[str, int, float], bytes]  # a URL, the most bytes, seconds
 
 
-def addresses(messages: list[dict[str, Any]]) -> list[str]:
-    """Where the pictures of a checked conversation are, in their order: data:, http: or https:."""
-    return [
-        part["image_url"]["url"]
-        for i, message in enumerate(messages)
-        for part in parts(message, i)
-        if part["type"] == "image_url"
-    ]
+def image_urls(messages: list[Message]) -> list[str]:
+    """Returns the URLs of all images in their order."""
+    return [part.image_url.url for m in messages for part in m.content if part.type == "image_url"]
 
 
-def is_remote(address: str) -> bool:
-    """Whether a picture is not in the request itself."""
-    return not address[:5].lower().startswith("data:")
+def is_remote(url: str) -> bool:
+    """Whether an image is not in the request itself."""
+    return not url[:5].lower().startswith("data:")
 
 
-def fetched(
-    messages: list[dict[str, Any]], limits: Limits, until: float, read: Read = fetch
-) -> dict[str, bytes]:
-    """What the addresses of a conversation hold that are not in the request itself, each fetched once.
+def fetch_images(urls: list[str], limits: Limits, deadline: float, fetch: Fetch = fetch) -> dict[str, bytes]:
+    """Returns the image files of the remote URLs, each fetched once.
 
-    All of them together may be as large as one request.
+    All of them together may be as large as a request.
 
     Args:
-        messages: checked.
+        urls: of the images, remote or not.
         limits: whether anything is fetched, and how much.
-        until: when all of them must be there, as `time.monotonic()` tells.
-        read: fetches what an address holds.
+        deadline: for all of them, on the clock of `time.monotonic()`.
+        fetch: returns what a URL holds, given the most bytes and seconds.
 
     Raises:
-        Refused: pictures are not fetched here, or one cannot be.
+        HTTPException: 400 where images are not fetched, or one cannot be.
     """
-    found: dict[str, bytes] = {}
-    room = limits.body
-    for address in filter(is_remote, addresses(messages)):
-        if not limits.urls:
-            raise Refused("this server fetches no pictures: send them as data:image/...;base64,...")
-        if address in found:
-            continue
+    files: dict[str, bytes] = {}
+    remaining = limits.request_bytes
+    for url in dict.fromkeys(filter(is_remote, urls)):
+        if not limits.fetch_urls:
+            raise HTTPException(400, "this server fetches no images: send them as data:image/...;base64,...")
         try:
-            found[address] = read(address, min(limits.picture, room), until - time.monotonic())
+            files[url] = fetch(url, min(limits.image_bytes, remaining), deadline - time.monotonic())
         except ValueError as error:
-            raise Refused(str(error)) from error
-        room -= len(found[address])
-    return found
+            raise HTTPException(400, str(error)) from error
+        remaining -= len(files[url])
+    return files
 
 
-def opened(messages: list[dict[str, Any]], limits: Limits, held: dict[str, bytes]) -> list[dict[str, Any]]:
-    """The conversation as processors take it, its pictures opened.
+def open_images(urls: list[str], files: dict[str, bytes], limits: Limits) -> "list[Image.Image]":
+    """Returns the images.
 
     Args:
-        messages: checked.
-        limits: `pixels` is for all pictures together.
-        held: what was fetched, by address.
+        urls: of the images, remote or not.
+        files: what the remote URLs hold.
+        limits: `pixels` is for all images together.
 
     Raises:
-        Refused: a picture that is none, or too large.
+        HTTPException: 400 for a file that is not an image or has too many pixels, 413 for too many bytes.
     """
-    room, conversation = limits.pixels, []
-    for i, message in enumerate(messages):
-        content = []
-        for part in parts(message, i):
-            if part["type"] == "image_url":
-                address = part["image_url"]["url"]
-                raw = held[address] if is_remote(address) else _decoded(address, limits)
-                picture = _picture(raw, limits, room)
-                room -= picture.width * picture.height
-                part = {"type": "image", "image": picture}
-            content.append(part)
-        conversation.append({"role": message["role"], "content": content})
-    return conversation
+    images, remaining = [], limits.pixels
+    for url in urls:
+        raw = files[url] if is_remote(url) else _decode(url, limits)
+        try:
+            image = open_image(raw, max(remaining, 0))
+        except ValueError as error:
+            context = f" (the images before it leave that of {limits.pixels:,})" if images else ""
+            raise HTTPException(400, f"{error}{context if 'pixels' in str(error) else ''}") from error
+        remaining -= image.width * image.height
+        images.append(image)
+    return images
 
 
-def _picture(raw: bytes, limits: Limits, room: int) -> "Image.Image":
-    """The picture in some bytes, of so many pixels at most."""
+def _decode(url: str, limits: Limits) -> bytes:
+    """Returns the bytes of data:image/...;base64,..."""
+    header, comma, data = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise HTTPException(400, "a data URL must have the form data:image/...;base64,...")
     try:
-        return open_image(raw, max(room, 0))
+        raw = base64.b64decode("".join(data.split()), validate=True)  # some clients break the lines
     except ValueError as error:
-        before = f" (what the pictures before it leave of {limits.pixels:,})" if room < limits.pixels else ""
-        raise Refused(f"{error}{before if 'pixels' in str(error) else ''}") from error
-
-
-def _decoded(address: str, limits: Limits) -> bytes:
-    """The bytes of data:image/...;base64,..."""
-    head, comma, data = address.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise Refused("a data: address must be of the form data:image/...;base64,...")
-    try:
-        raw = base64.b64decode("".join(data.split()), validate=True)  # some encoders break lines
-    except (binascii.Error, ValueError) as error:  # ValueError: characters that are not ASCII
-        raise Refused(f"the picture is no base64: {error}") from error
-    if len(raw) > limits.picture:
-        raise Refused(f"a picture has {len(raw)} bytes; at most {limits.picture} are allowed", 413)
+        raise HTTPException(400, f"the image is not valid base64: {error}") from error
+    if len(raw) > limits.image_bytes:
+        raise HTTPException(413, f"an image has {len(raw)} bytes; at most {limits.image_bytes} are allowed")
     return raw

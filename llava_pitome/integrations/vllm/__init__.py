@@ -1,6 +1,6 @@
-"""vLLM's LLaVA, merging: found by vLLM through the entry point group `vllm.general_plugins`.
+"""A vLLM plugin with a LLaVA that merges visual tokens, found through the entry point `vllm.general_plugins`.
 
-`supported` says what can be served, `choose` has vLLM take the merging class where a model's config asks for
-it, `model` is that class, and `serve` the command of scripts/serve_vllm.sh. Only `choose` and `model` know
-vLLM; `renamed` copies checkpoints for a vLLM without this package.
+`registration` selects the merging class by a model's config, `model` is that class, `validation` refuses what
+vLLM cannot do, and `serve_command` is the command behind scripts/serve_vllm.sh. Only `registration` and
+`model` import vLLM.
 """

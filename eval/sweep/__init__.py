@@ -1,0 +1,1 @@
+"""Many evaluations: their combinations, their processes, and the list of them in sweep.json."""

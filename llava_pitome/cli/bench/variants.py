@@ -1,0 +1,90 @@
+"""The models that are timed against each other: they share their weights, and each has hooks of its own."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava_pitome.api import apply
+from llava_pitome.cli.bench.targets import Target, make_inputs
+from llava_pitome.config import MergeConfig
+from llava_pitome.hooks.handle import MergeHandle
+from llava_pitome.models import hf_llava as llava
+
+
+class Variant(NamedTuple):
+    """A target, dense or merging.
+
+    Attributes:
+        label: its name in tables.
+        target: the target with this variant's model.
+        handle: what `apply` returned, None for the dense model.
+        tokens: image tokens that reach the language model.
+        compiled: whether torch.compile compiles its vision tower.
+    """
+
+    label: str
+    target: Target
+    handle: MergeHandle | None
+    tokens: int
+    compiled: bool = False
+
+    def encode(self, pixels: Tensor) -> Any:
+        """Returns the vision tower's output for pixels (B, 3, H, W), called as LLaVA calls it."""
+        tower = llava.find(self.target.model).tower
+        return tower(pixels, output_hidden_states=True, return_dict=True)
+
+
+def make_variant(
+    target: Target,
+    config: MergeConfig | None,
+    label: str = "",
+    kernels: bool | str = True,
+    compile_mode: str = "off",
+) -> Variant:
+    """Returns a variant of a target, which stays as it is.
+
+    Args:
+        target: what is benchmarked.
+        config: how to merge; None: the dense model.
+        label: its name in tables.
+        kernels: as for `api.apply`.
+        compile_mode: torch.compile's mode for the vision tower, or "off".
+    """
+    weights = {id(t): t for t in (*target.model.parameters(), *target.model.buffers())}
+    target = target._replace(model=copy.deepcopy(target.model, weights))
+    handle = None if config is None else apply(target.model, config, kernels=kernels)
+    parts = llava.find(target.model)
+    tokens = target.patches if config is None else config.tokens_at(target.patches, parts.num_feature_layers)
+    variant = Variant(label, target, handle, tokens, compile_mode != "off")
+    if variant.compiled:
+        with torch.no_grad():  # transformers installs hooks at the first call, which would break a graph
+            variant.encode(make_inputs(target, 1, tokens, 1)["pixel_values"])
+        parts.tower.compile(mode=compile_mode, dynamic=False)
+    return variant
+
+
+@contextmanager
+def compile_limit(graphs: int) -> Iterator[None]:
+    """Lets torch.compile compile the same code `graphs` times, and raises where it would go on uncompiled."""
+    settings = torch._dynamo.config
+    limit = max(graphs, settings.recompile_limit)
+    with settings.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+        yield
+
+
+def cuda_graph(work: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
+    """Returns the replay of `work` as a CUDA graph: it reads and writes the same memory at every call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay

@@ -1,1 +1,0 @@
-"""Which patch went into which token, layer by layer."""
