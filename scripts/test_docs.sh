@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the commands and the Python of the how-to pages in docs, as they stand there.
+# Runs the commands and the Python of README.md and docs/*.md; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

@@ -1,24 +1,19 @@
-"""A tiny random LLaVA, with a processor, that takes milliseconds: CLIP tower of 8 layers and 36 patches."""
+"""Fixtures: a tiny random LLaVA (CLIP tower of 8 layers, 36 patches) and its processor, made in milliseconds.
+
+Every test runs with one torch thread: the workers of pytest-xdist share the cores, where threads of torch's
+own would wait for each other.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; read when torch is imported
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-)
+
+torch.set_num_threads(1)
 
 LAYERS, PATCHES, SIDE, PATCH = 8, 36, 48, 8
-collect_ignore = [  # what scripts of their own run: test_triton, test_training, test_vllm, test_web, ...
-    "test_kernels_triton.py", "test_lora_processes.py", "test_vllm_offline.py", "test_vllm_server.py",
-    "test_vllm_docs.py", "test_web_page.py", "test_docs.py",
-]  # fmt: skip
 WORDS = [
     "<unk>", "<s>", "</s>", "<pad>", "<image>",
     "what", "is", "this", "that", "a", "red", "cat", "or", "dog", "two", "three", "and",
@@ -27,9 +22,22 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
     "image_size": SIDE, "patch_size": PATCH,
 }  # fmt: skip
+collect_ignore = [  # run by scripts/test_{triton,training,vllm,web,docs}.sh, which name these files
+    "test_kernels_triton.py", "test_lora_processes.py", "test_vllm_offline.py", "test_vllm_server.py",
+    "test_vllm_docs.py", "test_web_page.py", "test_docs.py",
+]  # fmt: skip
 
 
-def make_model(tower: str = "clip", seed: int = 0, **options) -> LlavaForConditionalGeneration:
+def make_model(tower: str = "clip", seed: int = 0, **options):
+    """A LlavaForConditionalGeneration with random weights; `options` go to its config."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(**VISION) if tower == "clip" else SiglipVisionConfig(**VISION)
     text = LlamaConfig(
@@ -48,7 +56,11 @@ def make_model(tower: str = "clip", seed: int = 0, **options) -> LlavaForConditi
     return LlavaForConditionalGeneration(config).eval()
 
 
-def make_processor(tower: str = "clip") -> LlavaProcessor:
+def make_processor(tower: str = "clip"):
+    """A LlavaProcessor for it, with a vocabulary of 17 words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -67,24 +79,24 @@ def make_processor(tower: str = "clip") -> LlavaProcessor:
 
 
 @pytest.fixture(autouse=True)
-def truncated_pictures_raise(monkeypatch):
-    """As pillow has it by itself; lmms-eval, which some tests import, changes that for the process."""
+def truncated_images_raise(monkeypatch):
+    """Restores pillow's default, which importing lmms-eval changes for the process."""
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture
-def model() -> LlavaForConditionalGeneration:
+def model():
     return make_model()
 
 
 @pytest.fixture
-def processor() -> LlavaProcessor:
+def processor():
     return make_processor()
 
 
 @pytest.fixture
 def pictures() -> list:
-    """Four pictures with structure: noise that is smooth at different scales."""
+    """Four images with structure: noise, smooth at different scales."""
     import numpy as np
     from PIL import Image
 
@@ -95,7 +107,7 @@ def pictures() -> list:
 
 @pytest.fixture
 def saved(model, processor, tmp_path):
-    """A folder with a plain model and its processor."""
+    """A folder with an unmerged model and its processor."""
     model.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")
     return tmp_path / "plain"
@@ -103,7 +115,7 @@ def saved(model, processor, tmp_path):
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    """A folder with a CLIP tower, as an original LLaVA names one."""
+    """A folder with a CLIP tower, for the `mm_vision_tower` of an original LLaVA."""
     from originals import make_tower
 
     return make_tower(tmp_path_factory.mktemp("clip"))
@@ -111,7 +123,7 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory):
-    """A tokenizer.model."""
+    """A sentencepiece tokenizer.model."""
     from originals import make_vocabulary
 
     return make_vocabulary(tmp_path_factory.mktemp("vocabulary"))
@@ -119,7 +131,7 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture
 def original(clip_folder):
-    """A LLaVA of the original package."""
+    """A model of the original LLaVA package."""
     from originals import make_original
 
     return make_original(clip_folder)
@@ -127,21 +139,19 @@ def original(clip_folder):
 
 @pytest.fixture
 def original_folder(original, vocabulary, tmp_path):
-    """A checkpoint of it."""
+    """A checkpoint of that model."""
     from originals import save
 
     return save(original, vocabulary, tmp_path / "original")
 
 
-REPORTED = pytest.StashKey[list[str]]()  # what a benchmark found, told at the end and not judged
-
-
 @pytest.fixture
-def report(request):
-    """Takes lines for the summary of the test run."""
-    return request.config.stash.setdefault(REPORTED, []).append
+def report(record_property):
+    """A function that adds a line to the summary of the test run, for measurements that are not judged."""
+    return lambda line: record_property("bench", line)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    for line in config.stash.get(REPORTED, []):
-        terminalreporter.write_line(f"bench: {line}")
+def pytest_terminal_summary(terminalreporter):
+    for test in terminalreporter.getreports("passed"):
+        for _, line in test.user_properties:
+            terminalreporter.write_line(f"bench: {line}")

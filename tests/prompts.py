@@ -1,4 +1,4 @@
-"""Prompts, and what a model makes of them, for the tests of whole models."""
+"""Configs, prompts and forward passes for tests of complete models."""
 
 import torch
 
@@ -17,26 +17,31 @@ PROMPTS = ["<image> what is this", "a red <image> cat or <image> dog", "what is 
 
 
 def images_of(prompt, pictures):
+    """As many of the images as the prompt has placeholders."""
     return pictures[: prompt.count("<image>")]
 
 
 def batch(processor, prompts, pictures):
+    """Inputs of all prompts, padded."""
     return processor(
         images=[images_of(p, pictures) for p in prompts], text=prompts, return_tensors="pt", padding=True
     )
 
 
 def generate(model, inputs, count=6):
+    """Ids of exactly `count` new tokens, greedy."""
     return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)[
         :, inputs["input_ids"].shape[1] :
     ]
 
 
 def single(processor, prompt, pictures):
+    """Inputs of one prompt."""
     return processor(images=images_of(prompt, pictures) or None, text=prompt, return_tensors="pt")
 
 
 def features(model, inputs):
+    """The hidden states of the tower's feature layer."""
     with torch.no_grad():
         out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=True)
     return out.hidden_states[model.config.vision_feature_layer]

@@ -1,4 +1,4 @@
-"""What README and documents point to is there: files, pictures, headings, pages."""
+"""Links, file names and pictures of the README and the documents exist."""
 
 import re
 from pathlib import Path
@@ -6,55 +6,55 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval/results/sweep/report.md"]
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, ROOT / "eval/results/sweep/report.md"]
+EXAMPLES = ("methods/mine.py", "methods/shortest.py", "hooks/projector_middle.py")  # of new files
+FILE = re.compile(r"(?<![\w./-])[\w-]+(?:/[\w-]+)+\.(?:py|sh|md|txt)\b")
 
 
-def prose(page: Path) -> str:
-    """A page without its blocks and words of code."""
-    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"`[^`]*`", "", text)
+def without_code(page: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
-    """The names of a page's headings, as they stand behind a `#`."""
-    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+    headings = re.findall(r"^#+ (.*)$", without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def links(page: Path) -> list[str]:
-    return [link for link in LINK.findall(prose(page)) if not link.startswith(("http://", "https://"))]
+    found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", without_code(page)))
+    return [link for link in found if not link.startswith(("http://", "https://"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_of_a_page_leads_somewhere(page):
+def test_links_lead_to_files_and_headings(page):
     for link in links(page):
         path, _, anchor = link.partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.is_file() and file.is_relative_to(ROOT), f"{link} leads nowhere"
+        assert file.is_file() and file.is_relative_to(ROOT), f"no file for {link}"
         assert not anchor or anchor in anchors(file), f"{file.name} has no heading {anchor!r}"
 
 
-def test_the_readme_leads_to_every_page():
-    there = {(ROOT / link.partition("#")[0]).resolve() for link in links(ROOT / "README.md")}
-    assert there >= set((ROOT / "docs").glob("*.md"))
+def test_readme_links_every_page():
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(ROOT / "README.md")}
+    assert linked >= set((ROOT / "docs").glob("*.md"))
 
 
-def test_every_picture_of_the_documents_is_shown():
-    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
-    assert shown >= set((ROOT / "docs/pictures").iterdir())
+def test_every_picture_is_used():
+    linked = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
+    assert linked >= set((ROOT / "docs/pictures").iterdir())
 
 
-@pytest.mark.parametrize("page", PAGES[:-1], ids=lambda page: page.name)
-def test_every_file_of_the_project_that_a_page_names_is_there(page):
-    named = re.findall(
-        r"\b(?:eval|train|scripts|docs|tests|llava_pitome)/[\w/.-]+\.(?:py|sh|md|json|png|txt)",
-        page.read_text(),
-    )
-    invented = {
-        "llava_pitome/methods/mine.py",
-        "llava_pitome/methods/shortest.py",
-        "llava_pitome/places/middle.py",
-    }
-    assert not [name for name in named if name not in invented and not (ROOT / name).exists()]
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    """Names are relative to the checkout or to the package."""
+    for name in FILE.findall(page.read_text()):
+        exists = (ROOT / name).exists() or (ROOT / "llava_pitome" / name).exists()
+        assert exists or name.endswith(EXAMPLES), f"no file {name}"
+
+
+def test_picture_of_the_route_is_what_its_script_draws(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from draw_route import OUTPUT, draw
+
+    assert OUTPUT.read_text() == draw()
