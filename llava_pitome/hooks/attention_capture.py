@@ -237,10 +237,10 @@ class AttentionSwitch:
         if not any(other.config is self.config for other in AttentionSwitch._active):
             self.config._attn_implementation = base_implementation(self.config)
 
-    def renew(self) -> None:
-        """Chooses the attention function again where another implementation was set since."""
-        if not (self.config._attn_implementation or "").startswith(PREFIX):
-            self.install()
+    @property
+    def was_replaced(self) -> bool:
+        """Whether another implementation was set since `install`."""
+        return not (self.config._attn_implementation or "").startswith(PREFIX)
 
 
 def base_implementation(config: Any) -> str:

@@ -28,6 +28,7 @@ from llava_pitome.hooks.llm_attention_capture import LayerAttention, ProjectionC
 from llava_pitome.hooks.merge_step import STATE, MergePoint, MergeStep, TokenState, current_pass, enter_pass
 from llava_pitome.hooks.projector import grid
 from llava_pitome.merge.plan import gather_tokens
+from llava_pitome.models.hf_language_model import cache_in
 from llava_pitome.models.parts import LanguageModelParts
 
 
@@ -100,8 +101,10 @@ class LanguageModelHooks:
 
     def _choose_attention(self) -> None:
         """Log sizes go into masks; where the attention implementation takes none, into its keys."""
-        if self._attention is not None and not self.llm.family.takes_masks:
-            self._attention.renew()
+        if self._attention is None or self.llm.family.takes_masks:
+            return
+        if self._attention.was_replaced:
+            self._attention.install()
 
     def remove(self) -> None:
         """Takes everything back and forgets the last forward pass."""
@@ -137,7 +140,7 @@ class LanguageModelHooks:
         if self.llm.image_token is None:
             return
         count = self.llm.family.tokens_per_image(inputs, self.patches())
-        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        ids, cache = inputs.get("input_ids"), cache_in(inputs)
         if ids is None and (count is not None or not kv_cache.is_known(cache)):
             raise ValueError("merging in the language model needs input_ids, which say where the images are")
         if count is not None:
@@ -153,7 +156,7 @@ class LanguageModelHooks:
         inputs = _by_name(module, args, kwargs)
         self.llm.family.check_inputs(inputs)
         self._choose_attention()
-        hidden, cache, mask = (inputs.get(k) for k in ("inputs_embeds", "past_key_values", "attention_mask"))
+        hidden, mask, cache = inputs.get("inputs_embeds"), inputs.get("attention_mask"), cache_in(inputs)
         if hidden is None:  # called by itself, with ids: no images
             hidden = inputs["input_ids"]
         batch, length = hidden.shape[:2]
@@ -205,7 +208,7 @@ class LanguageModelHooks:
         mask = state.mask(s, kwargs.get("attention_mask"), hidden, self.llm.family)
         kwargs = kwargs | {"attention_mask": mask} | state.positions(s, kwargs)
         if i in self.layers and state.has_images:
-            cached = partial(self.llm.family.cached_keys, kwargs.get("past_key_values"), i)
+            cached = partial(self.llm.family.cached_keys, cache_in(kwargs), i)
             state.attention[s] = LayerAttention(
                 None, None, state.layouts[s], mask, kwargs["position_embeddings"], cached,
                 state.past[s].length, self._grid,
@@ -252,7 +255,7 @@ class LanguageModelHooks:
     def _end(self, _module: nn.Module, _args: tuple, kwargs: dict, output: Any) -> None:
         """After the language model: the cache remembers what it holds."""
         state: ForwardState = kwargs[STATE]
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output)
         if cache is not None and state.past is not None:
             kv_cache.remember(cache, state.cache_state(self._settings))
         if not torch.is_grad_enabled():  # gradient checkpointing may run layers again

@@ -180,8 +180,9 @@ class VisionTowerHooks:
 
     def _start(self, _tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the tower: resizes the images and starts a forward pass."""
-        self.attention.renew()
-        check_tower_attention(self.parts.tower, self.config)
+        if self.attention.was_replaced:
+            check_tower_attention(self.parts.tower, self.config)
+            self.attention.install()
         pixels = args[0] if args else kwargs["pixel_values"]
         if self.config.resize is not None:
             pixels = resize_images(pixels, self.config.resize, self.parts.patch_size)

@@ -92,7 +92,7 @@ class LlamaLike:
     def check_inputs(self, inputs: dict[str, Any]) -> None:
         """Raises ValueError for a cache, mask or attention implementation that cannot work in this call."""
         check_attention(self.llm)
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = cache_in(inputs), inputs.get("attention_mask")
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
         if cache is not None and (type(cache).__name__ != "DynamicCache" or kinds - {"DynamicLayer"}):
             what = type(cache).__name__ + (f" with {', '.join(sorted(kinds))}" if kinds else "")
@@ -111,6 +111,18 @@ class LlamaLike:
                 "position_ids without attention_mask start again within a row, as in packed sequences; "
                 "merging inside the language model needs one prompt per row"
             )
+
+
+def cache_in(values: Any) -> Any:
+    """The KV cache among a call's keyword arguments or in a model's output; None where there is none.
+
+    transformers 5.24 renames `past_key_values` to `cache`.
+    """
+    for name in ("cache", "past_key_values"):
+        found = values.get(name) if isinstance(values, dict) else getattr(values, name, None)
+        if found is not None:
+            return found
+    return None
 
 
 def attention_implementation(module: nn.Module) -> str:

@@ -78,7 +78,7 @@ class LanguageModelParts(NamedTuple):
 
     Attributes:
         multimodal: the module around it, called with input_ids and pixel_values.
-        model: the language model, called with inputs_embeds, attention_mask and past_key_values.
+        model: the language model, called with inputs_embeds, attention_mask and a KV cache.
         blocks: its layers.
         norm: the norm after the last layer.
         rotary: from hidden states and position_ids (B or 1, T) to cosine and sine of the rotary embedding.

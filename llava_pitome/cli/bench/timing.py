@@ -22,6 +22,7 @@ from llava_pitome.flops import counted
 from llava_pitome.hooks.attention_capture import CapturedAttention
 from llava_pitome.methods import METHODS
 from llava_pitome.models import hf_llava as llava
+from llava_pitome.models.hf_language_model import cache_in
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def _row(variant: Variant, workload: Workload, seconds: dict[str, list[float]]) 
     }
 
     def prefill() -> None:
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_in(model(**inputs, use_cache=True, logits_to_keep=1))
         row["kv_cache_bytes"] = sum(x.nbytes for x in llava.cached(cache))
 
     call = prefill if target.generates else partial(variant.encode, pixels)
