@@ -21,9 +21,11 @@ for version in 5.17.0 5.24.0; do
       >"$venv/pip.log" 2>&1 || { cat "$venv/pip.log" >&2 && exit 1; }
     echo "$stamp" >"$venv/stamp"
   fi
+  # the original package's own `generate` does not run with 5.24, which hands it a `cache` that it does not know
+  skip=(); if [ "$version" = 5.24.0 ]; then skip=(--deselect tests/test_conversion.py::test_logits_answers_and_beams_equal_those_of_the_original); fi
   echo "transformers $("$venv/bin/python" -c 'import transformers; print(transformers.__version__)')"
   "$venv/bin/python" -m pytest -n 2 --dist loadfile tests/test_tower.py tests/test_api.py tests/test_processor.py \
     tests/test_prefix.py tests/test_decoder*.py tests/test_positions.py tests/test_shrink.py tests/test_loading.py \
-    tests/test_conversion.py tests/test_serving.py "$@" || status=1
+    tests/test_flash_attention.py tests/test_conversion.py tests/test_serving.py "${skip[@]}" "$@" || status=1
 done
 exit "$status"
