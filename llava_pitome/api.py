@@ -1,6 +1,5 @@
 """apply, remove, merge_tokens and load: how a model starts and stops merging its visual tokens."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -73,31 +72,27 @@ def apply(
     remove(model)
     with ExitStack() as undo:
         if previous is not None:
-            undo.callback(_install, parts.model, previous, previous.handle.config)
-        applied = _Applied(handle, processor, getattr(parts.model.config, KEY, None))
-        _install(parts.model, applied, config)
+            undo.callback(_install, parts, previous)
+        new = _Applied(handle, processor, getattr(parts.model.config, KEY, None))
+        undo.callback(_uninstall, parts.model, new)
+        _install(parts, new)
         undo.pop_all()
     return handle
 
 
-def _install(model: nn.Module, applied: _Applied, config: MergeConfig) -> None:
-    """Installs the hooks, fits the processor, and notes the config in the model's."""
-    applied.handle.install()
-    if applied.processor is not None:
-        layers = applied.handle.tower.num_layers
-        processors.fit(applied.processor, partial(config.tokens_at, layers=layers))
-    _applied[model] = applied
+def _install(parts: ModelParts, applied: _Applied) -> None:
+    """Installs the hooks, changes the processor, and notes the config in the model's."""
+    model, config, processor = parts.model, applied.handle.config, applied.processor
+    applied.handle.install(parts)
+    if processor is not None:
+        processors.set_token_counts(processor, partial(config.tokens_at, layers=parts.num_feature_layers))
     setattr(model.config, KEY, config.to_dict())
-    _reset_compiled()
+    _applied[model] = applied
+    _reset_compiled(model)
 
 
-def remove(model: nn.Module) -> None:
-    """Gives a model, its config and its processor back as they were before `apply`."""
-    model = hf_llava.unwrap(model)
-    applied = _applied.pop(model, None)
-    if applied is None:
-        _remove_from_copy(model)
-        return
+def _uninstall(model: nn.Module, applied: _Applied) -> None:
+    """Undoes `_install`, also where that ended early."""
     applied.handle.remove()
     if applied.processor is not None:
         processors.restore(applied.processor)
@@ -105,7 +100,18 @@ def remove(model: nn.Module) -> None:
         vars(model.config).pop(KEY, None)
     else:
         setattr(model.config, KEY, applied.before)
-    _reset_compiled()
+    _applied.pop(model, None)
+    _reset_compiled(model)
+
+
+def remove(model: nn.Module) -> None:
+    """Gives a model, its config and its processor back as they were before `apply`."""
+    model = hf_llava.unwrap(model)
+    applied = _applied.get(model)
+    if applied is None:
+        _remove_from_copy(model)
+    else:
+        _uninstall(model, applied)
 
 
 def applied(model: nn.Module) -> MergeConfig | None:
@@ -149,7 +155,7 @@ def _remove_from_copy(model: nn.Module) -> None:
         hooks.remove()
     if found:
         vars(model.config).pop(KEY, None)
-        _reset_compiled()
+        _reset_compiled(model)
 
 
 @contextmanager
@@ -200,7 +206,10 @@ def load(
     return model, processor
 
 
-def _reset_compiled() -> None:
-    """Drops compiled graphs, which contain the hooks of their time: torch does not check for changes."""
-    if "torch._dynamo" in sys.modules:
+def _reset_compiled(model: nn.Module) -> None:
+    """Drops compiled graphs of a model, which contain its hooks; torch.compile does not check for new ones.
+
+    torch can only drop all graphs of the process, so nothing is done where no part of the model is compiled.
+    """
+    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         torch.compiler.reset()

@@ -72,7 +72,7 @@ def test_one_more_channel_is_a_bias(channels, dtype):
     sizes = torch.randint(1, 300, (2, 10), generator=generator).float()
     bias = sizes.log().to(dtype)[:, None, None]
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    wider = add_size_channel(query, key, value, sizes.log())
+    wider = add_size_channel(query, key, value, sizes.log(), channels**-0.5)
     found = F.scaled_dot_product_attention(*wider, scale=channels**-0.5)[..., :channels]
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
     assert all(x.shape[-1] % 8 == 0 for x in wider)

@@ -6,7 +6,7 @@ import torch
 from conftest import PATCHES, SIDE, make_model, make_processor
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.models.processors import check, fit, restore
+from llava_pitome.models.processors import check, restore, set_token_counts
 
 IMAGE = 4  # the id of <image>
 
@@ -24,7 +24,7 @@ def written(processor, picture, **options):
 def test_a_fitted_processor_writes_as_many_placeholders_as_are_kept(tower, pictures):
     processor = make_processor(tower)
     assert written(processor, pictures[0]) == PATCHES
-    fit(processor, half)
+    set_token_counts(processor, half)
     assert written(processor, pictures[0]) == PATCHES // 2
     restore(processor)
     assert written(processor, pictures[0]) == PATCHES
@@ -33,12 +33,12 @@ def test_a_fitted_processor_writes_as_many_placeholders_as_are_kept(tower, pictu
 def test_a_class_token_that_is_kept_is_counted_on_top(processor, pictures):
     processor.vision_feature_select_strategy = "full"
     assert written(processor, pictures[0]) == PATCHES + 1
-    fit(processor, half)
+    set_token_counts(processor, half)
     assert written(processor, pictures[0]) == PATCHES // 2 + 1
 
 
 def test_each_image_is_counted_by_its_own_size(processor, pictures):
-    fit(processor, half)
+    set_token_counts(processor, half)
     large = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
     assert written(processor, pictures[0], **large) == 32
     assert written(processor, pictures[0]) == 18
@@ -47,7 +47,7 @@ def test_each_image_is_counted_by_its_own_size(processor, pictures):
 def test_the_number_of_multimodal_tokens_is_the_fitted_one(processor):
     sizes = [(SIDE, SIDE), (100, 30)]
     assert processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] == [PATCHES] * 2
-    fit(processor, half)
+    set_token_counts(processor, half)
     found = processor._get_num_multimodal_tokens(image_sizes=sizes)
     assert found["num_image_tokens"] == [PATCHES // 2] * 2
     assert found["num_image_patches"] == [1, 1]
@@ -57,8 +57,8 @@ def test_the_number_of_multimodal_tokens_is_the_fitted_one(processor):
 
 
 def test_fitting_again_replaces_what_was_fitted(processor, pictures):
-    fit(processor, half)
-    fit(processor, lambda patches: patches - 1)
+    set_token_counts(processor, half)
+    set_token_counts(processor, lambda patches: patches - 1)
     assert written(processor, pictures[0]) == PATCHES - 1
 
 
@@ -70,19 +70,19 @@ def test_unfitting_what_was_never_fitted_does_nothing(processor):
 
 def test_nothing_is_left_in_a_processor(processor):
     before = sorted(vars(processor))
-    fit(processor, half)
+    set_token_counts(processor, half)
     restore(processor)
     assert sorted(vars(processor)) == before
 
 
 def test_another_processor_is_not_touched(processor, pictures):
-    fit(processor, half)
+    set_token_counts(processor, half)
     assert written(make_processor(), pictures[0]) == PATCHES
 
 
 def test_a_saved_processor_does_not_know_that_it_was_fitted(processor, tmp_path):
     processor.save_pretrained(tmp_path / "plain")
-    fit(processor, half)
+    set_token_counts(processor, half)
     processor.save_pretrained(tmp_path / "fitted")
     files = sorted(p.name for p in (tmp_path / "plain").iterdir())
     assert "processor_config.json" in files
@@ -93,7 +93,7 @@ def test_a_saved_processor_does_not_know_that_it_was_fitted(processor, tmp_path)
 
 def test_a_fitted_processor_can_be_shown(processor):
     before = repr(processor)
-    fit(processor, half)
+    set_token_counts(processor, half)
     assert repr(processor) == before
 
 
@@ -144,7 +144,7 @@ def test_labels_and_masks_are_of_the_short_prompt(model, processor, pictures):
 
 
 def test_a_fitted_processor_is_no_longer_so_once_copied_and_unfitted(processor, pictures):
-    fit(processor, half)
+    set_token_counts(processor, half)
     restore(processor)
     for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
         assert written(other, pictures[0]) == PATCHES

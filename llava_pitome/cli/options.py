@@ -222,7 +222,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 def amount(text: str) -> float | int:
     """Reads what is kept: a share in (0, 1] with a point (0.5), or a number of tokens from 2 (64)."""
-    return whole(2)(text) if text.isdecimal() else share(text)
+    return whole(1)(text) if text.isdecimal() else share(text)
 
 
 def layers(text: str) -> dict[int, float | int]:
@@ -262,7 +262,7 @@ def folder(text: str) -> str:
 FIELD_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {  # by kind of field: its reader, and what it reads
     "shares": (shares, "a number in (0, 1], or one per layer with commas"),
     "count": (whole(1), validation.KINDS["count"].allowed),
-    "amount": (amount, "a share (0.5) or a number of tokens (64)"),
+    "amount": (amount, "a share (0.5) or a number of tokens from 2 (64)"),
     "layers": (layers, "layer:share or layer:number with commas (8:0.5,16:64)"),
     "sides": (sides, "rows x columns (9x10)"),
     "fraction": (number(0, 1), validation.KINDS["fraction"].allowed),

@@ -1,8 +1,8 @@
-"""The attention function of a vision tower that merges: captures keys and queries, weighs keys by token size.
+"""The attention function of a merging model: captures keys and queries, and weights keys by token size.
 
 It is registered with transformers' AttentionInterface under the name of the implementation it wraps with a
-prefix, chosen by the tower's config while merging is applied, and given back by `restore`. Without a
-forward pass's state it is the wrapped implementation, bit for bit.
+prefix, chosen by the tower's config while merging is applied, and given back by `AttentionSwitch.remove`.
+Without a forward pass's state it is the wrapped implementation, bit for bit.
 
 Proportional attention adds log s to the scores (the paper, section 3.2). Implementations that take masks
 are given it as a mask. Flash attention takes none: there every query gets one more channel sqrt(C), and
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from llava_pitome.hooks import attention_scores
-from llava_pitome.hooks.merge_step import enter_attention, state_of_attention
+from llava_pitome.hooks import attention_maps
+from llava_pitome.hooks.merge_step import enter_attention, enter_pass, state_of_attention
 from llava_pitome.kernels import cpu_attention
 from llava_pitome.merge.plan import log_size_bias
 from llava_pitome.methods import METHODS
+from llava_pitome.models.hf_language_model import attention_implementation, takes_masks
+from llava_pitome.models.parts import WRAPPED
 
-PREFIX = "token_merging_"  # of the names of attention functions registered here
 LAYER = "token_merging_layer"  # the attribute of an attention module that holds its layer's index
 ALIGNMENT = 8  # flash attention takes head dimensions that are multiples of it
 
@@ -58,9 +59,9 @@ class CapturedAttention:
         """
         mask = None if sizes is None else log_size_bias(sizes.to(self._keys.device), self._keys.dtype)
         if num_prefix_tokens:
-            found = attention_scores.attention(self._queries[:, :, :1], self._keys, mask)
+            found = attention_maps.attention(self._queries[:, :, :1], self._keys, mask)
             return found[:, 0, num_prefix_tokens:]
-        return attention_scores.received(self._queries, self._keys, mask, None)
+        return attention_maps.received(self._queries, self._keys, mask, None)
 
 
 def needs_attention(method: str) -> bool:
@@ -91,58 +92,61 @@ def merging_attention(
             sizes (B, P + T) of the keys' tokens, or None where attention is not weighted.
         **kwargs: scaling, dropout and others for `base`.
     """
-    log_sizes, fast = None, False
+    log_sizes, uses_kernel = None, False
     token_merging = state_of_attention(module) if token_merging is None else token_merging
-    if token_merging is not None and getattr(module, LAYER, None) is not None:
+    if token_merging is None:
+        enter_pass(None)  # called outside of a forward pass: what this thread ran before is over
+    elif getattr(module, LAYER, None) is not None:
         log_sizes = token_merging.before_attention(getattr(module, LAYER), query, key)
-        fast = token_merging.uses_kernel and base == "sdpa" and attention_mask is None
-    if fast and _kernel_is_faster(module, query):
+        uses_kernel = token_merging.uses_kernel and base == "sdpa" and attention_mask is None
+    if uses_kernel and _kernel_is_faster(module, query, kwargs.get("scaling")):
         return cpu_attention.attention(query, key, value, log_sizes), None
     if log_sizes is not None and takes_masks(base):
         bias = log_sizes.to(query.device, query.dtype)[:, None, None]  # (B, 1, 1, T)
-        attention_mask = bias if attention_mask is None else attention_mask + bias
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            bias = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
+        elif attention_mask is not None:
+            bias = attention_mask + bias
+        attention_mask = bias
     elif log_sizes is not None:
         return _with_size_channel(base, module, query, key, value, attention_mask, log_sizes, kwargs)
     return _call(base, module, query, key, value, attention_mask, kwargs)
 
 
-def takes_masks(base: str) -> bool:
-    """Whether an attention implementation takes an additive mask."""
-    return "flash" not in base
-
-
-def _kernel_is_faster(module: nn.Module, query: Tensor) -> bool:
+def _kernel_is_faster(module: nn.Module, query: Tensor, scaling: float | None) -> bool:
     """Whether this package's kernel for CPUs may take the place of SDPA and is known to be faster."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not module.training  # dropout
+        and scaling in (None, query.shape[-1] ** -0.5)
         and cpu_attention.is_faster(query)
     )
 
 
 def add_size_channel(
-    query: Tensor, key: Tensor, value: Tensor, log_sizes: Tensor
+    query: Tensor, key: Tensor, value: Tensor, log_sizes: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values whose plain attention, scaled by 1 / sqrt(C), is proportional attention.
+    """Queries, keys and values whose plain attention, scaled by `scaling`, is proportional attention.
 
-    Query channel C is sqrt(C) and key channel C is log s, so that q k / sqrt(C) + log s is the scaled
-    product. Further channels are zeros, up to a multiple of ALIGNMENT; those of the values are to be cut
-    off again.
+    Query channel C is 1 / scaling (the paper's sqrt(C)) and key channel C is log s, so that the scaled
+    product is q k scaling + log s. Further channels are zeros, up to a multiple of ALIGNMENT; those of the
+    values are to be cut off again.
 
     Args:
         query: (B, H, T, C).
         key: (B, H', S, C).
         value: (B, H', S, C).
         log_sizes: (B, S) of each key's token.
+        scaling: of the product of queries and keys.
     """
     channels = query.shape[-1]
     more = -(-(channels + 1) // ALIGNMENT) * ALIGNMENT - channels
     query, key, value = (F.pad(x, (0, more)) for x in (query, key, value))
-    root = torch.tensor(channels**0.5, dtype=query.dtype, device=query.device)
+    root = torch.tensor(1 / scaling, dtype=query.dtype, device=query.device)
     query[..., channels] = root
     wide = log_sizes.to(query.device, torch.promote_types(query.dtype, torch.float32))
-    exact = wide * (channels**0.5 / root.to(wide))  # the root may have been rounded to half precision
+    exact = wide * (1 / scaling / root.to(wide))  # the root may have been rounded to half precision
     key[..., channels] = exact.to(key.dtype)[:, None]
     return query, key, value
 
@@ -158,10 +162,9 @@ def _with_size_channel(
     kwargs: dict,
 ) -> tuple[Tensor, Tensor | None]:
     channels = value.shape[-1]
-    scaling = kwargs.get("scaling")
-    kwargs = kwargs | {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling}
-    query, key, value = add_size_channel(query, key, value, log_sizes)
-    output, weights = _call(base, module, query, key, value, mask, kwargs)
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    query, key, value = add_size_channel(query, key, value, log_sizes, scaling)
+    output, weights = _call(base, module, query, key, value, mask, kwargs | {"scaling": scaling})
     return output[..., :channels], weights
 
 
@@ -214,12 +217,15 @@ class AttentionSwitch:
         """
         self.config, self.modules, self.passes_kwargs = config, modules, passes_kwargs
         self._handles: list[RemovableHandle] = []
+        self._before: str | None = None  # what the config chose before `install`
 
     def install(self) -> None:
         """Registers the attention function, and chooses it."""
-        base = base_implementation(self.config)
+        base = attention_implementation(self.config)
         register(base)
-        self.config._attn_implementation = PREFIX + base
+        if not self._is_chosen:
+            self._before = self.config._attn_implementation
+        self.config._attn_implementation = WRAPPED + base
         for layer, module in enumerate(self.modules):
             setattr(module, LAYER, layer)
             if not self.passes_kwargs and len(self._handles) < len(self.modules):
@@ -234,18 +240,20 @@ class AttentionSwitch:
         self._handles.clear()
         for module in self.modules:
             vars(module).pop(LAYER, None)
-        if not any(other.config is self.config for other in AttentionSwitch._active):
-            self.config._attn_implementation = base_implementation(self.config)
+        shared = any(other.config is self.config for other in AttentionSwitch._active)
+        if self._is_chosen and not shared:
+            base = attention_implementation(self.config)
+            unset = self._before is None and base == "eager"
+            self.config._attn_implementation = None if unset else base
 
     @property
-    def was_replaced(self) -> bool:
-        """Whether another implementation was set since `install`."""
-        return not (self.config._attn_implementation or "").startswith(PREFIX)
+    def _is_chosen(self) -> bool:
+        return (self.config._attn_implementation or "").startswith(WRAPPED)
 
-
-def base_implementation(config: Any) -> str:
-    """The name of the attention implementation that a config chooses or wraps."""
-    return (config._attn_implementation or "eager").removeprefix(PREFIX)
+    @property
+    def is_installed(self) -> bool:
+        """Whether the modules call the attention function: nobody has set another implementation since."""
+        return self._is_chosen and hasattr(self.modules[0], LAYER)
 
 
 def register(base: str) -> None:
@@ -253,7 +261,7 @@ def register(base: str) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = PREFIX + base
+    name = WRAPPED + base
     if name in ALL_ATTENTION_FUNCTIONS:
         return
     masks = ALL_MASK_ATTENTION_FUNCTIONS

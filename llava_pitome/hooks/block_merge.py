@@ -35,13 +35,15 @@ class BlockMerge:
         """
         self.block, self.site, self.state, self.merge = block, site, state, merge
 
-    def install(self) -> list[RemovableHandle]:
-        """Registers the hooks; that on the block comes first, because transformers' own record its output."""
-        handles = [self.block.layer.register_forward_hook(self._after_block, prepend=True)]
+    def install(self, handles: list[RemovableHandle]) -> None:
+        """Registers the hooks, and appends each to `handles`.
+
+        That on the block comes first among the block's own, because transformers' hooks record its output.
+        """
+        handles.append(self.block.layer.register_forward_hook(self._after_block, prepend=True))
         if self.site == "attention":
             handles.append(self.block.norm.register_forward_pre_hook(self._before_norm))
             handles.append(self.block.mlp.register_forward_hook(self._after_mlp))
-        return handles
 
     def _before_norm(self, _module: nn.Module, args: tuple) -> tuple | None:
         state = self.state()

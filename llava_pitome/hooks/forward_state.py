@@ -16,6 +16,7 @@ from llava_pitome.hooks.llm_attention_capture import LayerAttention
 from llava_pitome.hooks.merge_step import ANOTHER_PASS, TokenState
 from llava_pitome.hooks.prompt_layout import PromptLayout
 from llava_pitome.merge.plan import gather_tokens
+from llava_pitome.models.parts import LanguageModelAdapter
 
 
 class ForwardState:
@@ -118,17 +119,19 @@ class ForwardState:
             )
         return positions
 
-    def mask(self, s: int, given: Tensor | None, like: Tensor, family: Any) -> Tensor | None:
+    def mask(
+        self, s: int, given: Tensor | None, like: Tensor, adapter: LanguageModelAdapter
+    ) -> Tensor | None:
         """The attention mask in segment s, computed once.
 
         Args:
             s: the segment.
             given: the model's own mask, which fits segment 0.
             like: hidden states (B, T, D) there.
-            family: what is known of the language model; see `models.hf_language_model`.
+            adapter: of the language model.
         """
         now = self._now[s]
-        if not family.takes_masks:
+        if not adapter.takes_masks:
             return self._padding_mask(s, given, like)
         if s == 0 and now.bias is None:
             return given
@@ -137,7 +140,7 @@ class ForwardState:
             if s == 0:
                 self._masks[s] = kv_cache.biased(given, now, count, dtype, device)
             else:
-                self._masks[s] = kv_cache.mask(now, count, family.is_causal_without_mask, dtype, device)
+                self._masks[s] = kv_cache.mask(now, count, adapter.is_causal_without_mask, dtype, device)
         mask = self._masks[s]
         return None if mask is None else kv_cache.cast(mask, like)
 

@@ -43,11 +43,12 @@ class MergeHandle:
         """
         self.config, self.kernels = config, kernels
         triton = kernels == "triton"
-        self.tower = VisionTowerHooks(parts, config, kernels, feature_keys(config))
         self.projector: ProjectorHooks | None = None
         self.language_model: LanguageModelHooks | None = None
         features = None if llm is None else ImageFeatures(parts.num_feature_prefix_tokens)
-        if config.merges_in_prefix or features is not None:
+        feeds_projector = config.merges_in_prefix or features is not None
+        self.tower = VisionTowerHooks(parts, config, kernels, feature_keys(config), feeds_projector)
+        if feeds_projector:
             self.projector = ProjectorHooks(
                 parts.llava.projector, self.tower, parts.num_feature_prefix_tokens, config, triton, features
             )
@@ -58,12 +59,19 @@ class MergeHandle:
     def _hooks(self) -> list[Hooks]:
         return [hooks for hooks in (self.tower, self.projector, self.language_model) if hooks is not None]
 
-    def install(self) -> None:
-        """Registers all hooks; where one cannot be registered, none is left."""
+    def install(self, parts: ModelParts) -> None:
+        """Registers all hooks; where one cannot be registered, none is left.
+
+        Args:
+            parts: as given before; the model itself is not kept, so that it can be freed while it merges.
+        """
         with ExitStack() as undo:
             undo.callback(self.remove)
-            for hooks in self._hooks:
-                hooks.install()
+            self.tower.install(parts.tower)
+            if self.projector is not None:
+                self.projector.install()
+            if self.language_model is not None:
+                self.language_model.install(parts.llava.multimodal)
             undo.pop_all()
 
     def remove(self) -> None:
@@ -96,7 +104,7 @@ class MergeHandle:
         """Images (I, 3, H, W) at the size at which the tower sees them."""
         if self.config.resize is None:
             return pixels
-        return resize_images(pixels, self.config.resize, self.tower.parts.patch_size)
+        return resize_images(pixels, self.config.resize, self.tower.patch_size)
 
     def sizes(self) -> Tensor | None:
         """Patches (I, n) of each token that reached the language model; None where nothing merged."""

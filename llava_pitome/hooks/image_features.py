@@ -55,11 +55,6 @@ class ImageFeatures:
             for plan in plans[1:]:
                 self._kept = self._kept.gather(1, plan.kept)
 
-    @property
-    def merged(self) -> bool:
-        """Whether the images that were encoded last have fewer tokens than patches."""
-        return self._kept is not None
-
     def locate(self, hidden: Tensor) -> tuple[Tensor, int] | None:
         """Where prompts (B, T, D) hold images that were encoded last: True (B, T), and tokens per image.
 

@@ -57,7 +57,8 @@ class LanguageModelHooks:
             patches: of these images; 0: none were encoded.
             triton: prefer kernels written in Triton.
         """
-        self.llm, self.config, self.features, self.patches = llm, config, features, patches
+        self.llm = llm._replace(multimodal=None)  # which may be the model itself, that must be freed
+        self.config, self.features, self.patches = config, features, patches
         self.layers = config.merging_layers
         self.step = MergeStep(config, 0, triton)
         self._settings = CacheSettings(
@@ -79,13 +80,13 @@ class LanguageModelHooks:
         self._images: tuple[Tensor, int] | None = None
         self.last: ForwardState | None = None
 
-    def install(self) -> None:
-        """Registers the hooks."""
+    def install(self, multimodal: nn.Module) -> None:
+        """Registers the hooks; `multimodal` is what is called with prompts and images."""
         if not self.config.reaches_llm:
             return
         llm, on = self.llm, self._handles.append
-        on(llm.multimodal.register_forward_pre_hook(self._find_images, with_kwargs=True))
-        on(llm.multimodal.register_forward_hook(self._end_call, always_call=True))
+        on(multimodal.register_forward_pre_hook(self._find_images, with_kwargs=True))
+        on(multimodal.register_forward_hook(self._end_call, always_call=True))
         on(llm.model.register_forward_pre_hook(self._start, with_kwargs=True))
         on(llm.model.register_forward_hook(self._end, with_kwargs=True))
         on(llm.norm.register_forward_hook(self._restore_length, prepend=True))
@@ -96,18 +97,19 @@ class LanguageModelHooks:
         for s, (capture, block) in enumerate(zip(self._captures, self._blocks)):
             enter = partial(self._before_attention, s)
             on(block.block.attention.register_forward_pre_hook(enter, with_kwargs=True))
-            self._handles += [*capture.install(), *block.install()]
+            capture.install(self._handles)
+            block.install(self._handles)
         self._choose_attention()
 
     def _choose_attention(self) -> None:
         """Log sizes go into masks; where the attention implementation takes none, into its keys."""
-        if self._attention is None or self.llm.family.takes_masks:
+        if self._attention is None or self.llm.adapter.takes_masks:
             return
-        if self._attention.was_replaced:
+        if not self._attention.is_installed:
             self._attention.install()
 
     def remove(self) -> None:
-        """Takes everything back and forgets the last forward pass."""
+        """Removes all of it, and drops the last forward pass."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -136,10 +138,10 @@ class LanguageModelHooks:
         """Before the multimodal module: which tokens of the prompts are image tokens."""
         self._images = None
         inputs = _by_name(module, args, kwargs)
-        self.llm.family.check_inputs(inputs)
+        self.llm.adapter.check_inputs(inputs)
         if self.llm.image_token is None:
             return
-        count = self.llm.family.tokens_per_image(inputs, self.patches())
+        count = self.llm.adapter.tokens_per_image(inputs, self.patches())
         ids, cache = inputs.get("input_ids"), cache_in(inputs)
         if ids is None and (count is not None or not kv_cache.is_known(cache)):
             raise ValueError("merging in the language model needs input_ids, which say where the images are")
@@ -154,7 +156,7 @@ class LanguageModelHooks:
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the language model: starts a forward pass."""
         inputs = _by_name(module, args, kwargs)
-        self.llm.family.check_inputs(inputs)
+        self.llm.adapter.check_inputs(inputs)
         self._choose_attention()
         hidden, mask, cache = inputs.get("inputs_embeds"), inputs.get("attention_mask"), cache_in(inputs)
         if hidden is None:  # called by itself, with ids: no images
@@ -205,10 +207,10 @@ class LanguageModelHooks:
         state.check_shape(s, hidden)
         if state.past is None:
             return None
-        mask = state.mask(s, kwargs.get("attention_mask"), hidden, self.llm.family)
+        mask = state.mask(s, kwargs.get("attention_mask"), hidden, self.llm.adapter)
         kwargs = kwargs | {"attention_mask": mask} | state.positions(s, kwargs)
         if i in self.layers and state.has_images:
-            cached = partial(self.llm.family.cached_keys, cache_in(kwargs), i)
+            cached = partial(self.llm.adapter.cached_keys, cache_in(kwargs), i)
             state.attention[s] = LayerAttention(
                 None, None, state.layouts[s], mask, kwargs["position_embeddings"], cached,
                 state.past[s].length, self._grid,

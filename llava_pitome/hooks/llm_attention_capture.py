@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llava_pitome.hooks import attention_scores, kv_cache, prompt_layout
+from llava_pitome.hooks import attention_maps, kv_cache, prompt_layout
 from llava_pitome.hooks.attention_capture import needs_attention
 from llava_pitome.hooks.kv_cache import SegmentCache
 from llava_pitome.hooks.merge_step import current_pass
@@ -47,22 +47,20 @@ class ProjectionCapture:
             owner: the hooks of the language model.
         """
         self._segment, self._block, self._owner = segment, block, owner
-        self._projections = parts.family.projections(block)
-        self._heads = parts.family.num_heads()
+        self._projections = parts.adapter.projections(block)
+        self._heads = parts.adapter.num_heads()
         self._attention = needs_attention(method)
         self._keys = by_keys or self._attention
 
-    def install(self) -> list[RemovableHandle]:
-        """Registers the hooks that are needed."""
-        if not self._keys:
-            return []
+    def install(self, handles: list[RemovableHandle]) -> None:
+        """Registers the hooks that are needed, and appends each to `handles`."""
         queries, keys = self._projections
-        handles = [keys.register_forward_hook(partial(self._keep, 1))]
+        if self._keys:
+            handles.append(keys.register_forward_hook(partial(self._capture, 1)))
         if self._attention:
-            handles.append(queries.register_forward_hook(partial(self._keep, 0)))
-        return handles
+            handles.append(queries.register_forward_hook(partial(self._capture, 0)))
 
-    def _keep(self, which: int, module: nn.Module, _args: tuple, output: Tensor) -> None:
+    def _capture(self, which: int, module: nn.Module, _args: tuple, output: Tensor) -> None:
         state = current_pass(self._owner)
         if state is None or not state.has_images:
             return
@@ -121,7 +119,7 @@ class LayerAttention(NamedTuple):
     def received_attention(self) -> Tensor:
         """Attention that each image token receives, the mean over all tokens of its prompt: (I, n)."""
         queries, keys, mask = self._rotated()
-        found = attention_scores.received(queries, keys, mask, self.layout.real)
+        found = attention_maps.received(queries, keys, mask, self.layout.real)
         return self._of_images(found[:, self.past :])
 
     def last_attention(self) -> Tensor:
@@ -132,7 +130,7 @@ class LayerAttention(NamedTuple):
         if self.layout.real is not None:
             position = torch.arange(length, device=keys.device)
             last = (position * self.layout.real).argmax(1, keepdim=True)
-        found = attention_scores.attention(_rows(queries, last), keys, _mask_rows(mask, last))
+        found = attention_maps.attention(_rows(queries, last), keys, _mask_rows(mask, last))
         return self._of_images(found[:, 0, self.past :])
 
     def text_attention(self) -> Tensor:
@@ -141,7 +139,7 @@ class LayerAttention(NamedTuple):
         at, _ = prompt_layout.text(self.layout)
         row, length = self.layout.row, self.layout.shape[1]
         mask = _mask_rows(mask.expand(len(keys), -1, -1, -1)[row], at)
-        found = attention_scores.attention(_rows(queries[row], at), keys[row], mask)[..., self.past :]
+        found = attention_maps.attention(_rows(queries[row], at), keys[row], mask)[..., self.past :]
         columns = self.layout.images - row.unsqueeze(1) * length  # (I, n)
         return found.gather(2, columns.unsqueeze(1).expand(-1, at.shape[1], -1))
 
@@ -167,8 +165,8 @@ class LayerAttention(NamedTuple):
         """Queries (B, H, T, C) and keys (B, H', P + T, C) with their positions, and the additive mask."""
         queries, keys = self._captured(self.queries), self._captured(self.keys)
         cos, sin = (x.to(keys.device) for x in self.rotation)
-        queries = attention_scores.apply_rope(queries, cos, sin)
-        keys = attention_scores.apply_rope(keys, cos, sin)
+        queries = attention_maps.apply_rope(queries, cos, sin)
+        keys = attention_maps.apply_rope(keys, cos, sin)
         if self.past:
             keys = torch.cat([self.cached(self.past).to(keys.device, keys.dtype), keys], 2)
         mask = self.mask if self.mask is None else self.mask.to(keys.device)

@@ -4,6 +4,7 @@ Shapes: B images, T tokens with prefix tokens, N without them, M after the merge
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -230,6 +231,7 @@ class _Thread(threading.local):
         """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
         self.state: Any = None
         self.attention: Any = None
+        self.encoded: Any = None
 
 
 _thread = _Thread()
@@ -239,22 +241,46 @@ def enter_pass(state: Any) -> None:
     """Makes a forward pass's state the one that this thread's hooks find; None ends it.
 
     Layers hand the state on as a keyword argument, also where gradient checkpointing recomputes them in
-    another thread. Hooks on modules that take no keyword arguments, such as norms and MLPs, find it here.
+    another thread. Hooks on modules that take no keyword arguments, such as norms and MLPs, find it here. It
+    is not kept alive here, since nothing ends a recomputation.
     """
-    _thread.state, _thread.attention = state, None
+    _thread.state, _thread.attention = _reference(state), None
 
 
 def enter_attention(module: nn.Module, _args: tuple, kwargs: dict) -> None:
     """A pre-hook for attention modules that keep their keyword arguments from the attention function."""
-    _thread.state, _thread.attention = kwargs.get(STATE), module
+    _thread.state, _thread.attention = _reference(kwargs.get(STATE)), module
 
 
 def state_of_attention(module: nn.Module) -> Any:
     """The state of the forward pass that entered an attention module by `enter_attention`; None elsewhere."""
-    return _thread.state if _thread.attention is module else None
+    return _referent(_thread.state) if _thread.attention is module else None
 
 
 def current_pass(owner: Any) -> Any:
     """The state of the forward pass that this thread runs, if it belongs to `owner`; None otherwise."""
-    state = _thread.state
+    state = _referent(_thread.state)
     return state if state is not None and state.owner is owner else None
+
+
+def keep_encoded(state: Any) -> None:
+    """Keeps the state of this thread's pass through the tower for the projector; None drops it."""
+    _thread.encoded = state
+
+
+def encoded_pass(owner: Any) -> Any:
+    """The state of this thread's last pass through the tower, if it belongs to `owner`; None otherwise."""
+    state = _thread.encoded
+    return state if state is not None and state.owner is owner else None
+
+
+def _reference(state: Any) -> Any:
+    """A weak reference; the state itself under torch.compile, which cannot trace references."""
+    if state is None or torch.compiler.is_compiling():
+        return state
+    return weakref.ref(state)
+
+
+def _referent(reference: Any) -> Any:
+    """What `_reference` was given, or None where it is gone."""
+    return reference() if isinstance(reference, weakref.ref) else reference

@@ -1,4 +1,4 @@
-"""The hook on the projector: merges once before the language model, and remembers the features it hands on.
+"""The hook on the projector: merges once before the language model, and notes the features that reach it.
 
 Shapes: I images, N tokens that the projector makes without prefix tokens, M after the merge, D channels.
 """
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.attention_capture import needs_attention
+from llava_pitome.hooks.attention_capture import CapturedAttention, needs_attention
 from llava_pitome.hooks.image_features import ImageFeatures
-from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
+from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState, encoded_pass, keep_encoded
 from llava_pitome.hooks.vision_tower import VisionTowerHooks
 from llava_pitome.merge.plan import MergePlan, gather_tokens
 from llava_pitome.methods import METHODS
@@ -48,7 +48,7 @@ class ProjectorHooks:
             num_prefix_tokens: prefix tokens among the features, 0 or 1.
             config: how to merge.
             triton: prefer kernels written in Triton.
-            features: is told which features reach the language model.
+            features: records which features reach the language model.
         """
         self.projector, self.tower, self.config = projector, tower, config
         self.num_prefix_tokens, self.features = num_prefix_tokens, features
@@ -78,22 +78,21 @@ class ProjectorHooks:
         """Merges the projected features where the config says so."""
         output, self.tokens = self._merged(output)
         if self.features is not None:
-            plans = (self.tower.last.plans() if self.tower.last is not None else []) + self.plans()
+            encoded = encoded_pass(self.tower)
+            plans = (encoded.plans() if encoded is not None else []) + self.plans()
             self.features.remember(output, self.tokens.patch_sizes if plans else None, plans)
-        self._release()
+        if (encoded := encoded_pass(self.tower)) is not None:
+            encoded.captured.clear()
+            keep_encoded(None)
         return output
-
-    def _release(self) -> None:
-        """Drops what the tower captured for this merge."""
-        if self.tower.last is not None:
-            self.tower.last.captured.clear()
 
     def _merged(self, output: Tensor) -> tuple[Tensor, TokenState]:
         before = self._before(output)
         if not self.config.merges_in_prefix:
             return output, before
         count = output.shape[1] - self.num_prefix_tokens
-        patches = self.tower.last.patches if self.tower.last is not None else count
+        encoded = encoded_pass(self.tower)
+        patches = count if encoded is None else encoded.patches
         length = self.config.prefix_length(count, patches, self.tower.num_layers)
         if length == count:
             return output, before
@@ -107,18 +106,20 @@ class ProjectorHooks:
     def _before(self, output: Tensor) -> TokenState:
         """The tokens that the projector was given; of features from elsewhere nothing is known."""
         sizes = torch.ones(output.shape[:2], device=output.device)
-        last = self.tower.last.tokens[-1] if self.tower.last is not None else None
+        encoded = encoded_pass(self.tower)
+        last = None if encoded is None else encoded.tokens[-1]
         if last is not None and last.patch_sizes.shape == sizes[:, self.num_prefix_tokens :].shape:
             sizes[:, self.num_prefix_tokens :] = last.patch_sizes
         return TokenState(sizes, num_prefix_tokens=self.num_prefix_tokens)
 
-    def _captured(self):
+    def _captured(self) -> CapturedAttention:
         """What the tower's last layer captured.
 
         Raises:
             RuntimeError: the features did not come from the tower.
         """
-        found = None if self.tower.last is None else self.tower.last.captured.get(self.tower.num_layers - 1)
+        encoded = encoded_pass(self.tower)
+        found = None if encoded is None else encoded.captured.get(self.tower.num_layers - 1)
         if found is None:
             raise RuntimeError(
                 "the projector was given features that the vision tower did not compute right before, so "
@@ -128,14 +129,14 @@ class ProjectorHooks:
 
     def _keys(self) -> Tensor:
         """The keys (I, prefix + N, C) of the tower's last layer, of the tokens that left it."""
-        keys, after = self._captured().mean_keys(), self.tower.last.tokens[-1]
+        keys, after = self._captured().mean_keys(), encoded_pass(self.tower).tokens[-1]
         if after.merge is not None:
             keys = _averaged(keys, after.merge)
         return keys[:, self.tower.num_prefix_tokens - self.num_prefix_tokens :]
 
     def _class_attention(self) -> Tensor:
         """The class token's attention (I, N) in the tower's last layer, to the tokens that left it."""
-        state = self.tower.last
+        state = encoded_pass(self.tower)
         sizes = state.attention_sizes(self.tower.num_layers - 1)
         found = self._captured().class_attention(self.tower.num_prefix_tokens, sizes)
         after = state.tokens[-1]

@@ -17,7 +17,15 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.attention_capture import AttentionSwitch, CapturedAttention, needs_attention
 from llava_pitome.hooks.block_merge import BlockMerge
 from llava_pitome.hooks.input_resize import resize_images
-from llava_pitome.hooks.merge_step import STATE, MergePoint, MergeStep, TokenState, current_pass, enter_pass
+from llava_pitome.hooks.merge_step import (
+    STATE,
+    MergePoint,
+    MergeStep,
+    TokenState,
+    current_pass,
+    enter_pass,
+    keep_encoded,
+)
 from llava_pitome.merge.plan import MergePlan
 from llava_pitome.models.hf_llava import check_tower_attention
 from llava_pitome.models.parts import ModelParts
@@ -104,6 +112,7 @@ class VisionTowerHooks:
         config: MergeConfig,
         kernels: bool | str = False,
         feature_keys: str | None = None,
+        feeds_projector: bool = False,
     ):
         """Prepares the hooks.
 
@@ -113,17 +122,21 @@ class VisionTowerHooks:
             kernels: a value of KERNELS.
             feature_keys: what the merge after the projector needs of the feature layer's attention: "keys",
                 "attention", or None.
+            feeds_projector: whether hooks on the projector read the state of each forward pass.
         """
-        self.parts, self.config, self.kernels = parts, config, kernels
+        self.config, self.kernels = config, kernels
+        self.patch_size = parts.patch_size
         self.num_layers = parts.num_feature_layers
         self.num_prefix_tokens = parts.num_prefix_tokens
-        self.feature_keys = feature_keys
+        self.feature_keys, self.feeds_projector = feature_keys, feeds_projector
         self.step = MergeStep(config, parts.num_prefix_tokens, kernels == "triton")
         self.attention = AttentionSwitch(
             parts.tower.config,
             [block.attention for block in parts.blocks[: self.num_layers]],
             parts.passes_kwargs,
         )
+        self._later_layers = [block.layer for block in parts.blocks[self.num_layers :]]
+        self._num_blocks = len(parts.blocks)
         self._points = [self._point(i) for i in range(self.num_layers)]
         self._captures = [(config.metric == "keys", needs_attention(point.method)) for point in self._points]
         self._blocks = [
@@ -135,26 +148,30 @@ class VisionTowerHooks:
         self._handles: list[RemovableHandle] = []
         self.last: TowerState | None = None
 
-    def install(self) -> None:
-        """Registers the hooks and the attention function."""
+    def install(self, tower: nn.Module) -> None:
+        """Registers the hooks and the attention function.
+
+        The tower is not kept, so that a model that merges can be freed.
+        """
         on = self._handles.append
-        on(self.parts.tower.register_forward_pre_hook(self._start, with_kwargs=True))
-        on(self.parts.tower.register_forward_hook(self._end, with_kwargs=True, always_call=True))
+        on(tower.register_forward_pre_hook(self._start, with_kwargs=True))
+        on(tower.register_forward_hook(self._end, with_kwargs=True, always_call=True))
         self.attention.install()
         if not self.config.merges_in_tower:
             return
         for block in self._blocks:
-            self._handles += block.install()
-        for block in self.parts.blocks[self.num_layers :]:
-            on(block.layer.register_forward_pre_hook(self._skip, with_kwargs=True))
+            block.install(self._handles)
+        for layer in self._later_layers:
+            on(layer.register_forward_pre_hook(self._skip, with_kwargs=True))
 
     def remove(self) -> None:
-        """Takes everything back and forgets the last forward pass."""
+        """Removes all of it, and drops the last forward pass."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.attention.remove()
         self.last = None
+        keep_encoded(None)
 
     def lengths(self, patches: int) -> tuple[int, ...]:
         """Patches before the first layer and after each, up to the feature layer."""
@@ -170,7 +187,7 @@ class VisionTowerHooks:
         return keys or queries, queries
 
     def _point(self, layer: int) -> MergePoint:
-        depth = layer / len(self.parts.blocks)
+        depth = layer / self._num_blocks
         return MergePoint("tower", layer, depth, *self.config.method_at(depth))
 
     def _state(self, layer: int) -> TowerState | None:
@@ -178,16 +195,16 @@ class VisionTowerHooks:
         state = current_pass(self)
         return state if state is not None and state.layer == layer and state.merges_at(layer) else None
 
-    def _start(self, _tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _start(self, tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the tower: resizes the images and starts a forward pass."""
-        if self.attention.was_replaced:
-            check_tower_attention(self.parts.tower, self.config)
+        if not self.attention.is_installed:
+            check_tower_attention(tower, self.config)
             self.attention.install()
         pixels = args[0] if args else kwargs["pixel_values"]
         if self.config.resize is not None:
-            pixels = resize_images(pixels, self.config.resize, self.parts.patch_size)
+            pixels = resize_images(pixels, self.config.resize, self.patch_size)
             kwargs = kwargs | {"interpolate_pos_encoding": True}
-        size = self.parts.patch_size
+        size = self.patch_size
         patches = (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
         kwargs = kwargs | {STATE: TowerState(self, patches)}
         return ((pixels, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": pixels})
@@ -198,6 +215,10 @@ class VisionTowerHooks:
         if output is None:
             return
         self.last = kwargs[STATE]
+        if self.feature_keys is None:
+            self.last.captured.clear()
+        if self.feeds_projector:
+            keep_encoded(self.last)
         if self.last.tokens[-1] is None:
             raise RuntimeError(
                 "a layer of the vision tower did not call transformers' attention interface, so that its "

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.models.parts import BlockParts, LanguageModelParts, ModelParts
+from llava_pitome.models.parts import WRAPPED, BlockParts, LanguageModelParts, ModelParts
 
 CLASSES = ("LlamaModel", "MistralModel", "Qwen2Model")  # whose layers the hooks were tested with
 MASKED = ("sdpa", "eager")  # attention implementations that take an additive mask
@@ -28,7 +28,7 @@ def find(parts: ModelParts, config: MergeConfig) -> LanguageModelParts | None:
         rotary=llm.rotary_emb,
         image_token=parts.llava.image_token,
         num_feature_prefix_tokens=parts.num_feature_prefix_tokens,
-        family=LlamaLike(llm, parts, config),
+        adapter=LlamaLike(llm, parts, config),
     )
 
 
@@ -48,12 +48,12 @@ class LlamaLike:
     @property
     def is_causal_without_mask(self) -> bool:
         """Whether the attention implementation is causal where it is given no mask."""
-        return "eager" not in attention_implementation(self.llm)
+        return "eager" not in attention_implementation(self.llm.config)
 
     @property
     def takes_masks(self) -> bool:
         """Whether the attention implementation takes additive masks; flash attention takes padding masks."""
-        return "flash" not in attention_implementation(self.llm)
+        return takes_masks(attention_implementation(self.llm.config))
 
     def tokens_per_image(self, inputs: dict[str, Any], last_patches: int) -> int | None:
         """Tokens of each image in a call of the multimodal module; None where it gets no image.
@@ -125,9 +125,14 @@ def cache_in(values: Any) -> Any:
     return None
 
 
-def attention_implementation(module: nn.Module) -> str:
-    """The name of a model's attention implementation, without what merging adds to it."""
-    return module.config._attn_implementation.removeprefix("token_merging_")
+def attention_implementation(config: Any) -> str:
+    """The name of the attention implementation that a config chooses, or that merging wraps."""
+    return (config._attn_implementation or "eager").removeprefix(WRAPPED)
+
+
+def takes_masks(implementation: str) -> bool:
+    """Whether an attention implementation takes additive masks; flash attention takes padding masks only."""
+    return "flash" not in implementation
 
 
 def check_model(model: nn.Module, llm: nn.Module) -> None:
@@ -155,8 +160,8 @@ def check_model(model: nn.Module, llm: nn.Module) -> None:
 
 def check_attention(llm: nn.Module) -> None:
     """Raises ValueError unless the attention implementation is one whose masks are known."""
-    name = attention_implementation(llm)
-    if name not in MASKED and "flash" not in name:
+    name = attention_implementation(llm.config)
+    if name not in MASKED and takes_masks(name):
         raise ValueError(
             f"merging inside the language model cannot build masks for attn_implementation={name!r}; allowed "
             f"are {', '.join(map(repr, MASKED))} and flash attention"

@@ -112,8 +112,8 @@ def check(parts: ModelParts, config: MergeConfig) -> None:
 
 def check_tower_attention(tower: nn.Module, config: MergeConfig) -> None:
     """Raises ValueError where a tower's attention implementation cannot weight keys by token sizes."""
-    name = hf_language_model.attention_implementation(tower)
-    takes_sizes = name in hf_language_model.MASKED or "flash" in name
+    name = hf_language_model.attention_implementation(tower.config)
+    takes_sizes = name in hf_language_model.MASKED or not hf_language_model.takes_masks(name)
     if config.proportional and config.merges_in_tower and not takes_sizes:
         raise ValueError(
             f"proportional attention adds a bias to the scores, which attn_implementation={name!r} cannot "

@@ -1,8 +1,10 @@
 """The modules of a model that merging touches, under names that are the same for every model family."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+
+WRAPPED = "token_merging_"  # what precedes the name of an attention implementation that merging wraps
 
 
 class BlockParts(NamedTuple):
@@ -73,6 +75,28 @@ class ModelParts(NamedTuple):
     llava: LlavaParts | None
 
 
+class LanguageModelAdapter(Protocol):
+    """What differs between families of language models; see `models.hf_language_model.LlamaLike`."""
+
+    is_causal_without_mask: bool
+    takes_masks: bool
+
+    def tokens_per_image(self, inputs: dict[str, Any], last_patches: int) -> int | None:
+        """Tokens of each image in a call of the multimodal module."""
+
+    def projections(self, block: BlockParts) -> tuple[nn.Module, nn.Module]:
+        """The query and key projections of a layer."""
+
+    def num_heads(self) -> tuple[int, int]:
+        """Heads of the queries and of the keys."""
+
+    def cached_keys(self, cache: Any, layer: int, count: int) -> Tensor:
+        """The first keys of a layer in the KV cache."""
+
+    def check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Raises ValueError for inputs with which tokens cannot merge."""
+
+
 class LanguageModelParts(NamedTuple):
     """The parts of a language model in a LLaVA.
 
@@ -85,7 +109,7 @@ class LanguageModelParts(NamedTuple):
         image_token: the id of the image placeholder; None where prompts reach the model without ids, and
             images are recognised by their features.
         num_feature_prefix_tokens: tokens before each image's patches that never merge.
-        family: the functions that know this family of language models.
+        adapter: what differs between families of language models.
     """
 
     multimodal: nn.Module
@@ -95,4 +119,4 @@ class LanguageModelParts(NamedTuple):
     rotary: nn.Module
     image_token: int | None
     num_feature_prefix_tokens: int
-    family: Any
+    adapter: LanguageModelAdapter

@@ -23,7 +23,7 @@ def check(processor: Any, patch_size: int) -> None:
         raise ValueError(f"the processor has patch_size={processor.patch_size!r}, the model {patch_size}")
 
 
-def fit(processor: Any, tokens_for: Callable[[int], int]) -> None:
+def set_token_counts(processor: Any, tokens_for: Callable[[int], int]) -> None:
     """Makes one processor write `tokens_for(patches)` placeholders where it would write `patches`.
 
     Only this object changes, and nothing that it saves. `restore` takes it back.

@@ -32,12 +32,11 @@ from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 from vllm.model_executor.models.vision import get_num_selected_vision_tokens
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.integrations.vllm import validation
 from llava_pitome.models import hf_llava
 from llava_pitome.models.checkpoints import vision_counts
-from llava_pitome.models.parts import LlavaParts
+from llava_pitome.models.parts import LlavaParts, ModelParts
 
 
 class LlavaPitomeProcessingInfo(LlavaProcessingInfo):
@@ -82,8 +81,9 @@ class LlavaPitomeForConditionalGeneration(LlavaForConditionalGeneration):
             self.vision_tower = _empty_tower(self.config.vision_config)
             self.multi_modal_projector = self.multi_modal_projector  # marked together with the tower
         if not isinstance(self.vision_tower, StageMissingLayer):  # as with --limit-mm-per-prompt.image 0
-            self.merging = _merge_handle(self.vision_tower, self.multi_modal_projector, self.config, merging)
-            self.merging.install()
+            parts = _model_parts(self.vision_tower, self.multi_modal_projector, self.config)
+            self.merging = MergeHandle(parts, merging, True, None)
+            self.merging.install(parts)
 
     def _image_pixels_to_features(self, vision_tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """The projector's input (I, N, D) for images (I, 3, height, width)."""
@@ -122,8 +122,8 @@ def _empty_tower(config: Any) -> nn.Module:
     return tower.eval()
 
 
-def _merge_handle(tower: nn.Module, projector: nn.Module, config: Any, merging: MergeConfig) -> MergeHandle:
-    """The hooks on vision tower and projector, as `apply` makes them."""
+def _model_parts(tower: nn.Module, projector: nn.Module, config: Any) -> ModelParts:
+    """The vision tower and projector as parts of a LLaVA."""
     _, layers, num_prefix_tokens = vision_counts(config)
     reads_first_token = config.vision_feature_select_strategy == "full"
     llava = LlavaParts(
@@ -135,12 +135,11 @@ def _merge_handle(tower: nn.Module, projector: nn.Module, config: Any, merging: 
         multimodal=None,
         image_token=config.image_token_id,
     )
-    parts = hf_llava.find(tower)._replace(
+    return hf_llava.find(tower)._replace(
         num_feature_layers=layers,
         num_feature_prefix_tokens=num_prefix_tokens if reads_first_token else 0,
         llava=llava,
     )
-    return MergeHandle(parts, merging, True, None)
 
 
 def _broadcast(x: Tensor) -> Tensor:
