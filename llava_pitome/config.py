@@ -318,7 +318,7 @@ def hub_file(path: str | Path, name: str, **hub: Any) -> Path | None:
 
     try:
         file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **hub)
-    except OSError:  # loading the model tells what is wrong with the path
+    except OSError:  # loading the model raises with the reason
         return None
     return None if file is None else Path(file)
 

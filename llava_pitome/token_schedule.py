@@ -32,7 +32,7 @@ def kept_tokens(tokens: int, amount: float | int, setting: str) -> int:
 
 
 def is_reduction(amount: float | int) -> bool:
-    """Returns whether an amount asks for a merge: the share 1.0 does not, a whole number does."""
+    """Returns whether an amount means a merge: the share 1.0 does not, a whole number does."""
     return isinstance(amount, int) or amount != 1
 
 
@@ -114,7 +114,7 @@ class TokenCounts:
 
     @property
     def merges_in_tower(self) -> bool:
-        """Whether the config asks the vision tower to merge; how much depends on the image's size."""
+        """Whether the config merges in the vision tower; how much depends on the image's size."""
         ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio or 1,)
         return self.prefix_share < 1 and (self.tokens is not None or any(ratio < 1 for ratio in ratios))
 

@@ -217,7 +217,7 @@ def test_the_command_answers_piped_questions(embedded, monkeypatch, capsys, tmp_
         (["--ratio", "0"], "0"), (["--image", "no.png"], "no.png does not exist"),
         (["--max-new-tokens", "0"], "whole number from 1"), (["--recipe", "best"], "not how far"),
         (["--device", "cuda:9"], "cuda:9"), (["--temperature", "-1"], "a number from 0"),
-        (["--temperature", "inf"], "a number from 0"), (["--prefix", "1"], "number of tokens (64)"),
+        (["--temperature", "inf"], "a number from 0"), (["--prefix", "1"], "number of tokens from 2"),
     ],
 )  # fmt: skip
 def test_the_command_refuses_before_a_model_is_loaded(monkeypatch, capsys, words, reason):

@@ -210,7 +210,10 @@ def test_a_folder_in_vqav2s_form_is_evaluated(tmp_path):
         (["data=nowhere"], "holds no validation*.parquet"),
         (["dtype=float16"], "dtype='float16' is not allowed without CUDA"),
         (["prefix=0"], "prefix='0' is not allowed"),
-        (["prefix=2.0"], "prefix='2.0' is not allowed; allowed: a share (0.5) or a number of tokens (64)"),
+        (
+            ["prefix=2.0"],
+            "prefix='2.0' is not allowed; allowed: a share (0.5) or a number of tokens from 2 (64)",
+        ),
         (["prefix=197"], "prefix=197 does not fit"),
         (["prefix=64", "tokens=64"], "give ratio with prefix, or tokens with prefix_share"),
         (["decoder=1"], "decoder='1' is not allowed"),

@@ -406,3 +406,32 @@ def test_a_registered_method_is_used_by_its_name(methods):
 def test_a_class_that_cannot_be_registered_raises(methods, name, attributes, message):
     with pytest.raises(ValueError, match=message):
         register_method(name)(type("Mine", (Method,), attributes))
+
+
+def test_a_method_with_an_undeclared_parameter_is_refused():
+    from dataclasses import dataclass
+
+    with pytest.raises(ValueError, match=r"declare 'strength' with parameter\(default, help\)"):
+
+        @register_method("undeclared")
+        @dataclass(frozen=True)
+        class Undeclared(Method):
+            strength: float = 0.5
+
+    assert "undeclared" not in METHODS
+
+
+def test_a_parameter_may_be_true_or_false(monkeypatch):
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Flagged(Method):
+        flag: bool = parameter(True, "what it does")
+
+    try:
+        register_method("flagged")(Flagged)
+        assert Flagged().flag and not Flagged(flag=False).flag
+        with pytest.raises(ValueError, match="flag=1 is not allowed: it must be True or False"):
+            Flagged(flag=1)
+    finally:
+        METHODS.pop("flagged", None)

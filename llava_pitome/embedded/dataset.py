@@ -48,9 +48,9 @@ def write(folder: Path, pictures: int = PICTURES, each: int = EACH, first_seed: 
 
 
 def _rows(seed: int, each: int) -> list[dict]:
+    """The rows of one image."""
     from PIL import Image
 
-    """The rows of one image."""
     scene = scenes.scene(seed)
     png = io.BytesIO()
     Image.fromarray(render.render(scene)).save(png, "PNG")

@@ -1,1 +1,1 @@
-"""Where tokens merge: one file a place."""
+"""The hooks of each place where tokens merge, and what they share."""

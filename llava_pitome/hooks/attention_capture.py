@@ -36,7 +36,7 @@ class CapturedAttention:
     """Queries and keys of one layer, without gradients, as long as a merge needs them."""
 
     def __init__(self, queries: Tensor | None, keys: Tensor):
-        """Keeps them.
+        """Detaches them.
 
         Args:
             queries: (B, H, T, C), or None where no method needs them.

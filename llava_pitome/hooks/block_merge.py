@@ -24,13 +24,13 @@ class BlockMerge:
         state: Callable[[], Any],
         merge: Callable[[Any, Tensor], Tensor],
     ):
-        """Keeps what the hooks call.
+        """Prepares the hooks.
 
         Args:
             block: where to merge.
             site: "attention", between attention and MLP, or "block", after it.
             state: the state of this forward pass, where the block merges in it; None otherwise. Its
-                `pending` is a dict for what the hooks of a block hand to each other.
+                `pending` is a dict for values that the hooks of a block pass to each other.
             merge: from the state and hidden states (B, T, D) to merged ones.
         """
         self.block, self.site, self.state, self.merge = block, site, state, merge

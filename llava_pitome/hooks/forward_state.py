@@ -20,7 +20,7 @@ from llava_pitome.models.parts import LanguageModelAdapter
 
 
 class ForwardState:
-    """What one forward pass through a language model knows.
+    """The state of one forward pass through a language model.
 
     Attributes:
         owner: the hooks that made it.
@@ -29,7 +29,7 @@ class ForwardState:
         past: what the cache holds in each segment from earlier passes; None where nothing has ever merged.
         attention: what each layer that merges computed, while it is needed.
         projected: queries (segment, 0) and keys (segment, 1) of these layers.
-        pending: what the hooks of a block hand to each other.
+        pending: values that the hooks of a block pass to each other.
         segment: of the layer that runs.
     """
 
@@ -40,9 +40,9 @@ class ForwardState:
 
         Args:
             owner: the hooks that make it.
-            segments: merges that the config asks for, and one.
+            segments: the number of merges plus one.
             length: T before the first layer.
-            cache: what the cache remembers of earlier passes.
+            cache: the state kept with the cache by earlier passes.
         """
         self.owner = owner
         self.layouts: list[PromptLayout | None] = [None] * segments
@@ -62,18 +62,18 @@ class ForwardState:
 
     @property
     def has_images(self) -> bool:
-        """Whether this forward pass brings images."""
+        """Whether the prompts of this forward pass have images."""
         return self.layouts[0] is not None
 
     def start_with_images(
         self, layout: PromptLayout, sizes: Tensor | None, before: SegmentCache, weighted: bool
     ) -> None:
-        """Takes the images in.
+        """Adds the images of the prompts.
 
         Args:
             layout: where they are.
             sizes: (I, n) patches that their tokens stand for; None: one each.
-            before: what is in the cache, if nothing is remembered.
+            before: what is in the cache, where it has no state.
             weighted: add log sizes to the scores of their tokens.
         """
         self._croppable = prompt_layout.tokens_after_images(layout)
@@ -85,7 +85,7 @@ class ForwardState:
         )
 
     def start_without_images(self, length: int, real: Tensor | None) -> None:
-        """Takes `length` more tokens in, padding where `real` (B, T) is False."""
+        """Adds `length` more tokens, padding where `real` (B, T) is False."""
         if self.past is not None:
             self._now = [past.extended(length, real, None) for past in self.past]
 
@@ -182,7 +182,7 @@ class ForwardState:
             raise RuntimeError(ANOTHER_PASS)
 
     def cache_state(self, settings: CacheSettings) -> CacheState:
-        """What the cache has to remember."""
+        """The state to keep with the cache."""
         return CacheState(settings, tuple(self._now), self._croppable, self._shift)
 
     def release(self) -> None:

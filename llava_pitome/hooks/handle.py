@@ -75,7 +75,7 @@ class MergeHandle:
             undo.pop_all()
 
     def remove(self) -> None:
-        """Takes every hook off and forgets the last forward pass."""
+        """Removes every hook, and drops the last forward pass."""
         for hooks in self._hooks:
             hooks.remove()
 

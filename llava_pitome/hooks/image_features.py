@@ -20,7 +20,7 @@ CHANNELS = 8  # channels that are compared at every position of a prompt, before
 
 
 class ImageFeatures:
-    """Remembers the features of the images that were encoded last."""
+    """A record of the features of the images that were encoded last."""
 
     def __init__(self, num_prefix_tokens: int):
         """Starts without images.
@@ -29,17 +29,17 @@ class ImageFeatures:
             num_prefix_tokens: prefix tokens among the features, which are not compared.
         """
         self.num_prefix_tokens = num_prefix_tokens
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        """Forgets the images."""
+    def clear(self) -> None:
+        """Drops the images."""
         self._features: Tensor | None = None
         self._count = 0
         self._sizes: Tensor | None = None
         self._kept: Tensor | None = None
 
-    def remember(self, features: Tensor, sizes: Tensor | None, plans: Sequence[MergePlan]) -> None:
-        """Remembers images that were encoded.
+    def record(self, features: Tensor, sizes: Tensor | None, plans: Sequence[MergePlan]) -> None:
+        """Records images that were encoded.
 
         Args:
             features: (P, prefix + n, D) as they leave the projector.

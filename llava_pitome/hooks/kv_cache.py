@@ -1,6 +1,6 @@
-"""What a KV cache whose layers differ in length has to remember, and the attention masks that follow.
+"""The state kept with a KV cache whose layers differ in length, and the attention masks that follow from it.
 
-A cache knows how long its layers are, not which of their tokens are padding. That is kept as an attribute
+A cache has the length of its layers, but not which of their tokens are padding. That is kept as an attribute
 of the cache, and so is copied with it; generate, beams and later turns find it there. A segment is the
 layers between two merges, which all see tokens of one length.
 Shapes: B prompts, P tokens in the cache, T tokens of this forward pass.
@@ -50,7 +50,7 @@ class CacheSettings(NamedTuple):
 
 
 class CacheState(NamedTuple):
-    """What a cache remembers.
+    """The state kept with a cache.
 
     Attributes:
         settings: of the config that filled it.
@@ -65,8 +65,8 @@ class CacheState(NamedTuple):
     shift: Tensor | None = None
 
 
-def recall(cache: Any, settings: CacheSettings, batch: int) -> CacheState | None:
-    """What a cache remembers, less what was cropped since; None where nothing has merged in it.
+def load_state(cache: Any, settings: CacheSettings, batch: int) -> CacheState | None:
+    """The state kept with a cache, less what was cropped since; None where nothing has merged in it.
 
     Args:
         cache: with `get_seq_length(layer)`.
@@ -109,12 +109,12 @@ def recall(cache: Any, settings: CacheSettings, batch: int) -> CacheState | None
     return CacheState(settings, tuple(segments), state.croppable - cropped, state.shift)
 
 
-def remember(cache: Any, state: CacheState) -> None:
-    """Keeps on a cache what `recall` returns."""
+def save_state(cache: Any, state: CacheState) -> None:
+    """Keeps on a cache what `load_state` returns."""
     setattr(cache, NAME, state)
 
 
-def is_known(cache: Any) -> bool:
+def has_state(cache: Any) -> bool:
     """Whether tokens have merged in a cache."""
     return getattr(cache, NAME, None) is not None
 

@@ -143,7 +143,7 @@ class LanguageModelHooks:
             return
         count = self.llm.adapter.tokens_per_image(inputs, self.patches())
         ids, cache = inputs.get("input_ids"), cache_in(inputs)
-        if ids is None and (count is not None or not kv_cache.is_known(cache)):
+        if ids is None and (count is not None or not kv_cache.has_state(cache)):
             raise ValueError("merging in the language model needs input_ids, which say where the images are")
         if count is not None:
             self._images = (ids == self.llm.image_token, count)
@@ -162,7 +162,7 @@ class LanguageModelHooks:
         if hidden is None:  # called by itself, with ids: no images
             hidden = inputs["input_ids"]
         batch, length = hidden.shape[:2]
-        known = None if cache is None else kv_cache.recall(cache, self._settings, batch)
+        known = None if cache is None else kv_cache.load_state(cache, self._settings, batch)
         real = None if mask is None or length == 1 else mask[:, -length:].bool()
         state = ForwardState(self, len(self._settings.first_layers), length, known)
         images = self._images
@@ -255,11 +255,11 @@ class LanguageModelHooks:
         return gather_tokens(output, layout.current.to(output.device))
 
     def _end(self, _module: nn.Module, _args: tuple, kwargs: dict, output: Any) -> None:
-        """After the language model: the cache remembers what it holds."""
+        """After the language model: keeps the state with the cache."""
         state: ForwardState = kwargs[STATE]
         cache = cache_in(output)
         if cache is not None and state.past is not None:
-            kv_cache.remember(cache, state.cache_state(self._settings))
+            kv_cache.save_state(cache, state.cache_state(self._settings))
         if not torch.is_grad_enabled():  # gradient checkpointing may run layers again
             state.release()
         self.last = state

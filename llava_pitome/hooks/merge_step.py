@@ -31,7 +31,7 @@ InputProviders = Mapping[str, Callable[[], Any]]  # functions that compute a met
 
 
 class TokenState(NamedTuple):
-    """The tokens before a layer.
+    """The tokens before or after a layer.
 
     Attributes:
         sizes: (B, T) patches that each token stands for, 1 for a prefix token.
@@ -203,7 +203,7 @@ class MergeStep:
 
 
 def _with_prefix(result: MergeResult, prefix: int) -> MergeResult:
-    """The result for `prefix` tokens more, which come first and keep to themselves."""
+    """The result with `prefix` more tokens at the start, which merge with none."""
     if not prefix:
         return result
     order, weight, mixing = result.order, result.weight, result.mixing

@@ -27,7 +27,7 @@ class ProjectorHooks:
     Attributes:
         tokens: the tokens that reached the language model in the last forward pass; None before there was
             one.
-        features: what is remembered of them for the language model; None where it needs nothing.
+        features: a record of them for the language model; None where it needs none.
         step: what merges.
     """
 
@@ -62,13 +62,13 @@ class ProjectorHooks:
         self._handles.append(self.projector.register_forward_hook(self._after_projector))
 
     def remove(self) -> None:
-        """Takes the hook off and forgets the last forward pass."""
+        """Removes the hook, and drops the last forward pass."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.tokens = None
         if self.features is not None:
-            self.features.forget()
+            self.features.clear()
 
     def plans(self) -> list[MergePlan]:
         """The merge of the last forward pass."""
@@ -76,14 +76,15 @@ class ProjectorHooks:
 
     def _after_projector(self, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         """Merges the projected features where the config says so."""
-        output, self.tokens = self._merged(output)
+        output, tokens = self._merged(output)
+        encoded = encoded_pass(self.tower)
         if self.features is not None:
-            encoded = encoded_pass(self.tower)
-            plans = (encoded.plans() if encoded is not None else []) + self.plans()
-            self.features.remember(output, self.tokens.patch_sizes if plans else None, plans)
-        if (encoded := encoded_pass(self.tower)) is not None:
+            plans = (encoded.plans() if encoded is not None else []) + [tokens.plan] * bool(tokens.merge)
+            self.features.record(output, tokens.patch_sizes if plans else None, plans)
+        if encoded is not None:
             encoded.captured.clear()
             keep_encoded(None)
+        self.tokens = tokens
         return output
 
     def _merged(self, output: Tensor) -> tuple[Tensor, TokenState]:

@@ -34,7 +34,7 @@ KERNELS = (True, False, "triton")  # values of `kernels`: the faster ones, plain
 
 
 class TowerState:
-    """What one forward pass through a vision tower knows.
+    """The state of one forward pass through a vision tower.
 
     Attributes:
         owner: the hooks that made it.
@@ -42,7 +42,7 @@ class TowerState:
         lengths: patches before the first layer and after each, up to the feature layer.
         tokens: the tokens before each of these layers, and after the last.
         captured: what the attention of a layer computed, until the merge that needs it.
-        pending: what the hooks of a block hand to each other.
+        pending: values that the hooks of a block pass to each other.
     """
 
     def __init__(self, owner: "VisionTowerHooks", patches: int):
@@ -214,16 +214,17 @@ class VisionTowerHooks:
         enter_pass(None)
         if output is None:
             return
-        self.last = kwargs[STATE]
-        if self.feature_keys is None:
-            self.last.captured.clear()
-        if self.feeds_projector:
-            keep_encoded(self.last)
-        if self.last.tokens[-1] is None:
+        state: TowerState = kwargs[STATE]
+        if state.tokens[-1] is None:
             raise RuntimeError(
                 "a layer of the vision tower did not call transformers' attention interface, so that its "
                 "tokens could not merge"
             )
+        if self.feature_keys is None:
+            state.captured.clear()
+        if self.feeds_projector:
+            keep_encoded(state)
+        self.last = state
 
     def _merge(self, state: TowerState, x: Tensor) -> Tensor:
         """Merges x (B, T, D) in the layer that runs, and writes the tokens after it."""

@@ -9,7 +9,7 @@ Shapes: B images, T tokens, H heads, C channels a head.
 import torch
 from torch import Tensor
 
-SCORES = 2_600_000  # scores at a time: 5 MB, a part of the last-level cache that two cores keep to themselves
+SCORES = 2_600_000  # scores at a time: 5 MB, which stays in the last-level cache of two cores
 LEAST = (
     2**23
 )  # multiplications an image below which calls cost more than they save: 91 tokens of 1,024 channels

@@ -32,7 +32,8 @@ def make_plan(parent: Tensor, length: int, order: Tensor | None = None) -> Merge
 
     Args:
         parent: (B, N) the token each token merges into.
-        length: M, the number of kept tokens. The schedule knows it; counting would synchronize with a GPU.
+        length: M, the number of kept tokens. It follows from the schedule; counting would synchronize with
+            a GPU.
         order: (B, N) kept tokens are sorted by this rank; None keeps raster order.
     """
     positions = torch.arange(parent.shape[1], device=parent.device)

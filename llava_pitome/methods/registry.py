@@ -45,6 +45,10 @@ class _Rule(NamedTuple):
         """Raises ValueError unless the value is allowed."""
         if (value is None and self.optional) or (self.choices and value in self.choices):
             return
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{self.name}={value!r} is not allowed: it must be True or False")
+            return
         if self.choices:
             raise ValueError(f"{self.name}={value!r} is unknown; allowed are {', '.join(self.choices)}")
         number = isinstance(value, int if self.kind is int else int | float) and not isinstance(value, bool)
@@ -111,7 +115,7 @@ METHODS: dict[str, type[Method]] = {}
 def parameter(default: Any, help: str, *, least: float = -math.inf, most: float = math.inf) -> Any:
     """Declares a parameter of a Method.
 
-    Its annotation is its type: `int`, `float`, `Literal[...]`, or one of these `| None`.
+    Its annotation is its type: `int`, `float`, `bool`, `Literal[...]`, or one of these `| None`.
 
     Args:
         default: value.
@@ -142,6 +146,8 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
                 raise ValueError(f"method {name!r} {kind} {unknown[0]!r}; allowed are {', '.join(allowed)}")
         if cls.pairs_tokens and cls.needs:
             raise ValueError(f"method {name!r} runs in rounds, so it cannot need {', '.join(cls.needs)}")
+        if plain := [f.name for f in dataclasses.fields(cls) if "least" not in f.metadata]:
+            raise ValueError(f"method {name!r}: declare {plain[0]!r} with parameter(default, help)")
         hints = typing.get_type_hints(cls)
         cls._rules = tuple(_rule(field, hints[field.name]) for field in dataclasses.fields(cls))
         cls.needs_grid = "grid" in cls.needs
@@ -242,6 +248,11 @@ def _merge_in_rounds(
     while remove:
         step = min(remove, metric.shape[1] // 2)
         result = merge(metric, step, depth)
+        if result.mixing is not None or result.prunes:
+            raise ValueError(
+                "a method that pairs tokens may return weights; mixing and pruning do not carry over several "
+                "rounds"
+            )
         if result.weight is not None:
             weights = result.weight.gather(1, plan.slot)
             weight = weights if weight is None else weight * weights

@@ -37,7 +37,7 @@ def _block(layer: nn.Module) -> BlockParts:
 
 
 class LlamaLike:
-    """What the hooks ask of a language model built like Llama."""
+    """The adapter of language models built like Llama; see `models.parts.LanguageModelAdapter`."""
 
     def __init__(self, llm: nn.Module, parts: ModelParts, config: MergeConfig):
         """Keeps what token counts depend on."""

@@ -1,4 +1,4 @@
-"""LLaVA in transformers: where the parts of its models are, and what a config may ask of them."""
+"""LLaVA in transformers: where the parts of its models are, and which configs they support."""
 
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check(parts: ModelParts, config: MergeConfig) -> None:
-    """Raises ValueError where the model cannot do what the config asks."""
+    """Raises ValueError for a config that the model does not support."""
     tokens = config.tokens_at(parts.patches, parts.num_feature_layers)
     check_tower_attention(parts.tower, config)
     in_llm = config.decoder or config.reaches_llm

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 def encode_once(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What `generate` takes instead of `inputs`, where pictures repeat: their features, each worked out once.
+    """What `generate` takes instead of `inputs`, where images repeat: their features, each computed once.
 
-    Inputs without repeated pictures, and models that take no features, are given back as they are.
+    Inputs without repeated images, and models that take no features, are returned as they are.
 
     Args:
         model: a LLaVA that is in use, merging or not.
@@ -32,11 +32,11 @@ def encode_once(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def distinct(pixels: Tensor) -> tuple[list[int], list[int]]:
-    """Which pictures (I, ...) are there: the first of each kind, and the kind of every picture."""
+    """The index of the first of each distinct image (I, ...), and which of these every image is."""
     kinds: dict[bytes, int] = {}
     first, which = [], []
-    for i, picture in enumerate(pixels.detach().cpu().contiguous().view(torch.uint8).numpy()):
-        kind = kinds.setdefault(hashlib.blake2b(picture).digest(), len(kinds))
+    for i, image in enumerate(pixels.detach().cpu().contiguous().view(torch.uint8).numpy()):
+        kind = kinds.setdefault(hashlib.blake2b(image).digest(), len(kinds))
         if kind == len(first):
             first.append(i)
         which.append(kind)

@@ -60,7 +60,7 @@ def build(name: str, dtype: torch.dtype, device: str, patches: int | None = None
             allowed = ", ".join(NAMED_TARGETS)
             raise ValueError(f"patches={patches} is for {allowed}; {name!r} has its own image size")
         path = str(embedded.PATH) if name == "embedded" else name
-        checkpoints.patches_and_layers(path)  # a clear error for a path that leads nowhere
+        checkpoints.patches_and_layers(path)  # a clear error for a path without a model
         model, _ = checkpoints.load(path, None, dtype=dtype)
         return Target(name, model.to(device), True, llava.find(model).patches)
     patches = PATCHES if patches is None else patches

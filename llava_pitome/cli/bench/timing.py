@@ -51,7 +51,7 @@ def measure(variants: list[Variant], workload: Workload) -> list[dict[str, Any]]
     """Returns a row for each variant: tokens, FLOPs, bytes, and under `seconds` the samples of every part.
 
     Every variant runs once a round, so that other load on the machine affects all of them; each round starts
-    with another variant. Python's garbage collector is off meanwhile.
+    with another variant. Python's garbage collector is off while it runs.
     """
     batch, rounds, count = workload.batch, workload.rounds, len(variants)
     samples: list[dict[str, list[float]]] = [{} for _ in variants]

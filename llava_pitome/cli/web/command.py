@@ -1,4 +1,4 @@
-"""`llava-pitome web`: its options, and the life of the page with its files."""
+"""`llava-pitome web`: its options, and running the page."""
 
 import argparse
 import os
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         from llava_pitome.cli.web.page import build, launch, write_examples
         from llava_pitome.cli.web.session import Session, initial_choices
 
-        with listen(HOST, options.port) as sock:  # before a model is loaded in vain
+        with listen(HOST, options.port) as sock:  # before the model is loaded
             port = sock.getsockname()[1]
         model, processor = model_options.load(options, None)
         session = Session(model, processor, options.max_new_tokens)
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for the files of pages that are made meanwhile; it is deleted afterwards.
+    """A folder for the files of a page; it is deleted afterwards.
 
     It is made in GRADIO_TEMP_DIR where the user has set that.
     """

@@ -1,4 +1,4 @@
-"""`llava-pitome serve`: its options, and the life of the server."""
+"""`llava-pitome serve`: its options, and running the server."""
 
 import argparse
 import socket
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         queue=options.max_queue,
         fetch_urls=options.fetch_urls,
     )
-    with listen(options.host, options.port) as sock:  # before a model is loaded in vain
+    with listen(options.host, options.port) as sock:  # before the model is loaded
         model, processor = model_options.load(options, config)
         app = build(options.name or options.model, model, processor, limits)
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
