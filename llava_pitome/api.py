@@ -9,12 +9,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from llava_pitome.config import KEY, MergeConfig
+from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.handle import MergeHandle, installed
 from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.kernels import has_triton, supports_triton
 from llava_pitome.models import checkpoints, hf_language_model, hf_llava, processors
 from llava_pitome.models.parts import ModelParts
+from llava_pitome.saved_config import KEY
 
 Kernels = bool | Literal["triton"]
 

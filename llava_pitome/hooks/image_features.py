@@ -106,7 +106,7 @@ class ImageFeatures:
 
     def _which(self, probed: Tensor, count: int) -> Tensor:
         """The index (I,) of the encoded image that each image's probed features (I, PROBES, D) belong to."""
-        same = torch.zeros(len(probed), 1, dtype=torch.bool)
+        same = torch.zeros(len(probed), 1, dtype=torch.bool, device=probed.device)
         if self._kept.shape[1] == count:
             known = self._features.to(probed.device, probed.dtype)
             same = _equal(probed.unsqueeze(1), known.unsqueeze(0)).flatten(2).all(2)  # (I, P)

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_pitome.config import FILE, MergeConfig, hub_file
+from llava_pitome.config import MergeConfig
+from llava_pitome.saved_config import FILE, hub_file
 
 ADAPTER_CONFIG, BASE = "adapter_config.json", "base_model_name_or_path"  # peft's file, and its key
 

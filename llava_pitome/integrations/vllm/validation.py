@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from llava_pitome.config import KEY, MergeConfig
+from llava_pitome.config import MergeConfig
 from llava_pitome.models import hf_llava
 from llava_pitome.models.checkpoints import vision_counts
+from llava_pitome.saved_config import KEY
 
 STRATEGIES = ("default", "full")  # of vision_feature_select_strategy
 

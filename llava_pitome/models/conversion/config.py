@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
-from llava_pitome.config import KEY
 from llava_pitome.models import original_llava as original
+from llava_pitome.saved_config import KEY
 
 TOWERS = ("clip", "clip_vision_model")  # model types that mm_vision_tower may name
 PROJECTOR = "mlp2x_gelu"
