@@ -96,7 +96,7 @@ def offline(ratio: float) -> str:
     model, processor = load("embedded")
     with merge_tokens(model, MergeConfig(ratio=ratio), processor):
         conversation = Conversation(model, processor, 16)
-        conversation.show(IMAGE)
+        conversation.add_image(IMAGE)
         return "".join(conversation.ask(QUESTION)).strip()
 
 
