@@ -82,10 +82,10 @@ def test_a_missing_package_of_a_command_names_its_extra(monkeypatch, capsys):
     assert "needs matplotlib" in (shown := capsys.readouterr().err) and "llava-pitome[bench]" in shown
 
 
-@pytest.mark.parametrize("words", [[], ["a", "-o", "b"]])
-def test_convert_takes_one_output(words, capsys):
-    assert main(["convert", "path", *words]) == 2
-    assert "give the folder to write once" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [["--dtype", "float32", "new"], ["new", "--dtype", "float32"]])
+def test_flags_of_convert_may_stand_anywhere(words, capsys):
+    assert main(["convert", "/not/there", *words]) == 2
+    assert "/not/there" in capsys.readouterr().err
 
 
 def test_devices_and_dtypes_are_checked_before_a_model_is_loaded(monkeypatch):

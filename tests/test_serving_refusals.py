@@ -98,6 +98,7 @@ SURROGATE = rb"""{"messages": [{"role": "user", "content": "\ud800"}], "model": 
 NOT_JSON = [
     b"", b"{", b"[]", b"\xff", b'"x"', b"[" * 30_000, b'{"n": ' + b"1" * 5000 + b"}",
     SURROGATE, SURROGATE.replace(b"stop", b"user"),
+    rb"""{"messages": [{"role": "user", "content": "\ud800"}]}""",
     rb"""{"messages": [{"role": "user", "content": "x"}], "model": "\ud800"}""", rb"""{"\ud800": 1}""",
     rb"""{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}""",
 ]  # fmt: skip

@@ -10,7 +10,6 @@ from llava_pitome.models import checkpoints
 from llava_pitome.models.checkpoints import DTYPES
 
 OPTIONS = {
-    "output": Option(None, Path, "a folder", "the same as the second argument", short="-o"),
     "dtype": Option("auto", one_of(*DTYPES), " | ".join(DTYPES), "dtype of the weights; auto: as saved"),
 }
 
@@ -22,9 +21,7 @@ def describe(subparsers: Any, name: str) -> None:
         description="Converts a LLaVA-1.5 checkpoint of the original package to Hugging Face's format.",
     )
     parser.add_argument("path", help="folder or hub id of the original checkpoint")
-    parser.add_argument(
-        "folder", metavar="output", type=Path, nargs="?", help="a new or empty folder to write"
-    )
+    parser.add_argument("output", type=Path, help="a new or empty folder to write")
     add_flags(parser, OPTIONS)
 
 
@@ -34,9 +31,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a path without an original LLaVA-1.5 checkpoint, or an output that is not empty.
     """
-    if (options.folder is None) == (options.output is None):
-        raise ValueError("give the folder to write once: convert PATH OUTPUT, or convert PATH -o OUTPUT")
-    output = options.folder or options.output
+    output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={str(output)!r} is not empty; give a new or empty folder")
     model, processor = checkpoints.convert(options.path, options.dtype)

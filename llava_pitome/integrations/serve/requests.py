@@ -6,6 +6,7 @@ import reprlib
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -51,10 +52,22 @@ class Schema(BaseModel):
         return fields
 
 
+def _encodable(text: str) -> str:
+    """The text; raises ValueError for lone surrogates, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{SHORT.repr(text)} holds a character that UTF-8 cannot encode") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class ImageURL(Schema):
     """An http, https or data URL."""
 
-    url: str
+    url: Text
     detail: Literal["auto", "low", "high"] = "auto"  # without effect: the vision tower has one input size
 
 
@@ -62,7 +75,7 @@ class TextPart(Schema):
     """Text of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImagePart(Schema):
@@ -108,7 +121,7 @@ class ChatRequest(Schema):
     }  # fmt: skip
     ignored = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
-    model: str | None = None
+    model: Text | None = None
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)

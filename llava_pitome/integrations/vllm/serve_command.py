@@ -117,7 +117,7 @@ def _merge_fields(options: dict[str, Any], config: Any) -> dict[str, Any] | None
         if fields:
             raise ValueError(f"plain=true serves without merging; it does not go with {', '.join(fields)}")
         return None
-    saved = getattr(config, KEY, None)
+    saved = checkpoints.saved_merge_config(options["model"])
     if fields or saved is None:
         amount = {} if fields.keys() & set(AMOUNTS) else {"ratio": RATIO}
         merging = MergeConfig.recipe(fields.pop("recipe", "paper"), **amount, **fields)
