@@ -80,9 +80,8 @@ class MergeTrace(NamedTuple):
     @property
     def initial(self) -> PatchState:
         """The state before the first merge: every patch is a token."""
-        return PatchState(
-            torch.arange(self.patches), torch.zeros(self.patches, dtype=torch.bool), self.patches
-        )
+        patches = torch.arange(self.patches, device="cpu")
+        return PatchState(patches, torch.zeros_like(patches, dtype=torch.bool), self.patches)
 
     def after(self, place: str, layer: int = 0) -> PatchState:
         """The state after a layer of the tower or the language model (from 0), or after the projector."""

@@ -18,7 +18,7 @@ REPEATED = [  # transformers 5.17 mixes up the pictures of a prompt that it repe
     row for row in ROWS if ENCODES_FIRST or row.count("<image>") < 2
 ]
 FITTING = [m for m in METHODS if "decoder" in METHODS[m].places and m != "grid"]
-BLIND = [m for m in FITTING if not METHODS[m].needs]  # what they choose does not depend on the words behind
+BLIND = [m for m in FITTING if not METHODS[m].needs]  # what they choose does not depend on the words after
 CONFIGS = [
     *(MergeConfig(method=m, decoder={0: 0.5, 1: 3}) for m in FITTING),
     *(MergeConfig(method=m, decoder={1: 0.4}, site="block", llm_proportional=True) for m in FITTING),

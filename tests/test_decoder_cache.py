@@ -11,9 +11,9 @@ from llava_pitome import MergeConfig, merge_tokens
 
 CONFIGS = {
     "decoder": MergeConfig(decoder={0: 0.5, 1: 3}, llm_proportional=True),
-    "behind": MergeConfig(decoder={1: 0.4}, site="block", method="tome"),
+    "block": MergeConfig(decoder={1: 0.4}, site="block", method="tome"),
     "everywhere": MergeConfig(ratio=0.9, prefix=0.5, decoder={0: 0.5}, llm_proportional=True),
-    "weighed": MergeConfig(tokens=9, llm_proportional=True),
+    "after_projector": MergeConfig(tokens=9, llm_proportional=True),
 }
 TURNS = {  # what is said in each turn, row by row
     "picture first": (["<image> what is this", "a red <image> cat or <image> dog"],
@@ -110,7 +110,7 @@ def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(config, pictures)
         found = [run(model, parts[1] | {"attention_mask": mask}, past_key_values=c).logits
                  for c in (aside, cache)]  # fmt: skip
         torch.testing.assert_close(*found, **CLOSE)
-        aside.crop(-parts[1]["input_ids"].shape[1] - 1)  # one word behind the second row's picture
+        aside.crop(-parts[1]["input_ids"].shape[1] - 1)  # one word after the second row's picture
         mask = torch.cat([parts[0]["attention_mask"][:, :-1], torch.ones(2, 4, dtype=torch.long)], 1)
         run(model, {"input_ids": WORDS.repeat(2, 1), "attention_mask": mask}, past_key_values=aside)
         aside.crop(-5)

@@ -15,6 +15,8 @@ import pytest
 
 from eval import run
 from eval.command import child_environment
+from eval.evaluation import lmms_eval_runner
+from eval.evaluation.tasks import TEMPLATES, write_tasks
 from llava_pitome import embedded
 from llava_pitome.cli.options import parse
 from llava_pitome.embedded import dataset
@@ -107,6 +109,26 @@ def test_a_killed_run_resumes_and_ends_the_same(finished, tmp_path):
     assert generated(output) <= 2 * QUESTIONS + 8  # only the interrupted batch was repeated
     assert answers(output) == answers(finished)
     assert accuracies(output) == accuracies(finished)
+
+
+class Waiting(Exception):
+    """In place of waiting for other processes."""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_writes_tasks_and_questions_before_others_read_them(rank, tmp_path, monkeypatch):
+    def wait():
+        raise Waiting
+
+    monkeypatch.setattr(lmms_eval_runner, "_wait_for_all_processes", wait)
+    monkeypatch.setenv("RANK", str(rank))
+    questions = tmp_path / "questions"
+    plan = run.make_plan(parse(words(tmp_path, "ratio=0.9", f"questions={questions}"), run.OPTIONS))
+    with pytest.raises(Waiting):
+        lmms_eval_runner.evaluate(plan)
+    written = {file.name for file in (tmp_path / "tasks").glob("*")}
+    assert written == ({file.name for file in TEMPLATES.glob("*.yaml")} if rank == 0 else set())
+    assert questions.exists() == (rank == 0)
 
 
 def test_two_processes_give_the_accuracy_of_one_and_relative_paths_are_the_users(finished, tmp_path):
@@ -225,7 +247,7 @@ def test_a_folder_in_vqav2s_form_is_evaluated(tmp_path):
         (['merging={"prefixx": 3}'], "MergeConfig has no field 'prefixx'; the nearest is 'prefix'"),
         (['merging={"site": "block"}'], "nothing says how far to merge"),
         (['merging={"tokens": 9}', "tokens=39"], "tokens is given in merging and beside it; give it once"),
-        (["site=behind"], "site='behind' is not allowed; allowed: attention | block"),
+        (["site=mlp"], "site='mlp' is not allowed; allowed: attention | block"),
         (["prefix=64", "method=fastv"], "method 'fastv' cannot merge in the prefix"),
         (["data=hub", "tasks=vqav2_vall"], "lmms-eval has no such task; the nearest is vqav2_val"),
     ],
@@ -353,10 +375,8 @@ def test_the_built_in_shapes_are_llava_1_5s(monkeypatch):
 def test_textvqa_with_ocr_has_the_tokens_in_its_prompt(tmp_path):
     from lmms_eval.utils import load_yaml_config
 
-    from eval.evaluation.tasks import write_tasks
-
-    folder = write_tasks(tmp_path / "tasks", Path("hub"), tmp_path)
-    task = load_yaml_config(str(folder / "textvqa_val_ocr.yaml"))
+    write_tasks(tmp_path / "tasks", Path("hub"), tmp_path)
+    task = load_yaml_config(str(tmp_path / "tasks/textvqa_val_ocr.yaml"))
     doc = {"question": "what does it say?", "ocr_tokens": ["STOP", "5th"]}
     prompt = task["doc_to_text"](doc, task["lmms_eval_specific_kwargs"]["default"])
     assert "Reference OCR token: STOP, 5th" in prompt and task["dataset_path"] == "lmms-lab-encoder/textvqa"

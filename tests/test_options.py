@@ -146,6 +146,14 @@ def test_help_lists_every_option_with_its_default_in_both_forms(capsys):
     assert capsys.readouterr().out.startswith("A script.\nKeys:\n  ratio=0.9  share kept")
 
 
+@pytest.mark.parametrize(
+    ("default", "text"),
+    [(None, ""), ((), ""), ((3, 4), "3,4"), (True, "true"), ({}, "{}"), ({"ratio": 0.5}, '{"ratio": 0.5}')],
+)
+def test_help_shows_a_default_as_it_is_typed(default, text):
+    assert f"  key={text}  of it; any" in usage({"key": Option(default, str, "any", "of it")})
+
+
 def test_every_field_of_a_config_is_one_option_with_the_same_help():
     options, fields = merge_options(), dataclasses.fields(MergeConfig)
     assert list(options) == [*(f.name for f in fields), "recipe", "merging"]

@@ -214,14 +214,14 @@ def test_sentences_agree_with_the_numbers(sweep):
     folder, _ = sweep
     found = make_rows(read_sweep(folder), "embedded_vqa", resamples=2000)
     (tower, prefix) = summary.same_place(found)
-    assert re.search(r"all in the tower, PiToMe .* is ahead of random \(\+\d+\.\d, p = ", tower)
+    assert re.search(r"all in the tower, PiToMe .* is better than random \(\+\d+\.\d, p = ", tower)
     assert re.search(r"does not differ significantly from .*tome", tower)
-    assert re.search(r"all at the prefix, PiToMe .* is behind grid \(-\d+", prefix)
+    assert re.search(r"all at the prefix, PiToMe .* is worse than grid \(-\d+", prefix)
     (cross,) = summary.across_places(found, "cross")
     assert cross.startswith("At 39 tokens, each in its own place, PiToMe in the tower (")
     (best,) = summary.across_places(found, "best")
     assert "own place, PiToMe (best) in the tower and at the prefix (" in best
-    assert re.search(r"is ahead of .*tome \(with the settings of best\) in the tower and at the pre", best)
+    assert re.search(r"is better than .*tome \(with the settings of best\) in the tower and at the pre", best)
     assert "PiToMe in the tower (+" in best and "PiToMe (best) in the tower (" not in best
     assert "fastv at LLM layer 1 (" in cross and "grid at the prefix (" in cross
     rows = by_name(found)
@@ -245,7 +245,7 @@ def test_markdown_csv_and_html_have_the_same_numbers(sweep, capsys):
         "embedded_vqa-tokens.png", "embedded_vqa-flops.png", "embedded_vqa-types.png"
     }  # fmt: skip
     assert all(f"plots/{p.name}" in text for p in (output / "plots").iterdir())
-    assert "is ahead of" in capsys.readouterr().out
+    assert "is better than" in capsys.readouterr().out
 
 
 class PageParser(HTMLParser):

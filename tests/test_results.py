@@ -70,8 +70,8 @@ def test_the_readmes_accuracies_are_measured_ones():
 def test_pitome_is_behind_tome_and_ahead_of_random_and_smaller_images():
     paper, tome, random = ([score(name, "tower", n) for n in TOKENS] for name in ("pitome", "tome", "random"))
     small = [score("resize", "input", n) for n in TOKENS]
-    behind = [f"{b - a:.1f}" for a, b in zip(paper, tome)]
-    assert f"behind ToMe, by {', '.join(behind[:-1])} and {behind[-1]} points" in ACCURACY
+    worse = [f"{b - a:.1f}" for a, b in zip(paper, tome)]
+    assert f"worse than ToMe, by {', '.join(worse[:-1])} and {worse[-1]} points" in ACCURACY
     assert all(a < b and a > max(c, d) for a, b, c, d in zip(paper, tome, random, small))
 
 

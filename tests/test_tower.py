@@ -126,7 +126,7 @@ def test_every_layer_is_given_as_many_tokens_as_the_schedule_says_and_those_behi
     model, seen = make_model(tower), []
     layers = model.model.vision_tower.encoder.layers
     with merge_tokens(model, MergeConfig.recipe(recipe, ratio=0.8)) as merging:
-        for layer in layers:  # behind the merging hooks, so that what reaches the layer is seen
+        for layer in layers:  # after the merging hooks, so that what reaches the layer is seen
             layer.self_attn.register_forward_hook(lambda _m, _a, out: seen.append(out[0].shape[1]))
         features(model, images())
     head = 1 if tower == "clip" else 0

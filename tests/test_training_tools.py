@@ -63,6 +63,12 @@ def test_comparison_without_accuracy_is_refused(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["help", "--help", "-h"])
+def test_comparison_has_help(word, capsys):
+    assert compare.main([word]) == 0
+    assert "python -m train.compare FOLDER" in capsys.readouterr().out
+
+
 def test_speed_ups_are_medians_over_rounds():
     variants = {
         "unmerged": {"step_seconds": [2.0, 3.0, 2.0], "bytes_before": [1e9] * 3, "bytes_most": [4e9] * 3},

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_pitome.cli.options import helped
 from train.checkpoint import RESULT, read_result
 
 
 def main(folders: Sequence[str]) -> int:
     """Prints the table; returns the command's exit status."""
+    if helped(folders, __doc__, {}):
+        return 0
     try:
         if not folders:
             raise ValueError("name the folders of adapters that were trained with evaluate=true")

@@ -29,8 +29,11 @@ def evaluate(plan: EvaluationPlan) -> None:
     rows = []
     with _ExplainDiskErrors(plan.output):
         plan.output.mkdir(parents=True, exist_ok=True)
-        if plan.tasks == (EMBEDDED_TASK,) and is_main:
-            dataset.write(plan.embedded_folder)
+        tasks = plan.output / "tasks"
+        if is_main:  # of several processes, the others wait and read
+            write_tasks(tasks, Path(plan.options["data"]), plan.embedded_folder)
+            if plan.tasks == (EMBEDDED_TASK,):
+                dataset.write(plan.embedded_folder)
         if _is_local(plan):  # the cache of the hub's data sets is shared, that of local ones is not
             import datasets
 
@@ -39,7 +42,7 @@ def evaluate(plan: EvaluationPlan) -> None:
         for label, merging in plan.runs().items():
             if is_main:
                 print(f"{label}: {plan.cost(merging).tokens} image tokens", flush=True)
-            found = _run_lmms_eval(plan, label, merging)
+            found = _run_lmms_eval(plan, label, merging, tasks)
             if is_main:
                 rows += results.make_rows(plan, label, merging, found)
                 results.write_answers(plan.output, label, found)
@@ -48,8 +51,15 @@ def evaluate(plan: EvaluationPlan) -> None:
             print(f"written to {results.write(plan, rows)}")
 
 
-def _run_lmms_eval(plan: EvaluationPlan, label: str, merging: MergeConfig | None) -> dict | None:
-    """lmms-eval's results for one model; None on every process but the first."""
+def _run_lmms_eval(plan: EvaluationPlan, label: str, merging: MergeConfig | None, tasks: Path) -> dict | None:
+    """lmms-eval's results for one model; None on every process but the first.
+
+    Args:
+        plan: of the evaluation.
+        label: of the model.
+        merging: how it merges; None for the unmerged model.
+        tasks: the folder with the task files.
+    """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -62,9 +72,7 @@ def _run_lmms_eval(plan: EvaluationPlan, label: str, merging: MergeConfig | None
     fields = {} if merging is None else {k: v for k, v in merging.to_dict().items() if k != "version"}
     task_manager = TaskManager(
         "ERROR",
-        include_path=str(
-            write_tasks(plan.output / "tasks", Path(plan.options["data"]), plan.embedded_folder)
-        ),
+        include_path=str(tasks),
         include_defaults=not _is_local(plan),  # hundreds of files, which take seconds to read
         model_name="llava_pitome",
     )
@@ -89,7 +97,7 @@ def _run_lmms_eval(plan: EvaluationPlan, label: str, merging: MergeConfig | None
 
 
 def _wait_for_all_processes() -> None:
-    """Of several processes, waits until the first one has written the questions."""
+    """Of several processes, waits until the first one has written tasks and questions."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():

@@ -61,8 +61,8 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"{file} is damaged or incomplete: {error}") from error
 
 
-def write_tasks(folder: Path, data: Path, embedded: Path) -> Path:
-    """Writes the task files of eval/tasks with their paths filled in; returns `folder`.
+def write_tasks(folder: Path, data: Path, embedded: Path) -> None:
+    """Writes the task files of eval/tasks with their paths filled in.
 
     Args:
         folder: to write to.
@@ -79,4 +79,3 @@ def write_tasks(folder: Path, data: Path, embedded: Path) -> Path:
     }
     for template in TEMPLATES.glob("*.yaml"):
         (folder / template.name).write_text(Template(template.read_text()).substitute(paths))
-    return folder

@@ -110,7 +110,7 @@ def _how(resamples: int) -> str:
         "all questions about each. Differences are the method's accuracy minus PiToMe's (recipe paper; best "
         f"where the heading says so), on the same questions; p values are two-sided, from {resamples} random "
         "signs of the images' differences. p (Holm) is adjusted for all comparisons in one place; "
-        f'"ahead" and "behind" mean p < {ALPHA} without adjustment. Random methods are averaged over their '
+        f'"better" and "worse" mean p < {ALPHA} without adjustment. Random methods are averaged over their '
         "seeds. GFLOPs are counted in the task's first prompt; milliseconds are medians with quartiles."
     )
 

@@ -1,4 +1,4 @@
-"""A report's numbers in sentences: against which methods PiToMe is ahead, level, or behind."""
+"""A report's numbers in sentences: than which methods PiToMe is better, worse, or neither."""
 
 from collections.abc import Iterator
 
@@ -31,11 +31,11 @@ def sentences(rows: list[Row]) -> list[str]:
 def count_wins(rows: list[Row]) -> str:
     """One sentence about all comparisons in the same place."""
     found = [row.same for row in rows if row.same]
-    ahead = sum(d.p < ALPHA and d.mean < 0 for d in found)
-    behind = sum(d.p < ALPHA and d.mean > 0 for d in found)
+    better = sum(d.p < ALPHA and d.mean < 0 for d in found)
+    worse = sum(d.p < ALPHA and d.mean > 0 for d in found)
     return (
-        f"Of {len(found)} comparisons in the same place at the same tokens, PiToMe is ahead in {ahead}, "
-        f"behind in {behind}, and not significantly different in {len(found) - ahead - behind} "
+        f"Of {len(found)} comparisons in the same place at the same tokens, PiToMe is better in {better}, "
+        f"worse in {worse}, and not significantly different in {len(found) - better - worse} "
         f"(p < {ALPHA}, each by itself)."
     )
 
@@ -80,11 +80,11 @@ def _score(row: Row) -> str:
 
 
 def _verdict(differences: dict[str, Difference]) -> str:
-    """Which methods the reference is ahead of, level with and behind; signs are the reference's."""
-    ahead = {name: d for name, d in differences.items() if d.p < ALPHA and d.mean < 0}
-    behind = {name: d for name, d in differences.items() if d.p < ALPHA and d.mean > 0}
-    level = {name: d for name, d in differences.items() if name not in ahead and name not in behind}
-    groups = {"is ahead of": ahead, "does not differ significantly from": level, "is behind": behind}
+    """Than which methods the reference is better, worse, or neither; signs are the reference's."""
+    better = {name: d for name, d in differences.items() if d.p < ALPHA and d.mean < 0}
+    worse = {name: d for name, d in differences.items() if d.p < ALPHA and d.mean > 0}
+    neither = {name: d for name, d in differences.items() if name not in better and name not in worse}
+    groups = {"is better than": better, "does not differ significantly from": neither, "is worse than": worse}
     return "; ".join(f"{verb} {_with_numbers(group)}" for verb, group in groups.items() if group)
 
 

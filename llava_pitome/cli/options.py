@@ -120,17 +120,19 @@ def helped(words: Sequence[str], doc: str | None, options: dict[str, Option]) ->
     """Whether the words ask for help; if so, writes a script's description and its keys."""
     if not {"help", "--help", "-h"} & set(words):
         return False
-    sys.stdout.write(f"{doc}\nKeys:\n{usage(options)}\n")
+    sys.stdout.write(f"{doc}\n" + (f"Keys:\n{usage(options)}\n" if options else ""))
     return True
 
 
 def _text(value: Any) -> str:
-    """A default as it would be typed; empty for None and for empty collections."""
+    """A default as it would be typed; empty for None and for an empty tuple."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     if isinstance(value, bool):
         return str(value).lower()
-    return "" if value is None or value == {} else str(value)
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return "" if value is None else str(value)
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -56,7 +56,7 @@ class CacheState(NamedTuple):
         settings: of the config that filled it.
         segments: what is known of each segment.
         croppable: tokens after the last image, which may be cropped.
-        shift: (B, 1) by how much position ids are ahead of the cache's length; None: they are not.
+        shift: (B, 1) by how much position ids exceed the cache's length; None: they are not.
     """
 
     settings: CacheSettings

@@ -151,14 +151,9 @@ def patches_and_layers(path: str) -> tuple[int, int]:
 
 def _read_config(path: str, hub: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     """The LlavaConfig of a full model and, of an original checkpoint, its config.json."""
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig
 
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path, **hub)
-    except OSError as error:
-        raise ValueError(
-            f"model={path!r} is neither a folder with a model nor a model on the hub: {error}"
-        ) from error
+    raw = conversion.read_raw_config("model", path, hub)
     if conversion.is_original(raw):
         return conversion.convert_config(raw, _shared(hub)), raw
     config = AutoConfig.from_pretrained(path, **hub)

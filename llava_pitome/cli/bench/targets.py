@@ -81,11 +81,13 @@ def make_inputs(target: Target, batch: int, tokens: int, text: int) -> dict[str,
     generator = torch.Generator().manual_seed(0)
     side = math.isqrt(target.patches) * llava.find(model).patch_size
     image, vocabulary = model.config.image_token_id, model.config.text_config.vocab_size
-    words = torch.randint(0, vocabulary - 1, (batch, text), generator=generator)
+    words = torch.randint(0, vocabulary - 1, (batch, text), generator=generator, device="cpu")
     words += words >= image  # any token but the placeholder
-    images = torch.full((batch, tokens), image)
+    images = torch.full((batch, tokens), image, device="cpu")
     ids = torch.cat([words[:, :1], images, words[:, 1:]], 1).to(model.device)
-    pixels = torch.randn(batch, 3, side, side, generator=generator).to(model.device, model.dtype)
+    pixels = torch.randn(batch, 3, side, side, generator=generator, device="cpu").to(
+        model.device, model.dtype
+    )
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

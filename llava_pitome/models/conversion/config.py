@@ -22,6 +22,27 @@ def is_original(raw: dict[str, Any]) -> bool:
     return "mm_vision_tower" in raw or original.MODEL in (raw.get("architectures") or ())
 
 
+def read_raw_config(key: str, path: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a model's config.json.
+
+    Args:
+        key: the option that names the model, for the error message.
+        path: a folder or hub id.
+        hub: hub arguments: revision, token, cache_dir, ...
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.get_config_dict(path, **hub)[0]
+    except OSError as error:
+        raise ValueError(
+            f"{key}={path!r} is neither a folder with a model nor a model on the hub: {error}"
+        ) from error
+
+
 def convert_config(raw: dict[str, Any], tower_hub: dict[str, Any]) -> Any:
     """The LlavaConfig of an original config.json, with the original's vocabulary size.
 
@@ -75,16 +96,9 @@ def _check(raw: dict[str, Any]) -> None:
 
 def _check_tower(name: str, hub: dict[str, Any]) -> None:
     """Raises ValueError where `mm_vision_tower` is not a CLIP."""
-    from transformers import PreTrainedConfig
-
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(name, **hub)
-    except OSError as error:
+    kind = read_raw_config("mm_vision_tower", name, hub).get("model_type")
+    if kind not in TOWERS:
         raise ValueError(
-            f"mm_vision_tower={name!r} is neither a folder with a model nor a model on the hub: {error}"
-        ) from error
-    if raw.get("model_type") not in TOWERS:
-        raise ValueError(
-            f"mm_vision_tower={name!r} holds a model of type {raw.get('model_type')!r}; allowed are "
+            f"mm_vision_tower={name!r} holds a model of type {kind!r}; allowed are "
             f"{', '.join(map(repr, TOWERS))}"
         )
