@@ -131,7 +131,7 @@ def seen(monkeypatch):
 
 
 def check_attention(found, maps, inputs, states):
-    """Against the maps (B, H, T, P + T) that the kernel itself hands out, and the states (B, T, D) after it."""
+    """Against the maps (B, H, T, P + T) of the kernel itself, and the states (B, T, D) after it."""
     count = inputs["input_ids"].shape[1]
     image = 0
     for row, (attention, ids) in enumerate(zip(maps.double().mean(1), inputs["input_ids"])):

@@ -13,7 +13,7 @@ CONFIGS = {
     "decoder": MergeConfig(decoder={0: 0.5, 1: 3}, llm_proportional=True),
     "block": MergeConfig(decoder={1: 0.4}, site="block", method="tome"),
     "everywhere": MergeConfig(ratio=0.9, prefix=0.5, decoder={0: 0.5}, llm_proportional=True),
-    "after_projector": MergeConfig(tokens=9, llm_proportional=True),
+    "llm_proportional": MergeConfig(tokens=9, llm_proportional=True),
 }
 TURNS = {  # what is said in each turn, row by row
     "picture first": (["<image> what is this", "a red <image> cat or <image> dog"],
