@@ -39,3 +39,5 @@ def test_scripts_run_the_checkouts_environment_in_the_callers_folder(script, ven
     done = subprocess.run(command, cwd=caller, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"{caller} -m {MODULES[script]} ")
     assert done.stdout.endswith(" ratio=0.9 two words\n")
+    if MODULES[script] == "eval.recipe":
+        assert f"/eval/recipes/{Path(script).stem}.txt ratio=0.9" in done.stdout

@@ -1,7 +1,6 @@
 """Sweeps and recipes as a user runs them: real runs through lmms-eval, killed and resumed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -332,13 +331,6 @@ def test_the_table_of_peers_runs_dry_without_weights_or_network(dry_runs):
         assert counts[f"fastv-{tokens}"] == (576, (2 * 576 + 30 * tokens) / 32)
         assert counts[f"sparsevlm-{tokens}"][0] == 576
         assert counts[f"sparsevlm-{tokens}"][1] == pytest.approx(tokens, rel=0.04)
-
-
-@pytest.mark.parametrize("name", ["table3", "field"])
-def test_a_script_passes_its_words_to_its_recipe(name):
-    script = ROOT / "scripts" / f"{name}.sh"
-    assert f'-m eval.recipe "$root/eval/recipes/{name}.txt" "$@"' in script.read_text()
-    assert os.access(script, os.X_OK)
 
 
 def write_recipe(folder: Path, text: str) -> Path:
