@@ -71,7 +71,7 @@ def module_of(words: list[str]) -> tuple[str, list[str]]:
             return ".".join(Path(word).with_suffix("").parts[-2:]), words[i + 1 :]
         if word.endswith(".sh"):  # its last command, which takes the arguments as "$@"
             script = (ROOT / "scripts" / Path(word).name).read_text().replace("\\\n", " ")
-        script = script.replace("$scripts", str(ROOT / "scripts")).replace("$root", str(ROOT))
+            script = script.replace("$scripts", str(ROOT / "scripts")).replace("$root", str(ROOT))
             last = shlex.split(script[script.rindex("exec ") :])
             return module_of([*last[1 : last.index("$@")], *words[i + 1 :]])
     raise AssertionError(f"{words} runs no module of the project")
