@@ -25,7 +25,7 @@ from llava_pitome.kernels import cpu_attention
 from llava_pitome.merge.plan import log_size_bias
 from llava_pitome.methods import METHODS
 from llava_pitome.models.hf_language_model import attention_implementation, takes_masks
-from llava_pitome.models.parts import WRAPPED
+from llava_pitome.models.parts import WRAPPED, trained_copies
 
 LAYER = "token_merging_layer"  # the attribute of an attention module that holds its layer's index
 BEFORE = "token_merging_attention"  # the attribute of a model that holds what its config chose before
@@ -204,20 +204,24 @@ def switch_attention(model: nn.Module) -> None:
     """Makes a vision tower or language model call the attention function of this file.
 
     It captures and weights in the modules that `number_layers` was given. A model that calls it already, but
-    for which another implementation was set since, calls it around that one.
+    for which another implementation was set since, calls it around that one. Copies of its modules have
+    configs of their own.
     """
     base = attention_implementation(model.config)
     register(base)
-    before = [vars(other)[BEFORE] for other in _sharing(model)]
+    before = [vars(other)[BEFORE] for other in list(_switched) if other.config is model.config]
     setattr(model, BEFORE, before[0] if before else model.config._attn_implementation)
-    model.config._attn_implementation = WRAPPED + base
+    for config in _configs(model):
+        config._attn_implementation = WRAPPED + attention_implementation(config)
+        register(attention_implementation(config))
     _switched.add(model)
 
 
 def number_layers(modules: Sequence[nn.Module]) -> None:
     """Tells attention modules, given in the order of their layers, which layer they are."""
     for layer, module in enumerate(modules):
-        setattr(module, LAYER, layer)
+        for part in trained_copies(module):
+            setattr(part, LAYER, layer)
 
 
 def is_switched(model: nn.Module) -> bool:
@@ -230,20 +234,24 @@ def restore_attention(root: nn.Module) -> None:
 
     One that another model shares, which merges too, is left as it is.
     """
+    unset: set[int] = set()
     for module in root.modules():
         vars(module).pop(LAYER, None)
-        if BEFORE not in vars(module):
-            continue
-        _switched.discard(module)
-        before = vars(module).pop(BEFORE)
-        if is_switched(module) and not _sharing(module):
-            base = attention_implementation(module.config)
-            module.config._attn_implementation = None if before is None and base == "eager" else base
+        if BEFORE in vars(module):
+            _switched.discard(module)
+            if vars(module).pop(BEFORE) is None:
+                unset.add(id(module.config))
+    shared = {id(model.config) for model in list(_switched)}
+    for config in _configs(root):
+        if (config._attn_implementation or "").startswith(WRAPPED) and id(config) not in shared:
+            base = attention_implementation(config)
+            config._attn_implementation = None if id(config) in unset and base == "eager" else base
 
 
-def _sharing(model: nn.Module) -> list[nn.Module]:
-    """The other models that merge and share a model's config."""
-    return [x for x in list(_switched) if x is not model and x.config is model.config and BEFORE in vars(x)]
+def _configs(root: nn.Module) -> list[Any]:
+    """The different configs of a model's modules that choose an attention implementation."""
+    found = (vars(module).get("config") for module in root.modules())
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
 
 
 def register(base: str) -> None:

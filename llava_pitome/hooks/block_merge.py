@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.hooks.hook_owner import HookOwner
-from llava_pitome.models.parts import BlockParts
+from llava_pitome.models.parts import BlockParts, trained_copies
 
 REPLACED = (
     "{} was replaced after apply, so that its tokens could not merge as the others do: make such changes "
@@ -39,7 +39,8 @@ class BlockMerge(HookOwner):
 
         That on the block comes first among the block's own, because transformers' hooks record its output.
         """
-        handles.append(block.layer.register_forward_hook(self._after_block, prepend=True))
+        for layer in trained_copies(block.layer):
+            handles.append(layer.register_forward_hook(self._after_block, prepend=True))
         if self.site == "attention":
             handles.append(block.norm.register_forward_pre_hook(self._before_norm))
             handles.append(block.mlp.register_forward_hook(self._after_mlp))

@@ -15,7 +15,6 @@ from torch.compiler import is_compiling
 
 STATE = "token_merging"  # the keyword argument that carries a forward pass's state to the layers
 SLOTS = (
-    "encoded",  # what the vision tower computed, until the projector takes it
     "images",  # the record of the images that were encoded last
     "prompt",  # where the images of a prompt are, until the language model takes it
     "uncached",  # the prompt of the last forward pass without a KV cache
@@ -23,6 +22,8 @@ SLOTS = (
     "projector_pass",
     "language_pass",
 )
+
+WAITING = 8  # passes through towers whose features have not reached a projector
 
 
 class _Thread(threading.local):
@@ -32,6 +33,7 @@ class _Thread(threading.local):
         """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
         self.state: Any = None
         self.attention: Any = None  # the attention module that was entered last
+        self.encoded: tuple[tuple[Any, Any], ...] = ()  # owners, and what their towers computed
         for slot in SLOTS:
             setattr(self, slot, None)
 
@@ -80,9 +82,26 @@ def kept(slot: str, owner: Any) -> Any:
     return found[1] if found is not None and found[0] is owner else None
 
 
+def push_encoded(owner: Any, value: Any) -> None:
+    """Keeps what a tower computed until the projector takes it; of several that none takes, the last ones."""
+    before = () if is_compiling() else _thread.encoded[: WAITING - 1]  # a graph would depend on those
+    _thread.encoded = ((owner, value), *before)
+
+
+def encoded(owner: Any) -> list[Any]:
+    """What this thread's passes through the tower of `owner` computed, the last first."""
+    return [value for other, value in _thread.encoded if other is owner]
+
+
+def take_encoded(value: Any) -> None:
+    """Drops what a projector has taken."""
+    _thread.encoded = tuple(pair for pair in _thread.encoded if pair[1] is not value)
+
+
 def forget() -> None:
     """Drops all that this thread keeps."""
     enter_pass(None)
+    _thread.encoded = ()
     for slot in SLOTS:
         setattr(_thread, slot, None)
 

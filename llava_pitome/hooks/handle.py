@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.attention_capture import restore_attention
 from llava_pitome.hooks.call_checks import CallChecks
-from llava_pitome.hooks.current_pass import forget, keep, kept
+from llava_pitome.hooks.current_pass import encoded, forget, kept, push_encoded, take_encoded
 from llava_pitome.hooks.hook_owner import HookOwner, owners, remove_hooks
 from llava_pitome.hooks.image_features import probe
 from llava_pitome.hooks.input_resize import resize_images
@@ -166,9 +166,10 @@ class MergeHandle(HookOwner):
 
     def recognise(self, features: Tensor) -> None:
         """Takes features (B, N, C) for those that the tower has just computed, as from another rank."""
-        encoded = kept("encoded", self)
-        if encoded is not None:
-            keep("encoded", self, encoded._replace(probes=probe(features.detach())))
+        newest = next(iter(encoded(self)), None)
+        if newest is not None:
+            take_encoded(newest)
+            push_encoded(self, newest._replace(probes=probe(features.detach())))
 
 
 def _no_model() -> None:

@@ -334,7 +334,7 @@ class LanguageModelHooks(HookOwner):
             what = missing[0] if missing[0].isalpha() or " " in missing[0] else f"layer {missing[0]}"
             raise RuntimeError(REPLACED.format(f"the {what} of the language model"))
         cache = cache_in(output)
-        if cache is not None:
+        if cache is not None and cache.get_seq_length():  # gradient checkpointing leaves it empty
             kv_cache.save_state(cache, state.cache_state(self._settings, cache.layers[0].keys))
         tokens = tuple(state.tokens)
         self.newest = tokens

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.attention_capture import needs_attention
-from llava_pitome.hooks.current_pass import keep, kept
+from llava_pitome.hooks.current_pass import encoded, keep, kept, take_encoded
 from llava_pitome.hooks.hook_owner import HookOwner
 from llava_pitome.hooks.image_features import ImageRecord, is_same, record_images
 from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
@@ -106,77 +106,81 @@ class ProjectorHooks(HookOwner):
     def _after_projector(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """Merges the projected features where the config says so."""
         features = args[0] if args else next(iter(kwargs.values()))
-        encoded, same = self._recognised(features)
-        output, tokens = self._merged(output, encoded, same)
-        last = ProjectorPass(None if encoded is None else encoded.tower, tokens)
+        known, same = self._recognised(features)
+        output, tokens = self._merged(output, known, same)
+        last = ProjectorPass(None if known is None else known.tower, tokens)
         if self.records_images:
-            patches = output.shape[1] - self.num_prefix_tokens if encoded is None else encoded.tower.patches
+            count = features.shape[1] - self.num_prefix_tokens
+            patches = count if known is None else known.tower.patches
             record = record_images(output, self.num_prefix_tokens, patches, tokens.patch_sizes, last.plans())
             keep("images", self.handle, record)
             self.newest_images = record
         self.newest = last
         keep("projector_pass", self.handle, last)
-        keep("encoded", self.handle, None)
+        if known is not None:
+            take_encoded(known)
         return output
 
     def _recognised(self, features: Tensor) -> tuple[EncodedImages | None, Tensor | None]:
         """What is known of features (I, prefix + N, channels), and under torch.compile whether it holds."""
-        encoded: EncodedImages | None = kept("encoded", self.handle)
         patches = features[:, self.num_prefix_tokens :]
-        if encoded is None or encoded.tower.tokens[-1].patch_sizes.shape != patches.shape[:2]:
-            return None, None
-        same = is_same(encoded.probes, patches)
-        if is_compiling():  # which cannot branch on values
-            return encoded, same
-        return (encoded, None) if bool(same) else (None, None)
+        for found in encoded(self.handle):
+            if found.tower.tokens[-1].patch_sizes.shape != patches.shape[:2]:
+                continue
+            same = is_same(found.probes, patches)
+            if is_compiling():  # which cannot branch on values
+                return found, same
+            if bool(same):
+                return found, None
+        return None, None
 
     def _merged(
-        self, output: Tensor, encoded: EncodedImages | None, same: Tensor | None
+        self, output: Tensor, known: EncodedImages | None, same: Tensor | None
     ) -> tuple[Tensor, TokenState]:
-        before = self._before(output, encoded, same)
+        before = self._before(output, known, same)
         if not self.config.merges_in_prefix:
             return output, before
         count = output.shape[1] - self.num_prefix_tokens
-        patches = count if encoded is None else encoded.tower.patches
+        patches = count if known is None else known.tower.patches
         length = self.config.prefix_length(count, patches, self._num_tower_layers)
         if length == count:
             return output, before
-        metric = self._keys(encoded) if uses_keys(self.config) else output
+        metric = self._keys(known) if uses_keys(self.config) else output
         inputs = {
-            "class_attention": lambda: _known(encoded).class_attention,
+            "class_attention": lambda: _encoded(known).class_attention,
             "grid": partial(grid, patches, self.config),
         }
         return self.step.merge(output, metric, length, before, self._point, inputs)
 
-    def _before(self, output: Tensor, encoded: EncodedImages | None, same: Tensor | None) -> TokenState:
+    def _before(self, output: Tensor, known: EncodedImages | None, same: Tensor | None) -> TokenState:
         """The tokens that the projector was given; of features from elsewhere nothing is known."""
         sizes = torch.ones(output.shape[:2], device=output.device)
-        if encoded is not None:
-            known = encoded.tower.tokens[-1].patch_sizes.to(output.device)
+        if known is not None:
+            found = known.tower.tokens[-1].patch_sizes.to(output.device)
             if same is not None:
-                known = torch.where(same, known, 1.0)
-            sizes[:, self.num_prefix_tokens :] = known
+                found = torch.where(same, found, 1.0)
+            sizes[:, self.num_prefix_tokens :] = found
         return TokenState(sizes, num_prefix_tokens=self.num_prefix_tokens)
 
-    def _keys(self, encoded: EncodedImages | None) -> Tensor:
+    def _keys(self, known: EncodedImages | None) -> Tensor:
         """The keys (I, prefix + N, C) of the tower's last layer, of the tokens that left it."""
-        keys = _known(encoded).keys
-        patches = encoded.tower.tokens[-1].patch_sizes.shape[1]
+        keys = _encoded(known).keys
+        patches = known.tower.tokens[-1].patch_sizes.shape[1]
         return keys[:, keys.shape[1] - patches - self.num_prefix_tokens :]
 
 
-def _known(encoded: EncodedImages | None) -> EncodedImages:
+def _encoded(known: EncodedImages | None) -> EncodedImages:
     """What the tower computed of the features.
 
     Raises:
         RuntimeError: the features did not come from the tower.
     """
-    if encoded is None:
+    if known is None:
         raise RuntimeError(
             "the projector was given features that the vision tower did not compute right before, so "
             "that their keys are unknown"
         )
-    return encoded
+    return known
 
 
 def uses_keys(config: MergeConfig) -> bool:

@@ -25,14 +25,22 @@ from llava_pitome.hooks.attention_capture import (
 )
 from llava_pitome.hooks.block_merge import REPLACED, BlockMerge
 from llava_pitome.hooks.call_checks import check_feature_layer
-from llava_pitome.hooks.current_pass import STATE, current_pass, enter_attention, enter_pass, keep, kept
+from llava_pitome.hooks.current_pass import (
+    STATE,
+    current_pass,
+    enter_attention,
+    enter_pass,
+    keep,
+    kept,
+    push_encoded,
+)
 from llava_pitome.hooks.hook_owner import HookOwner
 from llava_pitome.hooks.image_features import probe
 from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
 from llava_pitome.merge.plan import MergePlan, gather_tokens
 from llava_pitome.models.hf_llava import check_tower_attention
-from llava_pitome.models.parts import ModelParts
+from llava_pitome.models.parts import ModelParts, trained_copies
 
 KERNELS = (True, False, "triton")  # values of `kernels`: the faster ones, plain PyTorch alone, Triton too
 
@@ -189,7 +197,7 @@ class VisionTowerHooks(HookOwner):
         on(tower.register_forward_hook(self._end, with_kwargs=True, always_call=True))
         attention = [block.attention for block in blocks[: self.num_layers]]
         if not parts.passes_kwargs:
-            for module in attention:
+            for module in (copied for found in attention for copied in trained_copies(found)):
                 on(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
         number_layers(attention)
         switch_attention(tower)
@@ -259,7 +267,6 @@ class VisionTowerHooks(HookOwner):
     def _end(self, _tower: nn.Module, _args: tuple, kwargs: dict, output: object) -> None:
         """After the tower, also when it raised: keeps what was merged, and what the projector needs."""
         enter_pass(None)
-        keep("encoded", self.handle, None)
         if output is None:
             return
         state: TowerState = kwargs[STATE]
@@ -271,7 +278,7 @@ class VisionTowerHooks(HookOwner):
             )
         merged = TowerPass(state.patches, state.tokens)
         if self.feeds_projector:
-            keep("encoded", self.handle, EncodedImages(merged, state.probes, *self._of_feature_layer(state)))
+            push_encoded(self.handle, EncodedImages(merged, state.probes, *self._of_feature_layer(state)))
         self.newest = merged
         keep("tower_pass", self.handle, merged)
 

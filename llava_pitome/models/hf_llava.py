@@ -81,6 +81,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.get_base_model()
         elif isinstance(model, parallel):
             model = model.module
+        elif isinstance(getattr(model, "modules_to_save", None), nn.ModuleDict):  # peft's trained copies
+            active = model.active_adapters
+            model = model.modules_to_save[active[0]] if active else model.original_module
         else:
             return model
 

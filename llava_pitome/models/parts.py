@@ -119,3 +119,9 @@ class LanguageModelParts(NamedTuple):
     image_token: int | None
     num_feature_prefix_tokens: int
     adapter: LanguageModelAdapter
+
+
+def trained_copies(module: nn.Module) -> list[nn.Module]:
+    """A module and its copies, where peft trains copies of it (modules_to_save)."""
+    copies = getattr(module, "modules_to_save", None)
+    return [module.original_module, *copies.values()] if isinstance(copies, nn.ModuleDict) else [module]
