@@ -254,19 +254,49 @@ def test_what_a_trainer_saves_is_loaded_as_it_merged(make, tmp_path, kind, callb
             load(str(tmp_path / "out"))
 
 
-def test_dpo_makes_a_reference_of_its_own_unmerged(base, pictures, tmp_path):
-    """Without peft and ref_model=, TRL loads the model's folder again; the counts of tokens then differ."""
+@pytest.fixture
+def full(base, pictures, tmp_path):
+    """Makes a trainer of all weights that has to make its own reference model."""
     model, processor = base
-    apply(model, CONFIGS["ratio"], processor)
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "out"), max_steps=1, use_cpu=True, bf16=False, report_to=[],
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = trl.DPOTrainer(
-        model, args=arguments, train_dataset=rows("dpo", pictures), processing_class=processor
-    )
+
+    def made(kind, config):
+        apply(model, config, processor)
+        arguments = {
+            "output_dir": str(tmp_path / "out"), "max_steps": 1, "per_device_train_batch_size": 4,
+            "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+            "logging_steps": 1,
+        }  # fmt: skip
+        given = {"train_dataset": rows(kind, pictures), "processing_class": processor}
+        if kind == "dpo":
+            return trl.DPOTrainer(model, args=trl.DPOConfig(**arguments), **given)
+        more = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+        return trl.GRPOTrainer(model, lengths, args=trl.GRPOConfig(**arguments, **more), **given)
+
+    return made
+
+
+@merging
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_a_reference_model_that_trl_made_merges_after_apply(full, kind, config):
+    trainer = full(kind, config)
+    apply(trainer.ref_model, config)
+    trainer.train()
+    key, expected = ("loss", math.log(2)) if kind == "dpo" else ("kl", 0)
+    assert logged(trainer, key) == [pytest.approx(expected, abs=1e-6)]
+
+
+@merging
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_a_reference_model_that_trl_made_is_unmerged(full, kind, config):
+    """As docs/training.md says: an error where the numbers of image tokens differ, and none elsewhere."""
+    trainer = full(kind, config)
     assert applied(trainer.ref_model) is None
-    # TRL takes transformers' "image features and image tokens do not match" for a prompt that was cut off
-    with pytest.raises(ValueError, match=r"`max_length` .* is too short") as raised:
+    if config.tokens_at(PATCHES, 7) == PATCHES:
         trainer.train()
-    assert "Image features and image tokens do not match" in str(raised.value.__cause__)
+        key, merged = ("loss", math.log(2)) if kind == "dpo" else ("kl", 0)
+        assert abs(logged(trainer, key)[0] - merged) > 1e-5
+        return
+    # TRL takes transformers' error for a prompt that was cut off
+    with pytest.raises(ValueError) as raised:
+        trainer.train()
+    assert "Image features and image tokens do not match" in f"{raised.value} {raised.value.__cause__}"
