@@ -66,18 +66,6 @@ def test_a_layer_called_by_itself_is_dense(model):
         assert torch.equal(layer(hidden, None), plain(hidden, None))
 
 
-@pytest.mark.parametrize("metric", ["hidden", "keys"])
-def test_captured_keys_are_dropped_after_a_pass(model, metric):
-    with merge_tokens(
-        model, MergeConfig(ratio=0.8, prefix=0.5, prefix_metric="keys", metric=metric)
-    ) as handle:
-        model.get_image_features(pixel_values=images())
-        assert not handle.tower.last.captured
-    with merge_tokens(model, MergeConfig(ratio=0.8, metric=metric)) as handle:
-        features(model, images())
-        assert not handle.tower.last.captured
-
-
 @pytest.mark.parametrize(
     "config", [MergeConfig(ratio=0.8), MergeConfig(ratio=0.9, prefix=0.5, prefix_metric="keys")]
 )

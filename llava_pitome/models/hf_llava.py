@@ -10,7 +10,7 @@ from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts
 
 SUPPORTED = (
     "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and kin), "
-    "or the original package's LlavaLlamaForCausalLM; also wrapped by peft, torch.compile or "
+    "or the original package's LlavaLlamaForCausalLM; also wrapped by peft, torch.compile, DataParallel or "
     "DistributedDataParallel, or such a tower alone"
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.
@@ -72,24 +72,23 @@ def _llava(model: nn.Module) -> LlavaParts | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel and peft wrappers.
-
-    Raises:
-        ValueError: DataParallel, whose threads would share one set of hooks.
-    """
+    """The model inside torch.compile, DistributedDataParallel, DataParallel and peft wrappers."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, parallel):
             model = model.module
-        elif isinstance(model, nn.DataParallel):
-            raise ValueError(
-                "DataParallel is not supported: its threads share one set of hooks; use one process per GPU"
-            )
         else:
             return model
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether `find` knows the class of a module without wrappers."""
+    names = {c.__name__ for c in type(module).__mro__}
+    return bool(names & {original_llava.MODEL, "LlavaForConditionalGeneration", *TOWERS})
 
 
 def check(parts: ModelParts, config: MergeConfig) -> None:
