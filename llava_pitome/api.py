@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from llava_pitome.hooks.handle import MergeHandle, handle_of
 from llava_pitome.hooks.hook_owner import owners, remove_hooks
 from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.kernels import has_triton, supports_triton
-from llava_pitome.models import checkpoints, hf_language_model, hf_llava, processors
+from llava_pitome.models import adapters, checkpoints, hf_language_model, hf_llava, processors
 from llava_pitome.models.parts import ModelParts
 from llava_pitome.saved_config import KEY
 
@@ -95,6 +96,7 @@ def _install(parts: ModelParts, handle: MergeHandle) -> None:
         tokens_for = partial(config.tokens_at, layers=parts.num_feature_layers)
         processors.set_token_counts(handle.processor, tokens_for, handle)
     setattr(model.config, KEY, config.to_dict())
+    adapters.add_tag(model, config)
     _reset_compiled(model)
 
 
@@ -113,6 +115,7 @@ def _uninstall(model: nn.Module, handle: MergeHandle, keeps_place: bool = False)
             processors.set_token_counts(handle.processor, None, handle)
         else:
             processors.restore(handle.processor, handle)
+    adapters.remove_tag(model)
     if handle.config_before is None:
         vars(model.config).pop(KEY, None)
     else:
@@ -223,24 +226,43 @@ def load(
     Args:
         path: a folder, a hub id, or "embedded" for the small model in this package; of a whole model, or of
             an adapter, whose base model is then loaded too.
-        config: how to merge; None takes up `token_merging` from the checkpoint, where it has one.
+        config: how to merge; None takes up what was saved with the checkpoint or adapter. A checkpoint
+            without a saved config does not merge; an adapter without one is refused, since its weights are
+            right under the config alone that it was trained with: `MergeConfig(ratio=1.0)` loads one that was
+            trained without merging.
         quantization: "4bit" or "8bit" (bitsandbytes) for the language model, or None.
         kernels: as for `apply`.
         **options: as for `from_pretrained`: dtype, device_map, attn_implementation, ...
 
     Raises:
-        ValueError: an unknown quantization, a checkpoint that is no LLaVA, or one saved with a config this
-            package cannot read.
+        ValueError: an unknown quantization, a checkpoint that is no LLaVA, an adapter that does not say how
+            it merged, or a saved config that this package cannot read.
     """
+    checkpoints.check_quantization(quantization)
+    if config is None:
+        config = checkpoints.saved_merge_config(path, **options)
     model, processor = checkpoints.load(path, quantization, **options)
-    saved = getattr(model.config, KEY, None)
-    if saved is not None:
-        vars(model.config).pop(KEY)  # `remove` is to leave a plain model
-    if config is None and saved is not None:
-        config = MergeConfig.from_dict(saved)
     if config is not None:
         apply(model, config, processor, kernels=kernels)
     return model, processor
+
+
+def save_merge_config(model: nn.Module, folder: str | Path) -> None:
+    """Writes how a model merges now into a folder with its adapter or checkpoint, where `load` finds it.
+
+    Adapters that peft saves say it by themselves, in a tag of their model card. This is for adapters saved
+    otherwise, and for cards that another program writes anew. A model that does not merge is recorded as
+    such, with `ratio=1.0`.
+
+    Args:
+        model: also in wrappers: a peft model, torch.compile, DistributedDataParallel.
+        folder: where the model's adapter or checkpoint was saved, or will be.
+
+    Raises:
+        UnsupportedModelError: the model is not supported, or is in another wrapper.
+    """
+    found = hf_llava.find(model).model
+    adapters.save_merge_config(found, applied(found) or MergeConfig(ratio=1.0), Path(folder))
 
 
 def _reset_compiled(model: nn.Module) -> None:
