@@ -11,6 +11,7 @@ Shapes: B images, T tokens, H heads, C channels a head.
 """
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -198,6 +199,7 @@ class _Named:
 
 
 _switched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models whose config chooses the function
+_lock = threading.Lock()  # of that set
 
 
 def switch_attention(model: nn.Module) -> None:
@@ -209,12 +211,13 @@ def switch_attention(model: nn.Module) -> None:
     """
     base = attention_implementation(model.config)
     register(base)
-    before = [vars(other)[BEFORE] for other in list(_switched) if other.config is model.config]
-    setattr(model, BEFORE, before[0] if before else model.config._attn_implementation)
+    with _lock:
+        before = [vars(other)[BEFORE] for other in _switched if other.config is model.config]
+        setattr(model, BEFORE, before[0] if before else model.config._attn_implementation)
+        _switched.add(model)
     for config in _configs(model):
         config._attn_implementation = WRAPPED + attention_implementation(config)
         register(attention_implementation(config))
-    _switched.add(model)
 
 
 def number_layers(modules: Sequence[nn.Module]) -> None:
@@ -235,13 +238,14 @@ def restore_attention(root: nn.Module) -> None:
     One that another model shares, which merges too, is left as it is.
     """
     unset: set[int] = set()
-    for module in root.modules():
-        vars(module).pop(LAYER, None)
-        if BEFORE in vars(module):
-            _switched.discard(module)
-            if vars(module).pop(BEFORE) is None:
-                unset.add(id(module.config))
-    shared = {id(model.config) for model in list(_switched)}
+    with _lock:
+        for module in root.modules():
+            vars(module).pop(LAYER, None)
+            if BEFORE in vars(module):
+                _switched.discard(module)
+                if vars(module).pop(BEFORE) is None:
+                    unset.add(id(module.config))
+        shared = {id(model.config) for model in _switched}
     for config in _configs(root):
         if (config._attn_implementation or "").startswith(WRAPPED) and id(config) not in shared:
             base = attention_implementation(config)

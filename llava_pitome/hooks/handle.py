@@ -128,11 +128,11 @@ class MergeHandle(HookOwner):
 
     def _last(self) -> tuple[TowerPass | None, ProjectorPass | None]:
         """The last passes through tower and projector; None for a projector that was not reached since."""
-        tower = self.tower.last
+        tower = kept("tower_pass", self)
         projected = None if self.projector is None else self.projector.last
-        if projected is not None and kept("tower_pass", self) is not None and projected.tower is not tower:
+        if tower is not None and projected is not None and projected.after is not tower:
             projected = None
-        return tower, projected
+        return self.tower.last, projected
 
     def record(self, callback: Callable[[MergeRecord], None] | None) -> None:
         """Calls `callback` with every merge from now on; None ends it.

@@ -31,11 +31,12 @@ class ProjectorPass:
     Attributes:
         tower: the pass through the tower that the features came from; None for features from elsewhere.
         tokens: that reached the language model.
+        after: the last pass through the tower before it.
     """
 
-    def __init__(self, tower: TowerPass | None, tokens: TokenState):
-        """Keeps both."""
-        self.tower, self.tokens = tower, tokens
+    def __init__(self, tower: TowerPass | None, tokens: TokenState, after: TowerPass | None):
+        """Keeps them."""
+        self.tower, self.tokens, self.after = tower, tokens, after
 
     def plans(self) -> list[MergePlan]:
         """The merges from patches to these tokens, in order."""
@@ -108,7 +109,7 @@ class ProjectorHooks(HookOwner):
         features = args[0] if args else next(iter(kwargs.values()))
         known, same = self._recognised(features)
         output, tokens = self._merged(output, known, same)
-        last = ProjectorPass(None if known is None else known.tower, tokens)
+        last = ProjectorPass(None if known is None else known.tower, tokens, kept("tower_pass", self.handle))
         if self.records_images:
             count = features.shape[1] - self.num_prefix_tokens
             patches = count if known is None else known.tower.patches

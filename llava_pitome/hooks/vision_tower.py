@@ -244,7 +244,7 @@ class VisionTowerHooks(HookOwner):
     def _start(self, tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the tower: resizes the images and starts a forward pass."""
         layer = kwargs.get("output_hidden_states")
-        if self.handle.is_whole and isinstance(layer, int) and not isinstance(layer, bool):
+        if self.handle.is_whole and layer is not None and not isinstance(layer, bool):
             check_feature_layer(layer, self.num_layers, self._num_blocks)  # as generate selects it
         if not is_switched(tower):
             check_tower_attention(tower, self.config)

@@ -1,0 +1,183 @@
+"""Caches that were put together again, changed, or filled under another config: right, or an error."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import make_model, make_processor
+from precise import CLOSE, padded, precise, run
+from transformers import DynamicCache
+
+from llava_pitome import MergeConfig, apply, merge_tokens, remove
+
+CONFIGS = {
+    "best": MergeConfig.recipe("best", tokens=9),
+    "decoder": MergeConfig(decoder={0: 0.5}),
+    "llm_proportional": MergeConfig(ratio=0.9, llm_proportional=True),
+    "original": MergeConfig(prefix=9, positions="original"),
+    "all": MergeConfig(ratio=0.9, decoder={1: 0.4}, llm_proportional=True, positions="original"),
+}
+PLAIN = {"tower": MergeConfig(ratio=0.9), "prefix": MergeConfig(prefix=9), "nothing": MergeConfig(ratio=1.0)}
+ROWS = ["a red <image> cat or that", "<image> what", "two red cat and a dog is this"]
+WORDS = torch.tensor([[5, 9, 11, 6]])
+REFUSED = "not filled by this model under|another merge config|lost|layer . of this cache|holds . prompts"
+
+
+def filled(model, processor, pictures, rows=ROWS):
+    inputs = padded(processor, rows, pictures)
+    return run(model, inputs, past_key_values=DynamicCache()).past_key_values, inputs["attention_mask"]
+
+
+def go_on(model, cache, mask):
+    inputs = {"input_ids": WORDS.repeat(len(mask), 1)}
+    inputs["attention_mask"] = torch.cat([mask, torch.ones(len(mask), 4, dtype=torch.long)], 1)
+    return run(model, inputs, past_key_values=cache).logits
+
+
+def rebuilt(cache):
+    return DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+
+
+def half_rebuilt(cache):
+    other = copy.deepcopy(cache)
+    other.layers[0] = rebuilt(cache).layers[0]
+    return other
+
+
+def saved(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def cloned(cache):
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    return cache
+
+
+def cast(cache):
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.float(), layer.values.float()
+    return cache
+
+
+def cropped_left(cache):
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, 2:], layer.values[:, :, 2:]
+    return cache
+
+
+def overwritten(cache):
+    for layer in cache.layers:
+        layer.keys = layer.keys + 1
+    return cache
+
+
+def swapped(cache):
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.flip(0), layer.values.flip(0)
+    return cache
+
+
+RIGHT = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x)), "save": saved,
+         "clone": cloned, "half rebuilt": half_rebuilt}  # fmt: skip
+WRONG = {"rebuilt": rebuilt, "cast": cast, "cropped left": cropped_left, "overwritten": overwritten}
+
+
+@pytest.mark.parametrize("change", RIGHT)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_cache_that_holds_what_it_held_goes_on(config, change, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures)
+        expected = go_on(model, copy.deepcopy(cache), mask)
+        torch.testing.assert_close(go_on(model, RIGHT[change](cache), mask), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("change", WRONG)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_cache_with_other_tensors_raises(config, change, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            go_on(model, WRONG[change](cache), mask[:, 2:] if change == "cropped left" else mask)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_rows_that_change_places_keep_what_is_theirs(config, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures)
+        expected = go_on(model, copy.deepcopy(cache), mask)
+        found = go_on(model, swapped(cache), mask.flip(0))
+        torch.testing.assert_close(found, expected.flip(0), **CLOSE)
+        again = go_on(model, cache, torch.cat([mask.flip(0), torch.ones(3, 4, dtype=torch.long)], 1))
+        assert again.isfinite().all()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_row_of_another_cache_raises(config, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures)
+        other, _ = filled(model, processor, pictures[::-1], [ROWS[1], ROWS[0], ROWS[2]])
+        for layer, foreign in zip(cache.layers, other.layers):
+            layer.keys = torch.cat([foreign.keys[:1], layer.keys[1:]])
+            layer.values = torch.cat([foreign.values[:1], layer.values[1:]])
+        with pytest.raises(RuntimeError, match=REFUSED):
+            go_on(model, cache, mask)
+
+
+@pytest.mark.parametrize("filling", [None, *PLAIN, *CONFIGS])
+@pytest.mark.parametrize("config", [*PLAIN, *CONFIGS])
+def test_a_cache_that_was_filled_under_another_config_is_right_or_raises(config, filling, pictures):
+    """Where nothing merges in the language model a cache holds tokens like any others."""
+    every = PLAIN | CONFIGS | {None: MergeConfig(ratio=1.0)}
+    if filling == config:
+        pytest.skip("the same config")
+    model, processor = precise(make_model()), make_processor()
+    if filling is None:
+        cache, mask = filled(model, processor, pictures)
+    else:
+        with merge_tokens(model, every[filling], processor):
+            cache, mask = filled(model, processor, pictures)
+    plain = filling in (None, *PLAIN)
+    if plain and config in (*PLAIN, "decoder"):
+        expected = go_on(model, copy.deepcopy(cache), mask)
+        with merge_tokens(model, every[config], processor):
+            torch.testing.assert_close(go_on(model, cache, mask), expected, **CLOSE)
+        return
+    with merge_tokens(model, every[config], processor), pytest.raises(RuntimeError, match=REFUSED):
+        go_on(model, cache, mask)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("rows", [["two red cat"], ["two red cat", "what"]])
+def test_a_text_that_was_cached_before_pictures_goes_on(config, rows, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures, rows)
+        cache = pickle.loads(pickle.dumps(cache))
+        inputs = padded(processor, ["and <image> what is this"] * len(rows), pictures)
+        whole = torch.cat([mask, inputs["attention_mask"]], 1)
+        found = run(model, inputs | {"attention_mask": whole}, past_key_values=cache).logits
+        for row, prompt in enumerate(rows):
+            alone = padded(processor, [prompt + " and <image> what is this"], pictures)
+            own = run(model, alone).logits[0, -inputs["input_ids"].shape[1] :]
+            torch.testing.assert_close(found[row], own, **CLOSE)
+
+
+def test_a_cache_goes_on_in_a_copy_of_the_model(pictures):
+    model, processor = precise(make_model()), make_processor()
+    apply(model, CONFIGS["best"], processor)
+    cache, mask = filled(model, processor, pictures)
+    other = copy.deepcopy(model)
+    remove(model)
+    torch.testing.assert_close(
+        go_on(other, copy.deepcopy(cache), mask), go_on(other, cache, mask), rtol=0, atol=0
+    )
