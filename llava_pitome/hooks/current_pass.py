@@ -26,8 +26,8 @@ SLOTS = (
 WAITING = 8  # passes through towers whose features have not reached a projector
 
 
-class _Thread(threading.local):
-    """The forward pass that this thread runs, and what was kept with `keep`."""
+class _Known:
+    """The forward pass that a thread runs, and what was kept with `keep`."""
 
     def __init__(self) -> None:
         """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
@@ -38,6 +38,14 @@ class _Thread(threading.local):
             setattr(self, slot, None)
 
 
+class _Thread(threading.local):
+    """What each thread knows; an object of its own, since torch.compile loses attributes set on a local."""
+
+    def __init__(self) -> None:
+        """Starts outside of any forward pass."""
+        self.known = _Known()
+
+
 _thread = _Thread()
 
 
@@ -46,22 +54,24 @@ def enter_pass(state: Any) -> None:
 
     It is not kept alive here, since nothing ends a recomputation.
     """
-    _thread.state, _thread.attention = _reference(state), None
+    known = _thread.known
+    known.state, known.attention = _reference(state), None
 
 
 def enter_attention(module: nn.Module, _args: tuple, kwargs: dict) -> None:
     """A pre-hook for attention modules that keep their keyword arguments from the attention function."""
-    _thread.state, _thread.attention = _reference(kwargs.get(STATE)), module
+    known = _thread.known
+    known.state, known.attention = _reference(kwargs.get(STATE)), module
 
 
 def state_of_attention(module: nn.Module) -> Any:
     """The state of the forward pass that entered an attention module by `enter_attention`; None elsewhere."""
-    return _referent(_thread.state) if _thread.attention is module else None
+    return _referent(_thread.known.state) if _thread.known.attention is module else None
 
 
 def current_pass(owner: Any) -> Any:
     """The state of the forward pass that this thread runs, if it belongs to `owner`; None otherwise."""
-    state = _referent(_thread.state)
+    state = _referent(_thread.known.state)
     return state if state is not None and state.owner is owner else None
 
 
@@ -73,37 +83,37 @@ def keep(slot: str, owner: Any, value: Any) -> None:
         owner: the MergeHandle whose hooks read it.
         value: what is kept; None keeps nothing.
     """
-    setattr(_thread, slot, None if value is None else (owner, value))
+    setattr(_thread.known, slot, None if value is None else (owner, value))
 
 
 def kept(slot: str, owner: Any) -> Any:
     """What this thread keeps in a slot for `owner`; None where that is nothing."""
-    found = getattr(_thread, slot)
+    found = getattr(_thread.known, slot)
     return found[1] if found is not None and found[0] is owner else None
 
 
 def push_encoded(owner: Any, value: Any) -> None:
     """Keeps what a tower computed until the projector takes it; of several that none takes, the last ones."""
-    before = () if is_compiling() else _thread.encoded[: WAITING - 1]  # a graph would depend on those
-    _thread.encoded = ((owner, value), *before)
+    before = () if is_compiling() else _thread.known.encoded[: WAITING - 1]  # a graph would depend on those
+    _thread.known.encoded = ((owner, value), *before)
 
 
 def encoded(owner: Any) -> list[Any]:
     """What this thread's passes through the tower of `owner` computed, the last first."""
-    return [value for other, value in _thread.encoded if other is owner]
+    return [value for other, value in _thread.known.encoded if other is owner]
 
 
 def take_encoded(value: Any) -> None:
     """Drops what a projector has taken."""
-    _thread.encoded = tuple(pair for pair in _thread.encoded if pair[1] is not value)
+    _thread.known.encoded = tuple(pair for pair in _thread.known.encoded if pair[1] is not value)
 
 
 def forget() -> None:
     """Drops all that this thread keeps."""
     enter_pass(None)
-    _thread.encoded = ()
+    _thread.known.encoded = ()
     for slot in SLOTS:
-        setattr(_thread, slot, None)
+        setattr(_thread.known, slot, None)
 
 
 def _reference(state: Any) -> Any:
