@@ -58,7 +58,8 @@ def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
     hooks = [module.register_forward_hook(count_quantized) for module in modules]
     try:
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
-            parts.model(**inputs, use_cache=False, logits_to_keep=1)
+            last = {"logits_to_keep": 1} if hasattr(parts.model, "lm_head") else {}
+            parts.model(**inputs, use_cache=False, **last)
     finally:
         for hook in hooks:
             hook.remove()
