@@ -76,12 +76,12 @@ def merge_config(options: dict[str, Any]) -> MergeConfig:
     """The merge config that the options describe; an adapter's own where they say nothing.
 
     Raises:
-        ValueError: values that contradict each other.
+        ValueError: values that contradict each other, or an adapter that does not say how it merged.
     """
     changes = combined({name: options[name] for name in FIELDS}, options["merging"])
     if options["merging"] is None and not changes and options["recipe"] == "paper":
         own = None if options["model"] in ("auto", embedded.NAME) else adapters.merge_config(options["model"])
-        return MergeConfig(ratio=RATIO) if own is None else MergeConfig.from_dict(own)
+        return own or MergeConfig(ratio=RATIO)
     if options["merging"] is None and not changes.keys() & set(AMOUNTS):
         changes["ratio"] = RATIO
     return MergeConfig.recipe(options["recipe"], **changes)

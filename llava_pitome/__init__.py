@@ -1,6 +1,6 @@
 """llava_pitome: LLaVA with its visual tokens merged by PiToMe."""
 
-from llava_pitome.api import applied, apply, load, merge_tokens, remove
+from llava_pitome.api import applied, apply, load, merge_tokens, remove, save_merge_config
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.hooks.merge_step import MergeRecord
@@ -26,6 +26,7 @@ __all__ = [
     "parents",
     "register_method",
     "remove",
+    "save_merge_config",
     "spectral_distance",
     "trace",
     "unmerge",

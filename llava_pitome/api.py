@@ -3,32 +3,22 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import MergeHandle, installed
+from llava_pitome.hooks.handle import MergeHandle, handle_of
+from llava_pitome.hooks.hook_owner import owners, remove_hooks
 from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.kernels import has_triton, supports_triton
-from llava_pitome.models import checkpoints, hf_language_model, hf_llava, processors
+from llava_pitome.models import adapters, checkpoints, hf_language_model, hf_llava, processors
 from llava_pitome.models.parts import ModelParts
 from llava_pitome.saved_config import KEY
 
 Kernels = bool | Literal["triton"]
-
-
-class _Applied(NamedTuple):
-    """What `remove` needs: the handle, the fitted processor, and what the model's config held before."""
-
-    handle: MergeHandle
-    processor: Any
-    before: dict[str, Any] | None
-
-
-_applied: WeakKeyDictionary[nn.Module, _Applied] = WeakKeyDictionary()
 
 
 def apply(
@@ -68,57 +58,112 @@ def apply(
     _check_kernels(parts, kernels)
     if processor is not None:
         _check_processor(parts, processor)
-    handle = MergeHandle(parts, config, kernels, hf_language_model.find(parts, config))
-    previous = _applied.get(parts.model)
-    remove(model)
+    llm = hf_language_model.find(parts, config)
+    handle = MergeHandle(parts, config, kernels, llm)
+    handle.processor = processor
+    previous = _handle(parts)
     with ExitStack() as undo:
         if previous is not None:
-            undo.callback(_install, parts, previous)
-        new = _Applied(handle, processor, getattr(parts.model.config, KEY, None))
-        undo.callback(_uninstall, parts.model, new)
-        _install(parts, new)
+            undo.callback(_install_again, model, previous, previous.is_on(parts.model))
+            _uninstall(parts.model, previous)
+        undo.callback(_uninstall, parts.model, handle)
+        _install(parts, handle)
         undo.pop_all()
     return handle
 
 
-def _install(parts: ModelParts, applied: _Applied) -> None:
-    """Installs the hooks, changes the processor, and notes the config in the model's."""
-    model, config, processor = parts.model, applied.handle.config, applied.processor
-    applied.handle.install(parts)
-    if processor is not None:
-        processors.set_token_counts(processor, partial(config.tokens_at, layers=parts.num_feature_layers))
+def _handle(parts: ModelParts) -> MergeHandle | None:
+    """The handle whose hooks are on a model, which may be a copy of the one it was applied to.
+
+    Raises:
+        ValueError: the vision tower merges as the part of another model.
+    """
+    handle = handle_of(parts.tower)
+    if handle is not None and handle.is_whole != (parts.llava is not None):
+        other = "a LLaVA" if handle.is_whole else "a vision tower alone"
+        raise ValueError(
+            f"the vision tower of this {type(parts.model).__name__} merges as {other}: remove that first"
+        )
+    return handle
+
+
+def _install(parts: ModelParts, handle: MergeHandle) -> None:
+    """Installs the hooks, fits the processor, and notes the config in the model's."""
+    model, config = parts.model, handle.config
+    handle.config_before = getattr(model.config, KEY, None)
+    handle.install(parts, hf_language_model.find(parts, config))
+    if handle.processor is not None:
+        tokens_for = partial(config.tokens_at, layers=parts.num_feature_layers)
+        processors.set_token_counts(handle.processor, tokens_for, handle)
     setattr(model.config, KEY, config.to_dict())
-    _applied[model] = applied
+    adapters.add_tag(model, config)
     _reset_compiled(model)
 
 
-def _uninstall(model: nn.Module, applied: _Applied) -> None:
-    """Undoes `_install`, also where that ended early."""
-    applied.handle.remove()
-    if applied.processor is not None:
-        processors.restore(applied.processor)
-    if applied.before is None:
+def _uninstall(model: nn.Module, handle: MergeHandle, keeps_place: bool = False) -> None:
+    """Undoes `_install`, also where that ended early, and on a copy of a model.
+
+    Args:
+        model: without wrappers.
+        handle: whose hooks are on it.
+        keeps_place: it will be installed again, and its processor is not to write for it meanwhile.
+    """
+    owns_processor = handle.is_on(model)  # a copy shares the processor with the model that it is a copy of
+    handle.remove(model)
+    if handle.processor is not None and owns_processor:
+        if keeps_place:
+            processors.set_token_counts(handle.processor, None, handle)
+        else:
+            processors.restore(handle.processor, handle)
+    adapters.remove_tag(model)
+    if handle.config_before is None:
         vars(model.config).pop(KEY, None)
     else:
-        setattr(model.config, KEY, applied.before)
-    _applied.pop(model, None)
+        setattr(model.config, KEY, handle.config_before)
     _reset_compiled(model)
+
+
+def _install_again(model: nn.Module, handle: MergeHandle, was_on: bool) -> None:
+    """Installs what `_uninstall` removed; a copy of a model gets a handle of its own.
+
+    Args:
+        model: with any wrappers.
+        handle: that was removed.
+        was_on: whether it had been installed on this very model.
+    """
+    parts = hf_llava.find(model)
+    if was_on:
+        _install(parts, handle)
+        return
+    llm = hf_language_model.find(parts, handle.config)
+    _install(parts, MergeHandle(parts, handle.config, handle.kernels, llm))
 
 
 def remove(model: nn.Module) -> None:
-    """Gives a model, its config and its processor back as they were before `apply`."""
-    model = hf_llava.unwrap(model)
-    applied = _applied.get(model)
-    if applied is None:
-        _remove_from_copy(model)
-    else:
-        _uninstall(model, applied)
+    """Gives a model, its config and its processor back as they were before `apply`.
+
+    Args:
+        model: that merges, a copy of one, or a module that contains such models; where nothing merges,
+            nothing is done.
+
+    Raises:
+        ValueError: the model is the vision tower of a LLaVA that merges.
+    """
+    done: set[int] = set()
+    for module in list(model.modules()):
+        if id(module) in done or not hf_llava.is_supported(module) or not owners(module):
+            continue
+        parts = hf_llava.find(module)
+        if parts.llava is None or handle_of(parts.tower).is_whole:
+            _uninstall(module, _handle(parts))
+            done.update(id(part) for part in module.modules())
+    remove_hooks(model)  # those on copies of single parts
 
 
 def applied(model: nn.Module) -> MergeConfig | None:
     """How a model merges now; None where it does not."""
-    found = _applied.get(hf_llava.unwrap(model))
-    return found.handle.config if found is not None else None
+    handle = handle_of(hf_llava.find(model).tower) if owners(model) else None
+    return handle.config if handle is not None else None
 
 
 def image_tokens(model: nn.Module) -> int:
@@ -134,7 +179,10 @@ def _check_processor(parts: ModelParts, processor: Any) -> None:
             f"{type(parts.model).__name__} puts merged tokens where <image> stands, whatever their number; "
             f"leave processor={type(processor).__name__} out"
         )
-    processors.check(processor, parts.patch_size)
+    extra = parts.num_prefix_tokens
+    if parts.llava is not None and not parts.llava.reads_first_token:
+        extra -= 1
+    processors.check(processor, parts.patch_size, extra)
 
 
 def _check_kernels(parts: ModelParts, kernels: Kernels) -> None:
@@ -149,29 +197,20 @@ def _check_kernels(parts: ModelParts, kernels: Kernels) -> None:
         )
 
 
-def _remove_from_copy(model: nn.Module) -> None:
-    """Takes the hooks off a model that was copied while it merged."""
-    found = installed(model)
-    for hooks in found:
-        hooks.remove()
-    if found:
-        vars(model.config).pop(KEY, None)
-        _reset_compiled(model)
-
-
 @contextmanager
 def merge_tokens(
     model: nn.Module, config: MergeConfig | None = None, processor: Any = None, *, kernels: Kernels = True
 ) -> Iterator[MergeHandle]:
     """`apply` for a with block; what was applied before is applied again after it, also when it raises."""
-    outer = _applied.get(hf_llava.unwrap(model))
-    handle = apply(model, config, processor, kernels=kernels)
-    try:
-        yield handle
-    finally:
-        remove(model)
+    parts = hf_llava.find(model)
+    outer = _handle(parts)
+    with ExitStack() as undo:
         if outer is not None:
-            apply(model, outer.handle.config, outer.processor, kernels=outer.handle.kernels)
+            undo.callback(_install_again, model, outer, outer.is_on(parts.model))
+            _uninstall(parts.model, outer, keeps_place=True)
+        inner = apply(model, config, processor, kernels=kernels)
+        undo.callback(remove, model)
+        yield inner
 
 
 def load(
@@ -187,24 +226,43 @@ def load(
     Args:
         path: a folder, a hub id, or "embedded" for the small model in this package; of a whole model, or of
             an adapter, whose base model is then loaded too.
-        config: how to merge; None takes up `token_merging` from the checkpoint, where it has one.
+        config: how to merge; None takes up what was saved with the checkpoint or adapter. A checkpoint
+            without a saved config does not merge; an adapter without one is refused, since its weights are
+            right under the config alone that it was trained with: `MergeConfig(ratio=1.0)` loads one that was
+            trained without merging.
         quantization: "4bit" or "8bit" (bitsandbytes) for the language model, or None.
         kernels: as for `apply`.
         **options: as for `from_pretrained`: dtype, device_map, attn_implementation, ...
 
     Raises:
-        ValueError: an unknown quantization, a checkpoint that is no LLaVA, or one saved with a config this
-            package cannot read.
+        ValueError: an unknown quantization, a checkpoint that is no LLaVA, an adapter that does not say how
+            it merged, or a saved config that this package cannot read.
     """
+    checkpoints.check_quantization(quantization)
+    if config is None:
+        config = checkpoints.saved_merge_config(path, **options)
     model, processor = checkpoints.load(path, quantization, **options)
-    saved = getattr(model.config, KEY, None)
-    if saved is not None:
-        vars(model.config).pop(KEY)  # `remove` is to leave a plain model
-    if config is None and saved is not None:
-        config = MergeConfig.from_dict(saved)
     if config is not None:
         apply(model, config, processor, kernels=kernels)
     return model, processor
+
+
+def save_merge_config(model: nn.Module, folder: str | Path) -> None:
+    """Writes how a model merges now into a folder with its adapter or checkpoint, where `load` finds it.
+
+    Adapters that peft saves say it by themselves, in a tag of their model card. This is for adapters saved
+    otherwise, and for cards that another program writes anew. A model that does not merge is recorded as
+    such, with `ratio=1.0`.
+
+    Args:
+        model: also in wrappers: a peft model, torch.compile, DistributedDataParallel.
+        folder: where the model's adapter or checkpoint was saved, or will be.
+
+    Raises:
+        UnsupportedModelError: the model is not supported, or is in another wrapper.
+    """
+    found = hf_llava.find(model).model
+    adapters.save_merge_config(found, applied(found) or MergeConfig(ratio=1.0), Path(folder))
 
 
 def _reset_compiled(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from llava_pitome import config_validation as validation
 from llava_pitome.config_validation import FrozenDict, frozen
-from llava_pitome.saved_config import FILE, KEY, saved_config
+from llava_pitome.saved_config import FILE, KEY, saved_configs, to_tag, write_config
 from llava_pitome.token_schedule import TokenCounts
 
 VERSION = 2  # of the saved form; 1 is llava_pitome 0.1
@@ -251,26 +251,33 @@ class MergeConfig(TokenCounts):
         return {k: v for k, v in self.to_dict().items() if k in defaults and getattr(self, k) != defaults[k]}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the config to `folder`/token_merging.json, where `from_pretrained` and `load` find it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Writes the config to `folder`/token_merging.json, where `from_pretrained` and `load` find it.
+
+        It replaces one that peft wrote into the model card of an adapter.
+        """
+        write_config(Path(folder), self.to_dict(), self.tag())
+
+    def tag(self) -> str:
+        """The config as a tag of a model card."""
+        return to_tag({"version": VERSION} | self.changes())
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **hub: Any) -> "MergeConfig":
-        """The config saved in a folder or hub repository: its token_merging.json, or that in config.json.
+        """The config saved in a folder or hub repository.
+
+        It is in token_merging.json or in config.json, of an adapter also in a tag of its model card.
 
         Args:
             path: a folder, or a hub id (which needs huggingface_hub).
             **hub: as for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, ...
 
         Raises:
-            ValueError: there is no saved config, or one that `from_dict` refuses.
+            ValueError: there is no saved config, there are two that differ, or one that `from_dict` refuses.
         """
-        found = saved_config(path, **hub)
+        found = saved(path, **hub)
         if found is None:
             raise ValueError(f"{path} holds no merge config: neither {FILE} nor {KEY!r} in config.json")
-        return cls.from_dict(found)
+        return found
 
     def method_at(self, depth: float) -> tuple[str, dict[str, Any]]:
         """The method and its parameters in the tower at a depth l_i / l in [0, 1)."""
@@ -304,6 +311,26 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("decoder"), dict):
         values = values | {"decoder": {k: single(v) for k, v in values["decoder"].items()}}
     return values
+
+
+def saved(path: str | Path, **hub: Any) -> MergeConfig | None:
+    """The config saved in a folder or hub repository; None where there is none.
+
+    Args:
+        path: a folder or a hub id.
+        **hub: as for `MergeConfig.from_pretrained`.
+
+    Raises:
+        ValueError: an adapter's two records differ, or `MergeConfig.from_dict` refuses one.
+    """
+    found = list(dict.fromkeys(MergeConfig.from_dict(values) for values in saved_configs(path, **hub)))
+    if len(found) > 1:
+        listed = "; ".join(json.dumps(config.changes()) for config in found)
+        raise ValueError(
+            f"{path} holds merge configs that differ, in {FILE} and in the tags of its model card: {listed}. "
+            "Give a config, or write the right one with MergeConfig.save_pretrained"
+        )
+    return found[0] if found else None
 
 
 def requested(recipe: str, named: dict[str, Any], merging: dict[str, Any] | None) -> MergeConfig | None:

@@ -1,25 +1,96 @@
 """Merge configs in folders and hub repositories: where they are saved, as plain dicts."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 FILE = "token_merging.json"  # where `MergeConfig.save_pretrained` writes a config
 KEY = "token_merging"  # the attribute of a model's config that holds one
+ADAPTER_CONFIG = "adapter_config.json"  # peft's
+CARD = "README.md"  # the model card, into which peft writes the tags of the model whose adapter it saves
+TAG = "token_merging:"  # begins the tag that holds a config, as JSON
 
 
-def saved_config(path: str | Path, **hub: Any) -> dict[str, Any] | None:
-    """The dict of the merge config saved in a folder or hub repository; None where there is none.
+def saved_configs(path: str | Path, **hub: Any) -> list[dict[str, Any]]:
+    """The dicts of the merge configs saved in a folder or hub repository.
+
+    An adapter's are in token_merging.json and in a tag of its model card; both are returned, for the caller
+    to compare. A full model's is in token_merging.json, or else in config.json.
 
     Args:
         path: a folder or a hub id.
         **hub: as for `MergeConfig.from_pretrained`.
+
+    Raises:
+        ValueError: a file or tag that is not JSON.
     """
     own = hub_file(path, FILE, **hub)
-    if own is not None:
-        return json.loads(own.read_text())
-    model = hub_file(path, "config.json", **hub)
-    return None if model is None else json.loads(model.read_text()).get(KEY)
+    found = [] if own is None else [json.loads(own.read_text())]
+    if hub_file(path, ADAPTER_CONFIG, **hub) is not None:
+        card = hub_file(path, CARD, **hub)
+        return found + ([] if card is None else from_tags(_metadata(card).get("tags")))
+    model = None if found else hub_file(path, "config.json", **hub)
+    if model is not None and (values := json.loads(model.read_text()).get(KEY)) is not None:
+        found.append(values)
+    return found
+
+
+def write_config(folder: Path, values: dict[str, Any], tag: str) -> None:
+    """Writes a config to `folder`/token_merging.json, and in place of the one in the folder's model card.
+
+    Args:
+        folder: is made where it is not there.
+        values: of the config.
+        tag: its tag, see `to_tag`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(values, indent=1) + "\n")
+    card = folder / CARD
+    metadata = _metadata(card) if card.is_file() else {}
+    if any(map(_is_config, _listed(metadata.get("tags")))):
+        from huggingface_hub import metadata_save
+
+        others = [other for other in metadata["tags"] if not _is_config(other)]
+        metadata_save(card, metadata | {"tags": [*others, tag]})
+
+
+def to_tag(values: dict[str, Any]) -> str:
+    """The tag of a config's dict."""
+    return TAG + json.dumps(values, sort_keys=True)
+
+
+def from_tags(tags: Any) -> list[dict[str, Any]]:
+    """The dicts of the configs among the tags of a model card.
+
+    Raises:
+        ValueError: a config that is not JSON.
+    """
+    return [json.loads(tag.removeprefix(TAG)) for tag in _listed(tags) if _is_config(tag)]
+
+
+def without_configs(tags: Iterable[str] | None) -> list[str]:
+    """The other tags."""
+    return [tag for tag in _listed(tags) if not _is_config(tag)]
+
+
+def _is_config(tag: Any) -> bool:
+    return isinstance(tag, str) and tag.startswith(TAG)
+
+
+def _listed(tags: Any) -> list[Any]:
+    return tags if isinstance(tags, list) else []
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The metadata of a model card; empty where it has none, or none that can be read."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return metadata_load(card) or {}
+    except (YAMLError, ValueError):  # people edit model cards; weights load without them
+        return {}
 
 
 def hub_file(path: str | Path, name: str, **hub: Any) -> Path | None:

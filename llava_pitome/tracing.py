@@ -6,6 +6,7 @@ Shapes: B images, N patches of an image, M tokens, C channels of a metric.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,20 +96,30 @@ class MergeTrace(NamedTuple):
 
 
 class MergeRecorder:
-    """The merges of the last forward pass of a model; made by `record_merges`."""
+    """The merges of the last forward pass of a model; made by `record_merges`.
+
+    Of this thread's last one, or, in a thread that ran none, of the one that began last.
+    """
 
     def __init__(self, handle: MergeHandle):
         """Records nothing yet."""
         self._handle = handle
-        self._records: list[MergeRecord] = []
+        self._of_thread: dict[int, list[MergeRecord]] = {}
+
+    @property
+    def _records(self) -> list[MergeRecord]:
+        newest = next(reversed(self._of_thread.values()), [])
+        return self._of_thread.get(get_ident(), newest)
 
     def add(self, record: MergeRecord) -> None:
         """Adds a merge; one in a layer that is not after the last one's starts a new forward pass."""
-        if self._records and _position(record.place, record.layer) <= _position(
-            self._records[-1].place, self._records[-1].layer
-        ):
-            self._records.clear()
-        self._records.append(record)
+        records = self._of_thread.get(get_ident(), [])
+        position = _position(record.place, record.layer)
+        if not records or position <= _position(records[-1].place, records[-1].layer):
+            self._of_thread.pop(get_ident(), None)  # the last entry is of the pass that began last
+            records = []
+        records.append(record)
+        self._of_thread[get_ident()] = records
 
     def trace(self, image: int = 0) -> MergeTrace:
         """The trace of one image of the last forward pass.

@@ -130,6 +130,17 @@ def test_a_saved_config_comes_back(tmp_path):
         MergeConfig.from_pretrained(tmp_path)
 
 
+def test_the_defaults_of_a_version_stay_as_they_are():
+    """Tags of model cards leave them out: another default is another version, which `from_dict` converts."""
+    assert MergeConfig(tokens=9).to_dict() == {
+        "version": 2, "ratio": None, "tokens": 9, "prefix": None, "decoder": {}, "resize": None,
+        "method": "pitome", "parameters": {}, "early_method": None, "early_depth": 0.0, "metric": "keys",
+        "size_weighted": True, "order": "raster", "site": "attention", "proportional": True,
+        "depths": [0.0, 1.0], "prefix_share": 0.0, "prefix_metric": None, "llm_proportional": False,
+        "positions": "packed",
+    }  # fmt: skip
+
+
 def test_every_field_has_one_description():
     for field in dataclasses.fields(MergeConfig):
         assert field.metadata["help"] and field.metadata["group"]

@@ -5,6 +5,7 @@ from precise import CLOSE, ENCODES_FIRST, alone, answer, padded, precise, run
 from prompts import IMAGE, batch
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens
+from llava_pitome.hooks import prompt_layout
 
 ROWS = [
     "<image> what is this",
@@ -148,14 +149,13 @@ def test_padding_spoils_no_row_in_half_precision(kernel, norms, autocast, pictur
         assert all(layer.keys.isfinite().all() for layer in out.past_key_values.layers)
 
 
-def test_images_may_be_anywhere_and_survivors_keep_raster_order(model, processor, pictures):
-    with merge_tokens(model, MergeConfig(order="method", decoder={0: 5}), processor) as merging:
+def test_images_may_be_anywhere_and_survivors_keep_raster_order(model, processor, pictures, monkeypatch):
+    made, shorten = [], prompt_layout.shorten
+    monkeypatch.setattr(prompt_layout, "shorten", lambda *a: made.append(shorten(*a)) or made[-1])
+    with merge_tokens(model, MergeConfig(order="method", decoder={0: 5}), processor):
         inputs = batch(processor, ROWS, pictures)
         short = run(model, inputs).past_key_values.layers[1].keys
-        origin, real = (
-            merging.language_model.last.layouts[1].origin,
-            merging.language_model.last.layouts[1].real,
-        )
+    origin, real = made[-1].after.origin, made[-1].after.real
     assert short.shape[2] == origin.shape[1]
     assert (origin.masked_fill(~real, -1).diff(dim=1)[real[:, 1:]] > 0).all()  # raster order
     ids = inputs["input_ids"].gather(1, origin)

@@ -202,28 +202,28 @@ def test_a_cache_that_was_filled_partly_while_nothing_merged_raises(model, proce
         model(input_ids=WORDS, past_key_values=cache)
 
 
-@pytest.mark.parametrize("change", ["repeated", "picked"])
+@pytest.mark.parametrize("change", ["repeated", "picked", "reordered"])
 @pytest.mark.parametrize("rows", ["padded", "alike"])
-def test_a_cache_whose_prompts_were_picked_or_repeated_raises_where_padding_counts(change, rows, pictures):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_prompts_of_a_cache_can_be_picked_repeated_and_reordered(change, rows, config, pictures):
     model, processor = precise(make_model()), make_processor()
     prompts = ["<image> what is this", "<image> is a red cat" if rows == "alike" else "a cat"]
     prompts[0] += " cat" if rows == "alike" else ""
-    with merge_tokens(model, MergeConfig(decoder={0: 0.5}), processor):
+    with merge_tokens(model, CONFIGS[config], processor):
         first = padded(processor, prompts, pictures)
         cache, mask = run(model, first).past_key_values, first["attention_mask"]
         expected = run(model, words(mask), past_key_values=copy.deepcopy(cache)).logits
         if change == "repeated":
             cache.batch_repeat_interleave(2)
             mask, expected = mask.repeat_interleave(2, 0), expected.repeat_interleave(2, 0)
-        else:
+        elif change == "picked":
             cache.batch_select_indices(torch.tensor([1]))
             mask, expected = mask[1:], expected[1:]
-        if rows == "padded":
-            with pytest.raises(RuntimeError, match="select or repeat prompts before prefill"):
-                run(model, words(mask), past_key_values=cache)
         else:
-            found = run(model, words(mask), past_key_values=cache).logits
-            torch.testing.assert_close(found, expected, **CLOSE)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            mask, expected = mask.flip(0), expected.flip(0)
+        found = run(model, words(mask), past_key_values=cache).logits
+        torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_a_pass_that_broke_off_leaves_a_cache_that_raises_and_a_model_that_goes_on(

@@ -173,11 +173,15 @@ def test_server_answers_the_client_of_the_page(folder, monkeypatch, capsys):
     assert len(words) >= 2 and 65 < int(words[-1]) < 130
 
 
-def test_python_of_training_loads_the_adapter(folder, monkeypatch):
+def test_python_of_training_loads_the_adapter_and_trains_with_trl(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    (block,) = blocks("docs/training.md", "python")
-    exec(block, {})
+    monkeypatch.setenv("CI", "1")  # TRL sends telemetry without it
+    names: dict = {}
+    for block in blocks("docs/training.md", "python"):
+        exec(block, names)
     assert (folder / "plain/model.safetensors").exists()
+    assert (folder / "output/sft/adapter_model.safetensors").exists()
+    assert names["model"].config.token_merging["tokens"] == 39
 
 
 def test_python_of_drawing_runs(folder, monkeypatch):

@@ -1,6 +1,5 @@
 """What forward passes leave behind, and what a model's hooks share: nothing."""
 
-import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,10 @@ from llava_pitome.api import applied
 from llava_pitome.models import processors
 
 CONFIGS = [*RECIPES, MergeConfig.recipe("best", tokens=9)]
+METHODS_WITH_ATTENTION = [
+    MergeConfig(method="diffrate", ratio=0.9), MergeConfig(method="visionzip", prefix=9),
+    MergeConfig(method="fastv", decoder={1: 4}), MergeConfig(method="sparsevlm", decoder={0: 9}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -66,18 +69,6 @@ def test_a_layer_called_by_itself_is_dense(model):
         assert torch.equal(layer(hidden, None), plain(hidden, None))
 
 
-@pytest.mark.parametrize("metric", ["hidden", "keys"])
-def test_captured_keys_are_dropped_after_a_pass(model, metric):
-    with merge_tokens(
-        model, MergeConfig(ratio=0.8, prefix=0.5, prefix_metric="keys", metric=metric)
-    ) as handle:
-        model.get_image_features(pixel_values=images())
-        assert not handle.tower.last.captured
-    with merge_tokens(model, MergeConfig(ratio=0.8, metric=metric)) as handle:
-        features(model, images())
-        assert not handle.tower.last.captured
-
-
 @pytest.mark.parametrize(
     "config", [MergeConfig(ratio=0.8), MergeConfig(ratio=0.9, prefix=0.5, prefix_metric="keys")]
 )
@@ -94,6 +85,90 @@ def test_threads_that_encode_images_with_one_model_get_their_own(model, config):
             found = list(pool.map(encode, pixels))
     for x, y in zip(found, expected):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+def waiting():
+    """Tensors that a backward pass could still start from, parameters aside."""
+    gc.collect()
+    return sum(isinstance(x, torch.Tensor) and x.grad_fn is not None for x in gc.get_objects())
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *METHODS_WITH_ATTENTION])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_graph_outlives_the_output_of_a_pass(config, checkpointing, processor, pictures):
+    model = make_model().train(checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    apply(model, config, processor)
+    before = waiting()
+    output = model(**batch(processor, PROMPTS[:2], pictures))
+    assert waiting() > before
+    if checkpointing:
+        output.logits.sum().backward()
+    del output
+    assert waiting() == before
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *METHODS_WITH_ATTENTION])
+def test_nothing_as_large_as_attention_is_kept(config, processor, pictures):
+    """Sizes, plans and a few features are kept, but no queries, keys, or tokens of every channel."""
+    model = make_model()
+    with merge_tokens(model, config, processor), torch.no_grad():
+        inputs = batch(processor, PROMPTS * 4, pictures)
+        gc.collect()
+        before = {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+        model(**inputs)
+        gc.collect()
+        kept = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and id(x) not in before]
+        images, floats = len(inputs["pixel_values"]), [x for x in kept if x.is_floating_point()]
+        assert sum(x.numel() for x in floats) < images * PATCHES * 32
+
+
+# Passes before the backward pass of another
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("second", ["no grad", "no grad, text", "grad", "grad, others", "generate"])
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_other_passes_before_a_backward_pass_change_no_gradient(
+    config, second, reentrant, processor, pictures
+):
+    def gradients(between):
+        model = make_model().train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        apply(model, config, processor)
+        inputs = batch(processor, PROMPTS[:2], pictures)
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        if between:
+            other = inputs if "others" not in second else single(processor, PROMPTS[2], pictures[2:])
+            other = processor(text=["two red cat"], return_tensors="pt") if "text" in second else other
+            with torch.set_grad_enabled("no grad" not in second):
+                if second == "generate":
+                    model.generate(**other, max_new_tokens=2)
+                else:
+                    model(**other)
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    alone, found = gradients(False), gradients(True)
+    assert alone.keys() == found.keys() and all(torch.equal(alone[name], found[name]) for name in alone)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_merge_is_recorded_once(config, reentrant, processor, pictures):
+    if reentrant and (config.merges_in_tower or config.merging_layers) and config.site == "attention":
+        pytest.skip("merging between attention and MLP refuses use_reentrant=True")
+    model = make_model().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    handle, found = apply(model, config, processor), []
+    handle.record(lambda record: found.append((record.place, record.layer)))
+    inputs = batch(processor, PROMPTS[:2], pictures)
+    for _ in range(2):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert len(found) == 2 * len(set(found))
 
 
 # Models that share a config object
@@ -207,13 +282,3 @@ def test_graphs_of_other_models_stay_compiled(model):
         other(torch.ones(1, 4))
     other(torch.ones(1, 4))
     assert len(graphs) == 1
-
-
-def test_a_copy_of_a_model_merges_apart_from_it(model):
-    apply(model, MergeConfig(ratio=0.8))
-    twin = copy.deepcopy(model)
-    expected = features(model, images())
-    remove(model)
-    assert torch.equal(features(twin, images()), expected)
-    remove(twin)
-    assert torch.equal(features(twin, images()), features(model, images()))

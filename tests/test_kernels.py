@@ -7,7 +7,7 @@ from test_tower import FEATURE, features, images, slow, state
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
-from llava_pitome.hooks.handle import installed
+from llava_pitome.hooks.handle import handle_of
 from llava_pitome.kernels import cpu_attention
 from llava_pitome.kernels.cpu_attention import attention, is_faster
 from llava_pitome.models.hf_llava import find
@@ -202,7 +202,7 @@ def test_an_outer_merge_is_restored_with_its_kernels(model, kernels):
     apply(model, MergeConfig(tokens=9), kernels=kernels)
     with merge_tokens(model, MergeConfig(tokens=5), kernels=not kernels) as inner:
         assert inner.kernels is not kernels
-    assert [handle.kernels for handle in installed(model)] == [kernels]
+    assert handle_of(model).kernels is kernels
 
 
 @pytest.mark.parametrize("adapter_first", [True, False])

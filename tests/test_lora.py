@@ -10,6 +10,7 @@ from PIL import Image
 from training_runs import facts, losses, spawn, train
 
 from llava_pitome import MergeConfig, apply, load, merge_tokens, remove
+from llava_pitome.api import applied
 from llava_pitome.embedded.render import render
 from llava_pitome.embedded.scenes import scene
 from llava_pitome.models import adapters
@@ -92,6 +93,18 @@ def test_model_card_describes_the_run(trained):
         assert plot.size[0] > 300
     assert any((trained / "runs").rglob("events.out.tfevents*"))
     assert adapters.base_model(str(trained)) == "embedded"
+
+
+def test_checkpoints_and_adapter_say_the_first_ratio(trained):
+    """Also where the model merged by another when they were written."""
+    for folder in (trained, trained / "checkpoint-4", trained / "checkpoint-6"):
+        assert MergeConfig.from_pretrained(folder) == MergeConfig(ratio=0.8)
+        assert adapters.base_model(str(folder)) == "embedded"
+
+
+def test_adapter_trained_without_merging_says_so(tmp_path):
+    assert train(tmp_path, "max_steps=1", "ratio=1.0") == 0
+    assert applied(load(str(tmp_path))[0]) == MergeConfig(ratio=1.0)
 
 
 def test_adapter_is_evaluated_with_its_own_config(trained, tmp_path):

@@ -101,12 +101,12 @@ def test_a_fitted_processor_can_be_shown(processor):
 def test_a_processor_of_another_patch_size_raises(processor, other):
     processor.patch_size = other
     with pytest.raises(ValueError, match=f"patch_size={other!r}, the model 8"):
-        check(processor, 8)
+        check(processor, 8, 0)
 
 
 def test_what_is_no_llava_processor_raises(processor):
     with pytest.raises(ValueError, match="writes no image placeholders; pass the LlavaProcessor"):
-        check(processor.tokenizer, 8)
+        check(processor.tokenizer, 8, 0)
 
 
 def test_merging_fits_the_processor_and_gives_it_back(model, processor, pictures):

@@ -175,11 +175,6 @@ def test_a_model_inside_distributed_data_parallel_merges_and_trains(model, proce
         torch.distributed.destroy_process_group()
 
 
-def test_data_parallel_is_refused(model):
-    with pytest.raises(ValueError, match="DataParallel is not supported"):
-        apply(torch.nn.DataParallel(model), MergeConfig(tokens=5))
-
-
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_a_quantized_language_model_answers_and_its_tower_is_the_plain_one(
     quantization, processor, tmp_path, pictures

@@ -405,3 +405,12 @@ def test_the_command_notes_a_saved_config_that_the_page_cannot_express(shown, tm
     assert (page["method"].value, page["ratio"].value) == ("pitome", 0.9)
     assert '"prefix": 20' in page["note"].value
     assert "the page starts with pitome at a ratio of 0.9" in page["note"].value
+
+
+def test_the_command_starts_with_an_adapter_whose_config_is_given(shown, tmp_path):
+    """One that does not say how it merged; without a ratio it is refused."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load("embedded")[0], LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    model.save_pretrained(tmp_path)
+    assert shown("--model", str(tmp_path), "--ratio", "0.8")["ratio"].value == 0.8

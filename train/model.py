@@ -35,7 +35,6 @@ def load_model(
         device = {"device_map": {"": arguments.local_process_index}}
     dtype = "bfloat16" if arguments.bf16 else "float32"
     model, processor = checkpoints.load(path, options["quantization"], dtype=dtype, **device)
-    vars(model.config).pop("token_merging", None)  # the options decide
     parts = llava.find(model)
     for config in configs:
         llava.check(parts, config)

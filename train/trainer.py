@@ -145,9 +145,9 @@ class MergingTrainer(Trainer):
         """Writes the adapter, with its merge config and the name of its base model."""
         super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero():
-            adapters.save_merge_config(
-                Path(output_dir or self.args.output_dir), self._base_model, self._configs[0]
-            )
+            folder = Path(output_dir or self.args.output_dir)
+            adapters.save_base_model(folder, self._base_model)
+            self._configs[0].save_pretrained(folder)
 
     def finish(self) -> None:
         """Removes merging and writes the adapter."""

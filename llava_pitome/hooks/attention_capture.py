@@ -1,8 +1,8 @@
 """The attention function of a merging model: captures keys and queries, and weights keys by token size.
 
 It is registered with transformers' AttentionInterface under the name of the implementation it wraps with a
-prefix, chosen by the tower's config while merging is applied, and given back by `AttentionSwitch.remove`.
-Without a forward pass's state it is the wrapped implementation, bit for bit.
+prefix, and chosen by a config while merging is applied (`switch_attention`, `restore_attention`). Without a
+forward pass's state it is the wrapped implementation, bit for bit.
 
 Proportional attention adds log s to the scores (the paper, section 3.2). Implementations that take masks
 are given it as a mask. Flash attention takes none: there every query gets one more channel sqrt(C), and
@@ -12,23 +12,23 @@ Shapes: B images, T tokens, H heads, C channels a head.
 
 import sys
 import weakref
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.hooks import attention_maps
-from llava_pitome.hooks.merge_step import enter_attention, enter_pass, state_of_attention
+from llava_pitome.hooks.current_pass import enter_pass, state_of_attention
 from llava_pitome.kernels import cpu_attention
 from llava_pitome.merge.plan import log_size_bias
 from llava_pitome.methods import METHODS
 from llava_pitome.models.hf_language_model import attention_implementation, takes_masks
-from llava_pitome.models.parts import WRAPPED
+from llava_pitome.models.parts import WRAPPED, trained_copies
 
 LAYER = "token_merging_layer"  # the attribute of an attention module that holds its layer's index
+BEFORE = "token_merging_attention"  # the attribute of a model that holds what its config chose before
 ALIGNMENT = 8  # flash attention takes head dimensions that are multiples of it
 
 
@@ -197,63 +197,61 @@ class _Named:
         return _Named(found, self._attn_implementation) if name == "config" else found
 
 
-class AttentionSwitch:
-    """Makes a config choose the attention function of this file, and takes it back.
+_switched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models whose config chooses the function
 
-    Models may share one config: it is given back when the last that merges is restored. A copy of the
-    config is restored by its name alone.
+
+def switch_attention(model: nn.Module) -> None:
+    """Makes a vision tower or language model call the attention function of this file.
+
+    It captures and weights in the modules that `number_layers` was given. A model that calls it already, but
+    for which another implementation was set since, calls it around that one. Copies of its modules have
+    configs of their own.
     """
+    base = attention_implementation(model.config)
+    register(base)
+    before = [vars(other)[BEFORE] for other in list(_switched) if other.config is model.config]
+    setattr(model, BEFORE, before[0] if before else model.config._attn_implementation)
+    for config in _configs(model):
+        config._attn_implementation = WRAPPED + attention_implementation(config)
+        register(attention_implementation(config))
+    _switched.add(model)
 
-    _active: ClassVar["weakref.WeakSet[AttentionSwitch]"] = weakref.WeakSet()
 
-    def __init__(self, config: Any, modules: list[nn.Module], passes_kwargs: bool = True):
-        """Keeps what to switch.
+def number_layers(modules: Sequence[nn.Module]) -> None:
+    """Tells attention modules, given in the order of their layers, which layer they are."""
+    for layer, module in enumerate(modules):
+        for part in trained_copies(module):
+            setattr(part, LAYER, layer)
 
-        Args:
-            config: that the attention modules read their implementation from.
-            modules: the attention modules, in the order of their layers.
-            passes_kwargs: whether they pass keyword arguments on to the attention function; where not, a hook
-                on each notes the state of the forward pass.
-        """
-        self.config, self.modules, self.passes_kwargs = config, modules, passes_kwargs
-        self._handles: list[RemovableHandle] = []
-        self._before: str | None = None  # what the config chose before `install`
 
-    def install(self) -> None:
-        """Registers the attention function, and chooses it."""
-        base = attention_implementation(self.config)
-        register(base)
-        if not self._is_chosen:
-            self._before = self.config._attn_implementation
-        self.config._attn_implementation = WRAPPED + base
-        for layer, module in enumerate(self.modules):
-            setattr(module, LAYER, layer)
-            if not self.passes_kwargs and len(self._handles) < len(self.modules):
-                self._handles.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
-        AttentionSwitch._active.add(self)
+def is_switched(model: nn.Module) -> bool:
+    """Whether a model's config chooses the attention function: nobody has set another one since."""
+    return (model.config._attn_implementation or "").startswith(WRAPPED)
 
-    def remove(self) -> None:
-        """Gives the config its own implementation back, unless another model that merges shares it."""
-        AttentionSwitch._active.discard(self)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for module in self.modules:
-            vars(module).pop(LAYER, None)
-        shared = any(other.config is self.config for other in AttentionSwitch._active)
-        if self._is_chosen and not shared:
-            base = attention_implementation(self.config)
-            unset = self._before is None and base == "eager"
-            self.config._attn_implementation = None if unset else base
 
-    @property
-    def _is_chosen(self) -> bool:
-        return (self.config._attn_implementation or "").startswith(WRAPPED)
+def restore_attention(root: nn.Module) -> None:
+    """Gives the configs of a model and its parts their own implementations back.
 
-    @property
-    def is_installed(self) -> bool:
-        """Whether the modules call the attention function: nobody has set another implementation since."""
-        return self._is_chosen and hasattr(self.modules[0], LAYER)
+    One that another model shares, which merges too, is left as it is.
+    """
+    unset: set[int] = set()
+    for module in root.modules():
+        vars(module).pop(LAYER, None)
+        if BEFORE in vars(module):
+            _switched.discard(module)
+            if vars(module).pop(BEFORE) is None:
+                unset.add(id(module.config))
+    shared = {id(model.config) for model in list(_switched)}
+    for config in _configs(root):
+        if (config._attn_implementation or "").startswith(WRAPPED) and id(config) not in shared:
+            base = attention_implementation(config)
+            config._attn_implementation = None if id(config) in unset and base == "eager" else base
+
+
+def _configs(root: nn.Module) -> list[Any]:
+    """The different configs of a model's modules that choose an attention implementation."""
+    found = (vars(module).get("config") for module in root.modules())
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
 
 
 def register(base: str) -> None:

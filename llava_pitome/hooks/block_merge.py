@@ -11,39 +11,39 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llava_pitome.models.parts import BlockParts
+from llava_pitome.hooks.hook_owner import HookOwner
+from llava_pitome.models.parts import BlockParts, trained_copies
+
+REPLACED = (
+    "{} was replaced after apply, so that its tokens could not merge as the others do: make such changes "
+    "first, or apply again"
+)
 
 
-class BlockMerge:
+class BlockMerge(HookOwner):
     """The hooks of one block. They do nothing in a forward pass in which the block does not merge."""
 
-    def __init__(
-        self,
-        block: BlockParts,
-        site: str,
-        state: Callable[[], Any],
-        merge: Callable[[Any, Tensor], Tensor],
-    ):
+    def __init__(self, site: str, state: Callable[[], Any], merge: Callable[[Any, Tensor], Tensor]):
         """Prepares the hooks.
 
         Args:
-            block: where to merge.
             site: "attention", between attention and MLP, or "block", after it.
             state: the state of this forward pass, where the block merges in it; None otherwise. Its
                 `pending` is a dict for values that the hooks of a block pass to each other.
             merge: from the state and hidden states (B, T, D) to merged ones.
         """
-        self.block, self.site, self.state, self.merge = block, site, state, merge
+        self.site, self.state, self.merge = site, state, merge
 
-    def install(self, handles: list[RemovableHandle]) -> None:
-        """Registers the hooks, and appends each to `handles`.
+    def install(self, block: BlockParts, handles: list[RemovableHandle]) -> None:
+        """Registers the hooks on a block, and appends each to `handles`.
 
         That on the block comes first among the block's own, because transformers' hooks record its output.
         """
-        handles.append(self.block.layer.register_forward_hook(self._after_block, prepend=True))
+        for layer in trained_copies(block.layer):
+            handles.append(layer.register_forward_hook(self._after_block, prepend=True))
         if self.site == "attention":
-            handles.append(self.block.norm.register_forward_pre_hook(self._before_norm))
-            handles.append(self.block.mlp.register_forward_hook(self._after_mlp))
+            handles.append(block.norm.register_forward_pre_hook(self._before_norm))
+            handles.append(block.mlp.register_forward_hook(self._after_mlp))
 
     def _before_norm(self, _module: nn.Module, args: tuple) -> tuple | None:
         state = self.state()
@@ -66,7 +66,10 @@ class BlockMerge:
             return None
         if self.site == "block":
             return self.merge(state, output)
-        merged = state.pending.pop("merged") + state.pending.pop("mlp")
+        merged, mlp = state.pending.pop("merged", None), state.pending.pop("mlp", None)
+        if merged is None or mlp is None:
+            raise RuntimeError(REPLACED.format("the norm or the MLP of a layer that is to merge"))
+        merged = merged + mlp
         if output.requires_grad and not merged.requires_grad:
             raise RuntimeError(
                 "gradient checkpointing with use_reentrant=True hides the merged tokens from autograd; "

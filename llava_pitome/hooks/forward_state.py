@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from llava_pitome.hooks import kv_cache, prompt_layout
+from llava_pitome.hooks.block_merge import REPLACED
 from llava_pitome.hooks.kv_cache import CacheSettings, CacheState, SegmentCache
 from llava_pitome.hooks.llm_attention_capture import LayerAttention
 from llava_pitome.hooks.merge_step import ANOTHER_PASS, TokenState
 from llava_pitome.hooks.prompt_layout import PromptLayout
 from llava_pitome.merge.plan import gather_tokens
-from llava_pitome.models.parts import LanguageModelAdapter
+from llava_pitome.models.hf_language_model import takes_masks
 
 
 class ForwardState:
@@ -24,38 +25,55 @@ class ForwardState:
 
     Attributes:
         owner: the hooks that made it.
+        ran: the hooks that must run in every forward pass and have: indices of layers, and names of others.
         layouts: the prompts in each segment; None in a forward pass without images.
         tokens: the images' tokens (I, n) there.
         past: what the cache holds in each segment from earlier passes; None where nothing has ever merged.
         attention: what each layer that merges computed, while it is needed.
+        projections: the query and key projections of the layer that runs.
         projected: queries (segment, 0) and keys (segment, 1) of these layers.
         pending: values that the hooks of a block pass to each other.
         segment: of the layer that runs.
+        patches: of an image, in the vision tower.
     """
 
     uses_kernel = False  # this package's attention kernel has no causal mask
 
-    def __init__(self, owner: Any, segments: int, length: int, cache: CacheState | None):
+    def __init__(
+        self,
+        owner: Any,
+        segments: int,
+        shape: tuple[int, int],
+        cache: CacheState | None,
+        attention: str,
+    ):
         """Starts a forward pass.
 
         Args:
             owner: the hooks that make it.
             segments: the number of merges plus one.
-            length: T before the first layer.
+            shape: B and T before the first layer.
             cache: the state kept with the cache by earlier passes.
+            attention: the name of the language model's attention implementation.
         """
         self.owner = owner
+        self._takes_masks = takes_masks(attention)
+        self._is_causal_without_mask = attention != "eager"
+        self.ran: set[int | str] = set()
+        self._shape, self._cache = shape, cache
+        length = shape[1]
         self.layouts: list[PromptLayout | None] = [None] * segments
         self.tokens: list[TokenState | None] = [None] * segments
         self.past = None if cache is None else cache.segments
         self.attention: list[LayerAttention | None] = [None] * segments
+        self.projections: tuple[Any, Any] = (None, None)
         self.projected: dict[tuple[int, int], Tensor] = {}
         self.pending: dict[str, Tensor] = {}
         self.segment = 0
         self._croppable = 0 if cache is None else cache.croppable + length
         self._previous_shift = self._shift = None if cache is None else cache.shift
         self._kept: Tensor | None = None
-        self._patches = 0
+        self.patches = 0
         self._now: list[SegmentCache | None] = [None] * segments
         self._masks: list[Tensor | None] = [None] * segments
         self._positions: list[dict[str, Any] | None] = [None] * segments
@@ -66,17 +84,23 @@ class ForwardState:
         return self.layouts[0] is not None
 
     def start_with_images(
-        self, layout: PromptLayout, sizes: Tensor | None, before: SegmentCache, weighted: bool
+        self,
+        layout: PromptLayout,
+        sizes: Tensor | None,
+        before: SegmentCache,
+        patches: int,
+        weighted: bool,
     ) -> None:
         """Adds the images of the prompts.
 
         Args:
             layout: where they are.
             sizes: (I, n) patches that their tokens stand for; None: one each.
-            before: what is in the cache, where it has no state.
+            before: what is in the cache, where nothing has merged in it.
+            patches: of an image, in the vision tower.
             weighted: add log sizes to the scores of their tokens.
         """
-        self._croppable = prompt_layout.tokens_after_images(layout)
+        self._croppable, self.patches = prompt_layout.tokens_after_images(layout), patches
         given = torch.ones(layout.images.shape, device=layout.images.device) if sizes is None else sizes
         if self.past is None:
             self.past = (before,) * len(self.layouts)
@@ -89,16 +113,11 @@ class ForwardState:
         if self.past is not None:
             self._now = [past.extended(length, real, None) for past in self.past]
 
-    def set_original_positions(self, kept: Tensor, patches: int) -> None:
-        """Gives the images' tokens the positions of their patches.
-
-        Args:
-            kept: (I, n) raster index of each token's patch.
-            patches: of an image.
-        """
+    def set_original_positions(self, kept: Tensor) -> None:
+        """Gives the images' tokens the positions of their patches, raster index `kept` (I, n)."""
         layout = self.layouts[0]
-        self._kept, self._patches = kept, patches
-        missing = patches - layout.images.shape[1]
+        self._kept = kept
+        missing = self.patches - layout.images.shape[1]
         more = missing * torch.tensor(layout.counts, device=layout.images.device).unsqueeze(1)
         self._shift = more if self._previous_shift is None else self._previous_shift + more
 
@@ -114,24 +133,19 @@ class ForwardState:
         if self._previous_shift is not None:
             positions = positions + self._previous_shift.to(positions.device)
         if self._kept is not None:
-            positions = prompt_layout.original_positions(
-                self.layouts[0], positions, self._kept, self._patches
-            )
+            positions = prompt_layout.original_positions(self.layouts[0], positions, self._kept, self.patches)
         return positions
 
-    def mask(
-        self, s: int, given: Tensor | None, like: Tensor, adapter: LanguageModelAdapter
-    ) -> Tensor | None:
+    def mask(self, s: int, given: Tensor | None, like: Tensor) -> Tensor | None:
         """The attention mask in segment s, computed once.
 
         Args:
             s: the segment.
             given: the model's own mask, which fits segment 0.
             like: hidden states (B, T, D) there.
-            adapter: of the language model.
         """
         now = self._now[s]
-        if not adapter.takes_masks:
+        if not self._takes_masks:
             return self._padding_mask(s, given, like)
         if s == 0 and now.bias is None:
             return given
@@ -140,7 +154,7 @@ class ForwardState:
             if s == 0:
                 self._masks[s] = kv_cache.biased(given, now, count, dtype, device)
             else:
-                self._masks[s] = kv_cache.mask(now, count, adapter.is_causal_without_mask, dtype, device)
+                self._masks[s] = kv_cache.mask(now, count, self._is_causal_without_mask, dtype, device)
         mask = self._masks[s]
         return None if mask is None else kv_cache.cast(mask, like)
 
@@ -178,17 +192,27 @@ class ForwardState:
     def check_shape(self, s: int, hidden: Tensor) -> None:
         """Raises RuntimeError where hidden states (B, T, D) are not those of this forward pass."""
         layout = self.layouts[s]
+        if layout is None and self.has_images:
+            raise RuntimeError(REPLACED.format("a layer of the language model"))
         if layout is not None and layout.shape != hidden.shape[:2]:
             raise RuntimeError(ANOTHER_PASS)
 
-    def cache_state(self, settings: CacheSettings) -> CacheState:
-        """The state to keep with the cache."""
-        return CacheState(settings, tuple(self._now), self._croppable, self._shift)
+    def cache_state(self, settings: CacheSettings, keys: Tensor) -> CacheState:
+        """The state to keep with the cache.
 
-    def release(self) -> None:
-        """Drops what is needed only while layers run, or run again in a backward pass."""
-        segments = len(self.layouts)
-        self._masks, self._positions, self.attention = [None] * segments, [None] * segments, [None] * segments
+        Args:
+            settings: of the config.
+            keys: (B, H, P + T, C) of the first layer.
+        """
+        segments = None if self.past is None else tuple(self._now)
+        before = self._cache
+        if before is None or self.has_images:
+            first = keys.shape[2] - self._shape[1]
+            more = kv_cache.positions_to_note(first, self._shape[1], self.layouts[0], self._shape[0])
+            noted = kv_cache.note_keys(keys, more) if before is None else before.noted.extended(keys, more)
+        else:
+            noted = before.noted.extended(keys, None)
+        return CacheState(settings, segments, self._croppable, self._shift, noted)
 
 
 def _log_sizes(layout: PromptLayout, tokens: TokenState) -> Tensor:

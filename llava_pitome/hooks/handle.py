@@ -1,26 +1,33 @@
 """MergeHandle: all hooks of one model together, as `apply` returns them and `remove` takes them off."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.image_features import ImageFeatures
+from llava_pitome.hooks.attention_capture import restore_attention
+from llava_pitome.hooks.call_checks import CallChecks
+from llava_pitome.hooks.current_pass import encoded, forget, kept, push_encoded, take_encoded
+from llava_pitome.hooks.hook_owner import HookOwner, owners, remove_hooks
+from llava_pitome.hooks.image_features import probe
 from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.language_model import LanguageModelHooks
 from llava_pitome.hooks.merge_step import MergeRecord
-from llava_pitome.hooks.projector import ProjectorHooks, feature_keys
-from llava_pitome.hooks.vision_tower import VisionTowerHooks
+from llava_pitome.hooks.projector import ProjectorHooks, ProjectorPass, feature_keys
+from llava_pitome.hooks.vision_tower import TowerPass, VisionTowerHooks
 from llava_pitome.merge.plan import MergePlan
 from llava_pitome.models.parts import LanguageModelParts, ModelParts
 
-Hooks = VisionTowerHooks | ProjectorHooks | LanguageModelHooks
 
+class MergeHandle(HookOwner):
+    """The hooks on a model, and on its copies.
 
-class MergeHandle:
-    """The hooks on a model.
+    What it says of the last forward pass is of this thread's, or, in a thread that ran none, of the last one
+    of any thread.
 
     Attributes:
         config: how it merges.
@@ -28,7 +35,13 @@ class MergeHandle:
         tower: the hooks on the vision tower.
         projector: the hooks on the projector; None where nothing needs them.
         language_model: the hooks on the language model; None where nothing changes there.
+        is_whole: whether the model is a LLaVA, and not a vision tower alone.
+        processor: that was fitted to the model; None: none was.
+        config_before: the merge config that the model's config held before, as a dict.
     """
+
+    processor: Any = None
+    config_before: dict[str, Any] | None = None
 
     def __init__(
         self, parts: ModelParts, config: MergeConfig, kernels: bool | str, llm: LanguageModelParts | None
@@ -36,56 +49,90 @@ class MergeHandle:
         """Prepares the hooks.
 
         Args:
-            parts: of the model.
+            parts: of the model, which are not kept, so that the model can be freed while it merges.
             config: how to merge.
             kernels: as for `apply`.
             llm: the language model's parts, where the config changes something inside it.
         """
-        self.config, self.kernels = config, kernels
+        self.handle, self.config, self.kernels = self, config, kernels
+        self.is_whole = parts.llava is not None
         triton = kernels == "triton"
         self.projector: ProjectorHooks | None = None
         self.language_model: LanguageModelHooks | None = None
-        features = None if llm is None else ImageFeatures(parts.num_feature_prefix_tokens)
-        feeds_projector = config.merges_in_prefix or features is not None
-        self.tower = VisionTowerHooks(parts, config, kernels, feature_keys(config), feeds_projector)
+        feeds_projector = config.merges_in_prefix or llm is not None
+        self.tower = VisionTowerHooks(self, parts, config, kernels, feature_keys(config), feeds_projector)
         if feeds_projector:
             self.projector = ProjectorHooks(
-                parts.llava.projector, self.tower, parts.num_feature_prefix_tokens, config, triton, features
+                self, self.tower.num_layers, parts.num_feature_prefix_tokens, config, triton, llm is not None
             )
         if llm is not None:
-            self.language_model = LanguageModelHooks(llm, config, features, self.patches, triton)
+            self.language_model = LanguageModelHooks(self, llm, config, self.projector, triton)
+        self._checks = CallChecks(self, parts, config) if self.is_whole else None
+        self._removable: list[RemovableHandle] = []
+        self._model: Callable[[], nn.Module | None] = _no_model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without what holds for the original model alone."""
+        return vars(self) | {"_removable": [], "_model": _no_model}
 
     @property
-    def _hooks(self) -> list[Hooks]:
+    def _hooks(self) -> list[VisionTowerHooks | ProjectorHooks | LanguageModelHooks]:
         return [hooks for hooks in (self.tower, self.projector, self.language_model) if hooks is not None]
 
-    def install(self, parts: ModelParts) -> None:
-        """Registers all hooks; where one cannot be registered, none is left.
+    def install(self, parts: ModelParts, llm: LanguageModelParts | None = None) -> None:
+        """Registers all hooks on a model; where one cannot be registered, none is left.
 
         Args:
-            parts: as given before; the model itself is not kept, so that it can be freed while it merges.
+            parts: as given before.
+            llm: as given before.
         """
         with ExitStack() as undo:
-            undo.callback(self.remove)
-            self.tower.install(parts.tower)
+            undo.callback(self.remove, parts.model)
+            self._model = weakref.ref(parts.model)
+            if self._checks is not None:
+                self._checks.install(parts, self._removable)
+            self.tower.install(parts, self._removable)
             if self.projector is not None:
-                self.projector.install()
+                self.projector.install(parts.llava.projector, self._removable)
             if self.language_model is not None:
-                self.language_model.install(parts.llava.multimodal)
+                self.language_model.install(llm, self._removable)
             undo.pop_all()
 
-    def remove(self) -> None:
-        """Removes every hook, and drops the last forward pass."""
+    def is_on(self, model: nn.Module) -> bool:
+        """Whether it was installed on this very model, and not on one that it is a copy of."""
+        return self._model() is model
+
+    def is_model_alive(self) -> bool:
+        """Whether the model that it was installed on exists."""
+        return self._model() is not None
+
+    def remove(self, model: nn.Module) -> None:
+        """Removes every hook from a model, or from a copy of one, and drops the last forward pass."""
+        if self.is_on(model):
+            for handle in self._removable:  # also those on modules that the model has lost since
+                handle.remove()
+            self._removable.clear()
+        remove_hooks(model)
+        restore_attention(model)
         for hooks in self._hooks:
-            hooks.remove()
+            hooks.forget()
+        forget()
 
     def plans(self) -> list[MergePlan]:
         """The merges of the last forward pass from patches to what reached the language model, in order.
 
         See `merge.plan.trace`. What the language model merged is in `language_model.tokens`.
         """
-        tower = [] if self.tower.last is None else self.tower.last.plans()
-        return tower + (self.projector.plans() if self.projector is not None else [])
+        tower, projected = self._last()
+        return projected.plans() if projected is not None else [] if tower is None else tower.plans()
+
+    def _last(self) -> tuple[TowerPass | None, ProjectorPass | None]:
+        """The last passes through tower and projector; None for a projector that was not reached since."""
+        tower = self.tower.last
+        projected = None if self.projector is None else self.projector.last
+        if projected is not None and kept("tower_pass", self) is not None and projected.tower is not tower:
+            projected = None
+        return tower, projected
 
     def record(self, callback: Callable[[MergeRecord], None] | None) -> None:
         """Calls `callback` with every merge from now on; None ends it.
@@ -108,24 +155,27 @@ class MergeHandle:
 
     def sizes(self) -> Tensor | None:
         """Patches (I, n) of each token that reached the language model; None where nothing merged."""
+        tower, projected = self._last()
         if not self.plans():
             return None
-        tokens = self.tower.last.tokens[-1]
-        if self.projector is not None and self.projector.tokens is not None:
-            tokens = self.projector.tokens
-        return tokens.patch_sizes
+        return (tower.tokens[-1] if projected is None else projected.tokens).patch_sizes
 
     def patches(self) -> int:
         """Patches of each image that the tower was last given; 0 before there was one."""
         return 0 if self.tower.last is None else self.tower.last.patches
 
+    def recognise(self, features: Tensor) -> None:
+        """Takes features (B, N, C) for those that the tower has just computed, as from another rank."""
+        newest = next(iter(encoded(self)), None)
+        if newest is not None:
+            take_encoded(newest)
+            push_encoded(self, newest._replace(probes=probe(features.detach())))
 
-def installed(model: nn.Module) -> list[Hooks]:
-    """The hooks that are on a model; a copy of a merging model carries a copy of them."""
-    found: dict[int, Hooks] = {}
-    for module in model.modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            owner = getattr(hook.func if isinstance(hook, partial) else hook, "__self__", None)
-            if isinstance(owner, Hooks):
-                found[id(owner)] = owner
-    return list(found.values())
+
+def _no_model() -> None:
+    """In place of a reference to a model that is not here."""
+
+
+def handle_of(tower: nn.Module) -> MergeHandle | None:
+    """The handle whose hooks are on a vision tower; None where it does not merge."""
+    return next((owner.handle for owner in owners(tower)), None)

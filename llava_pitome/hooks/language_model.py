@@ -8,85 +8,100 @@ Shapes: B prompts, T tokens, I images over all prompts, n tokens an image, D cha
 """
 
 import inspect
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome import token_schedule
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks import kv_cache, prompt_layout
-from llava_pitome.hooks.attention_capture import AttentionSwitch
-from llava_pitome.hooks.block_merge import BlockMerge
+from llava_pitome.hooks.attention_capture import is_switched, number_layers, switch_attention
+from llava_pitome.hooks.block_merge import REPLACED, BlockMerge
+from llava_pitome.hooks.current_pass import STATE, current_pass, enter_pass, keep, kept
 from llava_pitome.hooks.forward_state import ForwardState
-from llava_pitome.hooks.image_features import ImageFeatures
+from llava_pitome.hooks.hook_owner import HookOwner
+from llava_pitome.hooks.image_features import ImageRecord
 from llava_pitome.hooks.kv_cache import CacheSettings, SegmentCache
 from llava_pitome.hooks.llm_attention_capture import LayerAttention, ProjectionCapture
-from llava_pitome.hooks.merge_step import STATE, MergePoint, MergeStep, TokenState, current_pass, enter_pass
-from llava_pitome.hooks.projector import grid
+from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
+from llava_pitome.hooks.projector import ProjectorHooks, grid
+from llava_pitome.hooks.prompt_layout import PromptLayout
 from llava_pitome.merge.plan import gather_tokens
-from llava_pitome.models.hf_language_model import cache_in
+from llava_pitome.models.hf_language_model import (
+    attention_implementation,
+    cache_in,
+    check_attention,
+    takes_masks,
+)
 from llava_pitome.models.parts import LanguageModelParts
 
 
-class LanguageModelHooks:
+class PromptImages(NamedTuple):
+    """Where the image tokens of a call's prompts are.
+
+    Attributes:
+        is_image: (B, T) True at every image token.
+        tokens: of an image, prefix tokens included.
+    """
+
+    is_image: Tensor
+    tokens: int
+
+
+class LanguageModelHooks(HookOwner):
     """The hooks on a language model.
 
     Attributes:
-        last: the state of the last forward pass; None before there was one.
+        handle: the MergeHandle that they belong to.
         step: what merges.
+        newest: the tokens of the last forward pass of any thread, as in `tokens`.
     """
 
     def __init__(
         self,
+        handle: Any,
         llm: LanguageModelParts,
         config: MergeConfig,
-        features: ImageFeatures,
-        patches: Callable[[], int],
+        projector: ProjectorHooks,
         triton: bool,
     ):
         """Prepares the hooks.
 
         Args:
+            handle: the MergeHandle that they belong to.
             llm: the parts of the language model.
             config: how to merge.
-            features: what is known of the images that were encoded last.
-            patches: of these images; 0: none were encoded.
+            projector: the hooks on the projector before it, which record images.
             triton: prefer kernels written in Triton.
         """
-        self.llm = llm._replace(multimodal=None)  # which may be the model itself, that must be freed
-        self.config, self.features, self.patches = config, features, patches
+        self.handle, self.config, self.projector = handle, config, projector
         self.layers = config.merging_layers
         self.step = MergeStep(config, 0, triton)
+        self._adapter, self._image_token = llm.adapter, llm.image_token
+        self._num_prefix_tokens, self._num_layers = llm.num_feature_prefix_tokens, len(llm.blocks)
         self._settings = CacheSettings(
             (0, *(i + 1 for i in self.layers)), config.positions, config.llm_proportional
         )
+        self._must_run = {*range(len(llm.blocks)), "norm"}
+        if config.positions == "original":
+            self._must_run.add("rotary embedding")
         by_keys = config.metric == "keys"
         self._captures = [
-            ProjectionCapture(llm, s, llm.blocks[i], config.method, by_keys, self)
-            for s, i in enumerate(self.layers)
+            ProjectionCapture(self, llm.adapter, s, config.method, by_keys) for s in range(len(self.layers))
         ]
         self._blocks = [
-            BlockMerge(llm.blocks[i], config.site, partial(self._state, s), partial(self._merge, s))
-            for s, i in enumerate(self.layers)
+            BlockMerge(config.site, partial(self._state, s), partial(self._merge, s))
+            for s in range(len(self.layers))
         ]
-        self._attention: AttentionSwitch | None = None
-        if config.llm_proportional:
-            self._attention = AttentionSwitch(llm.model.config, [block.attention for block in llm.blocks])
-        self._handles: list[RemovableHandle] = []
-        self._images: tuple[Tensor, int] | None = None
-        self.last: ForwardState | None = None
+        self.newest: tuple[TokenState | None, ...] = ()
 
-    def install(self, multimodal: nn.Module) -> None:
-        """Registers the hooks; `multimodal` is what is called with prompts and images."""
-        if not self.config.reaches_llm:
-            return
-        llm, on = self.llm, self._handles.append
-        on(multimodal.register_forward_pre_hook(self._find_images, with_kwargs=True))
-        on(multimodal.register_forward_hook(self._end_call, always_call=True))
+    def install(self, llm: LanguageModelParts, handles: list[RemovableHandle]) -> None:
+        """Registers the hooks, and appends each to `handles`."""
+        on = handles.append
+        on(llm.multimodal.register_forward_pre_hook(self._find_images, with_kwargs=True))
+        on(llm.multimodal.register_forward_hook(self._end_call, always_call=True))
         on(llm.model.register_forward_pre_hook(self._start, with_kwargs=True))
         on(llm.model.register_forward_hook(self._end, with_kwargs=True))
         on(llm.norm.register_forward_hook(self._restore_length, prepend=True))
@@ -94,40 +109,36 @@ class LanguageModelHooks:
             on(llm.rotary.register_forward_pre_hook(self._set_positions, with_kwargs=True))
         for i, block in enumerate(llm.blocks):
             on(block.layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True))
-        for s, (capture, block) in enumerate(zip(self._captures, self._blocks)):
+        for s, (i, capture, merge) in enumerate(zip(self.layers, self._captures, self._blocks)):
             enter = partial(self._before_attention, s)
-            on(block.block.attention.register_forward_pre_hook(enter, with_kwargs=True))
-            capture.install(self._handles)
-            block.install(self._handles)
-        self._choose_attention()
+            on(llm.blocks[i].attention.register_forward_pre_hook(enter, with_kwargs=True))
+            capture.install(llm.blocks[i], handles)
+            merge.install(llm.blocks[i], handles)
+        if self.config.llm_proportional:
+            number_layers([block.attention for block in llm.blocks])
+        self._choose_attention(llm.model)
 
-    def _choose_attention(self) -> None:
+    def _choose_attention(self, model: nn.Module) -> None:
         """Log sizes go into masks; where the attention implementation takes none, into its keys."""
-        if self._attention is None or self.llm.adapter.takes_masks:
-            return
-        if not self._attention.is_installed:
-            self._attention.install()
+        base = attention_implementation(model.config)
+        if self.config.llm_proportional and not takes_masks(base) and not is_switched(model):
+            switch_attention(model)
 
-    def remove(self) -> None:
-        """Removes all of it, and drops the last forward pass."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if self._attention is not None:
-            self._attention.remove()
-        self._images = self.last = None
+    def forget(self) -> None:
+        """Drops the last forward pass."""
+        self.newest = ()
 
     @property
-    def tokens(self) -> list[TokenState | None]:
-        """The images' tokens before the first merge of the last prefill, and after each."""
-        return [] if self.last is None else self.last.tokens
+    def tokens(self) -> tuple[TokenState | None, ...]:
+        """The images' tokens before the first merge of the last prefill, and after each.
+
+        Of this thread's last forward pass, or, where it ran none, of the last one of any thread.
+        """
+        return kept("language_pass", self.handle) or self.newest
 
     def segment(self, layer: int) -> int:
         """The number of merges before a layer."""
         return sum(merging < layer for merging in self.layers)
-
-    def _grid(self) -> tuple[int, int]:
-        return grid(self.patches(), self.config)
 
     def _state(self, s: int) -> ForwardState | None:
         """The state of the forward pass that runs, if the layer after segment s merges in it."""
@@ -136,60 +147,116 @@ class LanguageModelHooks:
 
     def _find_images(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the multimodal module: which tokens of the prompts are image tokens."""
-        self._images = None
+        keep("prompt", self.handle, None)
         inputs = _by_name(module, args, kwargs)
-        self.llm.adapter.check_inputs(inputs)
-        if self.llm.image_token is None:
+        check_attention(self._adapter.language_model(module))
+        self._adapter.check_inputs(inputs)
+        if self._image_token is None:
             return
-        count = self.llm.adapter.tokens_per_image(inputs, self.patches())
         ids, cache = inputs.get("input_ids"), cache_in(inputs)
-        if ids is None and (count is not None or not kv_cache.has_state(cache)):
+        count = self._tokens_per_image(inputs)
+        if ids is None and (count is not None or cache is None or not kv_cache.has_merged(cache)):
             raise ValueError("merging in the language model needs input_ids, which say where the images are")
         if count is not None:
-            self._images = (ids == self.llm.image_token, count)
+            keep("prompt", self.handle, PromptImages(ids == self._image_token, count))
+
+    def _tokens_per_image(self, inputs: dict[str, Any]) -> int | None:
+        """Tokens of each image in a call of the multimodal module; None where it gets no image.
+
+        Features that were encoded before the call may have been cut where a prompt is prefilled in chunks,
+        so that their own length says less than the record of their images.
+        """
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None:
+            return self._adapter.tokens_per_image(inputs)
+        first = encoded.pooler_output[0]
+        known = [record.length for record in self.projector.images() if record.starts_with(first)]
+        return known[0] if known else len(first)
 
     def _end_call(self, *_args: Any) -> None:
         """After the multimodal module, also when it raised."""
-        self._images = None
+        keep("prompt", self.handle, None)
         enter_pass(None)
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the language model: starts a forward pass."""
         inputs = _by_name(module, args, kwargs)
-        self.llm.adapter.check_inputs(inputs)
-        self._choose_attention()
+        check_attention(module)
+        self._adapter.check_inputs(inputs)
+        self._choose_attention(module)
         hidden, mask, cache = inputs.get("inputs_embeds"), inputs.get("attention_mask"), cache_in(inputs)
         if hidden is None:  # called by itself, with ids: no images
             hidden = inputs["input_ids"]
         batch, length = hidden.shape[:2]
         known = None if cache is None else kv_cache.load_state(cache, self._settings, batch)
         real = None if mask is None or length == 1 else mask[:, -length:].bool()
-        state = ForwardState(self, len(self._settings.first_layers), length, known)
-        images = self._images
-        if self.llm.image_token is None and inputs.get("inputs_embeds") is not None:
-            images = self.features.locate(hidden)
-        if images is not None and bool(images[0].any()):
-            is_image, count = images
+        state = ForwardState(
+            self, len(self._settings.first_layers), (batch, length), known,
+            attention_implementation(module.config),
+        )  # fmt: skip
+        images: PromptImages | None = kept("prompt", self.handle)
+        if self._image_token is None and inputs.get("inputs_embeds") is not None:
+            images = self._located(hidden)
+        if images is not None and bool(images.is_image.any()):
             real = real if real is None else real.to(hidden.device)
-            prefix = self.llm.num_feature_prefix_tokens
-            layout = prompt_layout.locate(is_image.to(hidden.device), count, prefix, real)
+            is_image = images.is_image.to(hidden.device)
+            layout = prompt_layout.locate(is_image, images.tokens, self._num_prefix_tokens, real)
             seen = 0 if cache is None else cache.get_seq_length()
             before = mask[:, :seen].bool() if mask is not None and seen else None
             before = None if before is None or bool(before.all()) else before
-            sizes, kept = self.features.lookup(hidden, layout.images)
-            state.start_with_images(layout, sizes, SegmentCache(seen, before), self.config.llm_proportional)
-            if self.config.positions == "original" and kept is not None:
-                state.set_original_positions(kept, self.patches())
+            self._add_images(state, hidden, layout, SegmentCache(seen, before))
         else:
             state.start_without_images(length, None if real is None or bool(real.all()) else real)
         enter_pass(state)
         return args, kwargs | {STATE: state}
+
+    def _located(self, hidden: Tensor) -> PromptImages | None:
+        """Where prompts (B, T, D) that come without ids hold the images that were encoded last."""
+        for record in self.projector.images():
+            is_image = record.locate(hidden)
+            if bool(is_image.any()):
+                return PromptImages(is_image, record.length)
+        return None
+
+    def _add_images(
+        self, state: ForwardState, hidden: Tensor, layout: PromptLayout, before: SegmentCache
+    ) -> None:
+        """Adds to a forward pass the images of its prompts (B, T, D), and what their tokens stand for.
+
+        Raises:
+            RuntimeError: tokens merged before the language model, and the features are not those of an image
+                that was encoded last.
+        """
+        found = self._recorded(hidden, layout)
+        if found is None:
+            if self.config.merges_in_tower or self.config.merges_in_prefix:
+                raise RuntimeError(
+                    "the features of an image in this prompt are not those of the images that were encoded "
+                    "last, so it is unknown what their tokens stand for; encode the images of a prompt right "
+                    "before it"
+                )
+            state.start_with_images(layout, None, before, layout.images.shape[1], False)
+            return
+        record, which = found
+        sizes = None if record.sizes is None else record.sizes[which.to(record.sizes.device)]
+        state.start_with_images(layout, sizes, before, record.patches, self.config.llm_proportional)
+        if self.config.positions == "original" and record.kept is not None:
+            state.set_original_positions(record.kept[which.to(record.kept.device)])
+
+    def _recorded(self, hidden: Tensor, layout: PromptLayout) -> tuple[ImageRecord, Tensor] | None:
+        """The record of the images of some prompts, and which of its images each is; None: unknown."""
+        for record in self.projector.images():
+            which = record.which(hidden, layout.images)
+            if which is not None:
+                return record, which
+        return None
 
     def _set_positions(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the rotary embedding: image tokens get the positions of their patches."""
         state = current_pass(self)
         if state is None:
             return None
+        state.ran.add("rotary embedding")
         if len(args) > 1:
             return (args[0], state.position_ids(args[1]), *args[2:]), kwargs
         return args, kwargs | {"position_ids": state.position_ids(kwargs["position_ids"])}
@@ -203,26 +270,27 @@ class LanguageModelHooks:
             return None
         enter_pass(state)
         s = state.segment = self.segment(i)
+        state.ran.add(i)
         hidden = args[0] if args else kwargs["hidden_states"]
         state.check_shape(s, hidden)
         if state.past is None:
             return None
-        mask = state.mask(s, kwargs.get("attention_mask"), hidden, self.llm.adapter)
+        mask = state.mask(s, kwargs.get("attention_mask"), hidden)
         kwargs = kwargs | {"attention_mask": mask} | state.positions(s, kwargs)
         if i in self.layers and state.has_images:
-            cached = partial(self.llm.adapter.cached_keys, cache_in(kwargs), i)
+            cached = partial(self._adapter.cached_keys, cache_in(kwargs), i)
             state.attention[s] = LayerAttention(
                 None, None, state.layouts[s], mask, kwargs["position_embeddings"], cached,
-                state.past[s].length, self._grid,
+                state.past[s].length, partial(grid, state.patches, self.config),
             )  # fmt: skip
         return args, kwargs
 
-    def _before_attention(self, s: int, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
+    def _before_attention(self, s: int, module: nn.Module, _args: tuple, kwargs: dict) -> None:
         """Before the attention of a layer that merges, also where gradient checkpointing recomputes it."""
         state: ForwardState | None = kwargs.get(STATE)
         enter_pass(state)
         if state is not None:
-            state.segment = s
+            state.segment, state.projections = s, self._adapter.projections(module)
 
     def _merge(self, s: int, state: ForwardState, hidden: Tensor) -> Tensor:
         """The merge after segment s: hidden states (B, T, D) to (B, T', D)."""
@@ -237,7 +305,7 @@ class LanguageModelHooks:
         source = hidden.detach() if config.metric == "hidden" else attention.mean_keys()
         x, metric = (y.flatten(0, 1)[layout.images] for y in (hidden, source))
         length = token_schedule.kept_tokens(x.shape[1], config.decoder[i], f"decoder[{i}]")
-        point = MergePoint("decoder", i, i / len(self.llm.blocks), config.method, config.parameters)
+        point = MergePoint("decoder", i, i / self._num_layers, config.method, config.parameters)
         inputs = attention.inputs(source)
         merged, tokens = self.step.merge(
             x, metric, length, state.tokens[s], point, inputs, state.tokens[s + 1]
@@ -249,7 +317,10 @@ class LanguageModelHooks:
     def _restore_length(self, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
         """After the last norm: every token of the prompt gets the output of the token it merged into."""
         state = current_pass(self)
-        layout = None if state is None else state.layouts[-1]
+        if state is None:
+            return None
+        state.ran.add("norm")
+        layout = state.layouts[-1]
         if layout is None or layout.current is None:
             return None
         return gather_tokens(output, layout.current.to(output.device))
@@ -257,13 +328,17 @@ class LanguageModelHooks:
     def _end(self, _module: nn.Module, _args: tuple, kwargs: dict, output: Any) -> None:
         """After the language model: keeps the state with the cache."""
         state: ForwardState = kwargs[STATE]
-        cache = cache_in(output)
-        if cache is not None and state.past is not None:
-            kv_cache.save_state(cache, state.cache_state(self._settings))
-        if not torch.is_grad_enabled():  # gradient checkpointing may run layers again
-            state.release()
-        self.last = state
         enter_pass(None)
+        missing = sorted(map(str, self._must_run - state.ran))
+        if missing:
+            what = missing[0] if missing[0].isalpha() or " " in missing[0] else f"layer {missing[0]}"
+            raise RuntimeError(REPLACED.format(f"the {what} of the language model"))
+        cache = cache_in(output)
+        if cache is not None and cache.get_seq_length():  # gradient checkpointing leaves it empty
+            kv_cache.save_state(cache, state.cache_state(self._settings, cache.layers[0].keys))
+        tokens = tuple(state.tokens)
+        self.newest = tokens
+        keep("language_pass", self.handle, tokens)
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

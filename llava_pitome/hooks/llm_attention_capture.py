@@ -17,44 +17,34 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.hooks import attention_maps, kv_cache, prompt_layout
 from llava_pitome.hooks.attention_capture import needs_attention
+from llava_pitome.hooks.current_pass import current_pass
+from llava_pitome.hooks.hook_owner import HookOwner
 from llava_pitome.hooks.kv_cache import SegmentCache
-from llava_pitome.hooks.merge_step import current_pass
 from llava_pitome.hooks.prompt_layout import PromptLayout
 from llava_pitome.merge.plan import gather_tokens
-from llava_pitome.models.parts import BlockParts, LanguageModelParts
+from llava_pitome.models.parts import BlockParts, LanguageModelAdapter
 
 
-class ProjectionCapture:
+class ProjectionCapture(HookOwner):
     """The hooks on one layer's query and key projections."""
 
-    def __init__(
-        self,
-        parts: LanguageModelParts,
-        segment: int,
-        block: BlockParts,
-        method: str,
-        by_keys: bool,
-        owner: Any,
-    ):
+    def __init__(self, owner: Any, adapter: LanguageModelAdapter, segment: int, method: str, by_keys: bool):
         """Prepares the hooks.
 
         Args:
-            parts: of the language model.
+            owner: the hooks of the language model.
+            adapter: of the language model.
             segment: the layers up to this one that see tokens of one length; its index.
-            block: the layer.
             method: a name in METHODS.
             by_keys: whether similarity is measured on keys.
-            owner: the hooks of the language model.
         """
-        self._segment, self._block, self._owner = segment, block, owner
-        self._projections = parts.adapter.projections(block)
-        self._heads = parts.adapter.num_heads()
+        self._owner, self._adapter, self._segment = owner, adapter, segment
         self._attention = needs_attention(method)
         self._keys = by_keys or self._attention
 
-    def install(self, handles: list[RemovableHandle]) -> None:
-        """Registers the hooks that are needed, and appends each to `handles`."""
-        queries, keys = self._projections
+    def install(self, block: BlockParts, handles: list[RemovableHandle]) -> None:
+        """Registers the hooks that are needed on a layer, and appends each to `handles`."""
+        queries, keys = self._adapter.projections(block.attention)
         if self._keys:
             handles.append(keys.register_forward_hook(partial(self._capture, 1)))
         if self._attention:
@@ -62,15 +52,15 @@ class ProjectionCapture:
 
     def _capture(self, which: int, module: nn.Module, _args: tuple, output: Tensor) -> None:
         state = current_pass(self._owner)
-        if state is None or not state.has_images:
+        if state is None or not state.has_images or state.segment != self._segment:
             return
-        if not any(child is module for child in self._block.attention.children()):
+        if state.projections[which] is not module:
             raise RuntimeError(
                 "a projection of a layer that is to merge was wrapped after apply: what was added would not "
                 "count in what merges; wrap first, or apply again"
             )
-        heads = output.detach().unflatten(-1, (self._heads[which], -1)).transpose(1, 2)  # (B, H, T, C)
-        state.projected[self._segment, which] = heads
+        heads = output.detach().unflatten(-1, (self._adapter.num_heads[which], -1)).transpose(1, 2)
+        state.projected[self._segment, which] = heads  # (B, H, T, C)
 
 
 class LayerAttention(NamedTuple):

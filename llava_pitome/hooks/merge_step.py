@@ -3,8 +3,6 @@
 Shapes: B images, T tokens with prefix tokens, N without them, M after the merge, D channels.
 """
 
-import threading
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,7 +24,6 @@ ANOTHER_PASS = (
     "gradient checkpointing recomputed a layer, and other tokens would merge than in the forward pass: its "
     "inputs, weights or randomness changed in between"
 )
-STATE = "token_merging"  # the keyword argument that carries a forward pass's state to the layers
 InputProviders = Mapping[str, Callable[[], Any]]  # functions that compute a method's inputs, by METHOD_INPUTS
 
 
@@ -133,7 +130,8 @@ class MergeStep:
             before: the tokens before this merge.
             point: where this is, and the method.
             inputs: what the method may need besides the metric.
-            previous: what an earlier run of this merge left, where gradient checkpointing recomputes it.
+            previous: what an earlier run of this merge left in the same forward pass, where gradient
+                checkpointing recomputes it.
 
         Returns:
             The merged hidden states (B, prefix + M, D), prefix tokens first, and the tokens after the merge.
@@ -143,8 +141,8 @@ class MergeStep:
         """
         sizes = before.sizes.to(x.device)
         result, plan = self._choose(metric.detach(), length, sizes, point, inputs)
-        recomputes = is_recomputing()
-        if recomputes and not (previous and previous.merge and torch.equal(previous.merge.slot, plan.slot)):
+        recomputes = previous is not None and previous.merge is not None
+        if recomputes and not torch.equal(previous.merge.slot, plan.slot):
             raise RuntimeError(ANOTHER_PASS)
         if self.record is not None and not recomputes:
             self.record(self._recorded(metric.detach(), result, plan, point))
@@ -217,70 +215,3 @@ def _with_prefix(result: MergeResult, prefix: int) -> MergeResult:
     return result._replace(
         parent=add_prefix_tokens(result.parent, prefix), order=order, weight=weight, mixing=mixing
     )
-
-
-def is_recomputing() -> bool:
-    """Whether this runs inside a backward pass, where gradient checkpointing runs a layer again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-class _Thread(threading.local):
-    """The forward pass that this thread runs, and the attention module it entered last."""
-
-    def __init__(self) -> None:
-        """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
-        self.state: Any = None
-        self.attention: Any = None
-        self.encoded: Any = None
-
-
-_thread = _Thread()
-
-
-def enter_pass(state: Any) -> None:
-    """Makes a forward pass's state the one that this thread's hooks find; None ends it.
-
-    Layers hand the state on as a keyword argument, also where gradient checkpointing recomputes them in
-    another thread. Hooks on modules that take no keyword arguments, such as norms and MLPs, find it here. It
-    is not kept alive here, since nothing ends a recomputation.
-    """
-    _thread.state, _thread.attention = _reference(state), None
-
-
-def enter_attention(module: nn.Module, _args: tuple, kwargs: dict) -> None:
-    """A pre-hook for attention modules that keep their keyword arguments from the attention function."""
-    _thread.state, _thread.attention = _reference(kwargs.get(STATE)), module
-
-
-def state_of_attention(module: nn.Module) -> Any:
-    """The state of the forward pass that entered an attention module by `enter_attention`; None elsewhere."""
-    return _referent(_thread.state) if _thread.attention is module else None
-
-
-def current_pass(owner: Any) -> Any:
-    """The state of the forward pass that this thread runs, if it belongs to `owner`; None otherwise."""
-    state = _referent(_thread.state)
-    return state if state is not None and state.owner is owner else None
-
-
-def keep_encoded(state: Any) -> None:
-    """Keeps the state of this thread's pass through the tower for the projector; None drops it."""
-    _thread.encoded = state
-
-
-def encoded_pass(owner: Any) -> Any:
-    """The state of this thread's last pass through the tower, if it belongs to `owner`; None otherwise."""
-    state = _thread.encoded
-    return state if state is not None and state.owner is owner else None
-
-
-def _reference(state: Any) -> Any:
-    """A weak reference; the state itself under torch.compile, which cannot trace references."""
-    if state is None or torch.compiler.is_compiling():
-        return state
-    return weakref.ref(state)
-
-
-def _referent(reference: Any) -> Any:
-    """What `_reference` was given, or None where it is gone."""
-    return reference() if isinstance(reference, weakref.ref) else reference

@@ -5,145 +5,182 @@ Shapes: I images, N tokens that the projector makes without prefix tokens, M aft
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.attention_capture import CapturedAttention, needs_attention
-from llava_pitome.hooks.image_features import ImageFeatures
-from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState, encoded_pass, keep_encoded
-from llava_pitome.hooks.vision_tower import VisionTowerHooks
-from llava_pitome.merge.plan import MergePlan, gather_tokens
+from llava_pitome.hooks.attention_capture import needs_attention
+from llava_pitome.hooks.current_pass import encoded, keep, kept, take_encoded
+from llava_pitome.hooks.hook_owner import HookOwner
+from llava_pitome.hooks.image_features import ImageRecord, is_same, record_images
+from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
+from llava_pitome.hooks.vision_tower import EncodedImages, TowerPass
+from llava_pitome.merge.plan import MergePlan
 from llava_pitome.methods import METHODS
 
 DEPTH = 1.0  # after all of the tower
 
 
-class ProjectorHooks:
+class ProjectorPass:
+    """What one forward pass through a projector merged.
+
+    Attributes:
+        tower: the pass through the tower that the features came from; None for features from elsewhere.
+        tokens: that reached the language model.
+    """
+
+    def __init__(self, tower: TowerPass | None, tokens: TokenState):
+        """Keeps both."""
+        self.tower, self.tokens = tower, tokens
+
+    def plans(self) -> list[MergePlan]:
+        """The merges from patches to these tokens, in order."""
+        tower = [] if self.tower is None else self.tower.plans()
+        return tower + [self.tokens.plan] * (self.tokens.merge is not None)
+
+
+class ProjectorHooks(HookOwner):
     """The hook on a projector.
 
     Attributes:
-        tokens: the tokens that reached the language model in the last forward pass; None before there was
-            one.
-        features: a record of them for the language model; None where it needs none.
+        handle: the MergeHandle that it belongs to.
         step: what merges.
+        newest: the last forward pass of any thread; None before there was one.
+        newest_images: the record of the images that any thread encoded last.
     """
 
     def __init__(
         self,
-        projector: nn.Module,
-        tower: VisionTowerHooks,
+        handle: Any,
+        num_tower_layers: int,
         num_prefix_tokens: int,
         config: MergeConfig,
         triton: bool,
-        features: ImageFeatures | None,
+        records_images: bool,
     ):
         """Prepares the hook.
 
         Args:
-            projector: (I, prefix + N, channels) to (I, prefix + N, D).
-            tower: the hooks of the tower before it.
+            handle: the MergeHandle that it belongs to.
+            num_tower_layers: up to the feature layer.
             num_prefix_tokens: prefix tokens among the features, 0 or 1.
             config: how to merge.
             triton: prefer kernels written in Triton.
-            features: records which features reach the language model.
+            records_images: whether the language model needs to recognise the features.
         """
-        self.projector, self.tower, self.config = projector, tower, config
-        self.num_prefix_tokens, self.features = num_prefix_tokens, features
+        self.handle, self.config = handle, config
+        self.num_prefix_tokens, self.records_images = num_prefix_tokens, records_images
         self.step = MergeStep(config, num_prefix_tokens, triton)
+        self._num_tower_layers = num_tower_layers
         self._point = MergePoint("prefix", 0, DEPTH, config.method, config.parameters)
-        self._handles: list[RemovableHandle] = []
-        self.tokens: TokenState | None = None
+        self.newest: ProjectorPass | None = None
+        self.newest_images: ImageRecord | None = None
 
-    def install(self) -> None:
-        """Registers the hook."""
-        self._handles.append(self.projector.register_forward_hook(self._after_projector))
+    def install(self, projector: nn.Module, handles: list[RemovableHandle]) -> None:
+        """Registers the hook on a projector, from (I, prefix + N, channels) to (I, prefix + N, D)."""
+        handles.append(projector.register_forward_hook(self._after_projector, with_kwargs=True))
 
-    def remove(self) -> None:
-        """Removes the hook, and drops the last forward pass."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.tokens = None
-        if self.features is not None:
-            self.features.clear()
+    def forget(self) -> None:
+        """Drops the last forward pass."""
+        self.newest = self.newest_images = None
 
-    def plans(self) -> list[MergePlan]:
-        """The merge of the last forward pass."""
-        return [self.tokens.plan] if self.tokens is not None and self.tokens.merge is not None else []
+    @property
+    def last(self) -> ProjectorPass | None:
+        """This thread's last forward pass, or, where it ran none, the last one of any thread."""
+        return kept("projector_pass", self.handle) or self.newest
 
-    def _after_projector(self, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+    @property
+    def tokens(self) -> TokenState | None:
+        """The tokens that reached the language model in the last forward pass."""
+        return None if self.last is None else self.last.tokens
+
+    def images(self) -> list[ImageRecord]:
+        """Records of the images that this thread, and any thread, encoded last."""
+        own, newest = kept("images", self.handle), self.newest_images
+        return [record for record in (own, newest if newest is not own else None) if record is not None]
+
+    def _after_projector(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """Merges the projected features where the config says so."""
-        output, tokens = self._merged(output)
-        encoded = encoded_pass(self.tower)
-        if self.features is not None:
-            plans = (encoded.plans() if encoded is not None else []) + [tokens.plan] * bool(tokens.merge)
-            self.features.record(output, tokens.patch_sizes if plans else None, plans)
-        if encoded is not None:
-            encoded.captured.clear()
-            keep_encoded(None)
-        self.tokens = tokens
+        features = args[0] if args else next(iter(kwargs.values()))
+        known, same = self._recognised(features)
+        output, tokens = self._merged(output, known, same)
+        last = ProjectorPass(None if known is None else known.tower, tokens)
+        if self.records_images:
+            count = features.shape[1] - self.num_prefix_tokens
+            patches = count if known is None else known.tower.patches
+            record = record_images(output, self.num_prefix_tokens, patches, tokens.patch_sizes, last.plans())
+            keep("images", self.handle, record)
+            self.newest_images = record
+        self.newest = last
+        keep("projector_pass", self.handle, last)
+        if known is not None:
+            take_encoded(known)
         return output
 
-    def _merged(self, output: Tensor) -> tuple[Tensor, TokenState]:
-        before = self._before(output)
+    def _recognised(self, features: Tensor) -> tuple[EncodedImages | None, Tensor | None]:
+        """What is known of features (I, prefix + N, channels), and under torch.compile whether it holds."""
+        patches = features[:, self.num_prefix_tokens :]
+        for found in encoded(self.handle):
+            if found.tower.tokens[-1].patch_sizes.shape != patches.shape[:2]:
+                continue
+            same = is_same(found.probes, patches)
+            if is_compiling():  # which cannot branch on values
+                return found, same
+            if bool(same):
+                return found, None
+        return None, None
+
+    def _merged(
+        self, output: Tensor, known: EncodedImages | None, same: Tensor | None
+    ) -> tuple[Tensor, TokenState]:
+        before = self._before(output, known, same)
         if not self.config.merges_in_prefix:
             return output, before
         count = output.shape[1] - self.num_prefix_tokens
-        encoded = encoded_pass(self.tower)
-        patches = count if encoded is None else encoded.patches
-        length = self.config.prefix_length(count, patches, self.tower.num_layers)
+        patches = count if known is None else known.tower.patches
+        length = self.config.prefix_length(count, patches, self._num_tower_layers)
         if length == count:
             return output, before
-        metric = self._keys() if uses_keys(self.config) else output
+        metric = self._keys(known) if uses_keys(self.config) else output
         inputs = {
-            "class_attention": self._class_attention,
+            "class_attention": lambda: _encoded(known).class_attention,
             "grid": partial(grid, patches, self.config),
         }
         return self.step.merge(output, metric, length, before, self._point, inputs)
 
-    def _before(self, output: Tensor) -> TokenState:
+    def _before(self, output: Tensor, known: EncodedImages | None, same: Tensor | None) -> TokenState:
         """The tokens that the projector was given; of features from elsewhere nothing is known."""
         sizes = torch.ones(output.shape[:2], device=output.device)
-        encoded = encoded_pass(self.tower)
-        last = None if encoded is None else encoded.tokens[-1]
-        if last is not None and last.patch_sizes.shape == sizes[:, self.num_prefix_tokens :].shape:
-            sizes[:, self.num_prefix_tokens :] = last.patch_sizes
+        if known is not None:
+            found = known.tower.tokens[-1].patch_sizes.to(output.device)
+            if same is not None:
+                found = torch.where(same, found, 1.0)
+            sizes[:, self.num_prefix_tokens :] = found
         return TokenState(sizes, num_prefix_tokens=self.num_prefix_tokens)
 
-    def _captured(self) -> CapturedAttention:
-        """What the tower's last layer captured.
-
-        Raises:
-            RuntimeError: the features did not come from the tower.
-        """
-        encoded = encoded_pass(self.tower)
-        found = None if encoded is None else encoded.captured.get(self.tower.num_layers - 1)
-        if found is None:
-            raise RuntimeError(
-                "the projector was given features that the vision tower did not compute right before, so "
-                "that their keys are unknown"
-            )
-        return found
-
-    def _keys(self) -> Tensor:
+    def _keys(self, known: EncodedImages | None) -> Tensor:
         """The keys (I, prefix + N, C) of the tower's last layer, of the tokens that left it."""
-        keys, after = self._captured().mean_keys(), encoded_pass(self.tower).tokens[-1]
-        if after.merge is not None:
-            keys = _averaged(keys, after.merge)
-        return keys[:, self.tower.num_prefix_tokens - self.num_prefix_tokens :]
+        keys = _encoded(known).keys
+        patches = known.tower.tokens[-1].patch_sizes.shape[1]
+        return keys[:, keys.shape[1] - patches - self.num_prefix_tokens :]
 
-    def _class_attention(self) -> Tensor:
-        """The class token's attention (I, N) in the tower's last layer, to the tokens that left it."""
-        state = encoded_pass(self.tower)
-        sizes = state.attention_sizes(self.tower.num_layers - 1)
-        found = self._captured().class_attention(self.tower.num_prefix_tokens, sizes)
-        after = state.tokens[-1]
-        if after.merge is None:
-            return found
-        return found.new_zeros(len(found), after.plan.length).scatter_add(1, after.plan.slot, found)
+
+def _encoded(known: EncodedImages | None) -> EncodedImages:
+    """What the tower computed of the features.
+
+    Raises:
+        RuntimeError: the features did not come from the tower.
+    """
+    if known is None:
+        raise RuntimeError(
+            "the projector was given features that the vision tower did not compute right before, so "
+            "that their keys are unknown"
+        )
+    return known
 
 
 def uses_keys(config: MergeConfig) -> bool:
@@ -158,14 +195,6 @@ def feature_keys(config: MergeConfig) -> str | None:
     if needs_attention(config.method):
         return "attention"
     return "keys" if uses_keys(config) else None
-
-
-def _averaged(x: Tensor, plan: MergePlan) -> Tensor:
-    """The mean of the tokens of each slot."""
-    kept = gather_tokens(x, plan.kept)
-    total = torch.zeros_like(kept).scatter_add(1, plan.slot.unsqueeze(2).expand_as(x), x)
-    counts = x.new_zeros(kept.shape[:2]).scatter_add(1, plan.slot, x.new_ones(plan.slot.shape))
-    return total / counts.unsqueeze(2)
 
 
 def grid(patches: int, config: MergeConfig) -> tuple[int, int]:

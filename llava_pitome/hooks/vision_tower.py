@@ -7,30 +7,77 @@ of a layer merge (block_merge.py).
 Shapes: B images, T tokens with prefix tokens, N without them, D channels.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.attention_capture import AttentionSwitch, CapturedAttention, needs_attention
-from llava_pitome.hooks.block_merge import BlockMerge
-from llava_pitome.hooks.input_resize import resize_images
-from llava_pitome.hooks.merge_step import (
-    STATE,
-    MergePoint,
-    MergeStep,
-    TokenState,
-    current_pass,
-    enter_pass,
-    keep_encoded,
+from llava_pitome.hooks.attention_capture import (
+    CapturedAttention,
+    is_switched,
+    needs_attention,
+    number_layers,
+    switch_attention,
 )
-from llava_pitome.merge.plan import MergePlan
+from llava_pitome.hooks.block_merge import REPLACED, BlockMerge
+from llava_pitome.hooks.call_checks import check_feature_layer
+from llava_pitome.hooks.current_pass import (
+    STATE,
+    current_pass,
+    enter_attention,
+    enter_pass,
+    keep,
+    kept,
+    push_encoded,
+)
+from llava_pitome.hooks.hook_owner import HookOwner
+from llava_pitome.hooks.image_features import probe
+from llava_pitome.hooks.input_resize import resize_images
+from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
+from llava_pitome.merge.plan import MergePlan, gather_tokens
 from llava_pitome.models.hf_llava import check_tower_attention
-from llava_pitome.models.parts import ModelParts
+from llava_pitome.models.parts import ModelParts, trained_copies
 
 KERNELS = (True, False, "triton")  # values of `kernels`: the faster ones, plain PyTorch alone, Triton too
+
+
+class TowerPass:
+    """What one forward pass through a vision tower merged.
+
+    Attributes:
+        patches: of an image, before the first layer.
+        tokens: the tokens before each layer up to the feature layer, and after the last.
+    """
+
+    def __init__(self, patches: int, tokens: Sequence[TokenState | None]):
+        """Keeps both."""
+        self.patches, self.tokens = patches, tuple(tokens)
+
+    def plans(self) -> list[MergePlan]:
+        """The merges, in order, without prefix tokens."""
+        return [tokens.plan for tokens in self.tokens if tokens is not None and tokens.merge is not None]
+
+
+class EncodedImages(NamedTuple):
+    """What a vision tower leaves for the merge after the projector.
+
+    Attributes:
+        tower: the merges of the pass.
+        probes: (B, K, D) of the features, by which the projector recognises them.
+        keys: (B, T, C) of the feature layer, the mean of the heads and of the tokens that merged there; None
+            where they are not needed.
+        class_attention: (B, N) of the feature layer, summed over the tokens that merged there; None as for
+            `keys`.
+    """
+
+    tower: TowerPass
+    probes: Tensor
+    keys: Tensor | None
+    class_attention: Tensor | None
 
 
 class TowerState:
@@ -43,6 +90,7 @@ class TowerState:
         tokens: the tokens before each of these layers, and after the last.
         captured: what the attention of a layer computed, until the merge that needs it.
         pending: values that the hooks of a block pass to each other.
+        probes: of the features, once the feature layer has run.
     """
 
     def __init__(self, owner: "VisionTowerHooks", patches: int):
@@ -51,6 +99,7 @@ class TowerState:
         self.tokens: list[TokenState | None] = [None] * len(self.lengths)
         self.captured: dict[int, CapturedAttention] = {}
         self.pending: dict[str, Tensor] = {}
+        self.probes: Tensor | None = None
         self.layer = 0
 
     @property
@@ -80,6 +129,8 @@ class TowerState:
         if layer == 0:  # and not where the pass starts, which torch.compile would make a graph of its own
             ones = torch.ones(len(query), query.shape[2], device=query.device)
             self.tokens[0] = TokenState(ones, num_prefix_tokens=self.owner.num_prefix_tokens)
+        if self.tokens[layer] is None:
+            raise RuntimeError(REPLACED.format(f"layer {layer - 1} of the vision tower"))
         if not self.merges_at(layer):
             self.tokens[layer + 1] = self.tokens[layer]._replace(merge=None)
         keys, queries = self.owner.captures(layer, self.merges_at(layer))
@@ -93,21 +144,19 @@ class TowerState:
         weighted = self.owner.config.proportional and self.lengths[layer] != self.lengths[0]
         return self.tokens[layer].sizes if weighted else None
 
-    def plans(self) -> list[MergePlan]:
-        """The merges of this forward pass, in order, without prefix tokens."""
-        return [tokens.plan for tokens in self.tokens if tokens is not None and tokens.merge is not None]
 
-
-class VisionTowerHooks:
+class VisionTowerHooks(HookOwner):
     """The hooks on a vision tower.
 
     Attributes:
-        last: the state of the last forward pass; None before there was one.
+        handle: the MergeHandle that they belong to.
         step: what merges.
+        newest: the last forward pass of any thread; None before there was one.
     """
 
     def __init__(
         self,
+        handle: Any,
         parts: ModelParts,
         config: MergeConfig,
         kernels: bool | str = False,
@@ -117,61 +166,58 @@ class VisionTowerHooks:
         """Prepares the hooks.
 
         Args:
+            handle: the MergeHandle that they belong to.
             parts: of the model.
             config: how to merge.
             kernels: a value of KERNELS.
             feature_keys: what the merge after the projector needs of the feature layer's attention: "keys",
                 "attention", or None.
-            feeds_projector: whether hooks on the projector read the state of each forward pass.
+            feeds_projector: whether hooks on the projector read what each forward pass leaves.
         """
-        self.config, self.kernels = config, kernels
+        self.handle, self.config, self.kernels = handle, config, kernels
         self.patch_size = parts.patch_size
         self.num_layers = parts.num_feature_layers
         self.num_prefix_tokens = parts.num_prefix_tokens
         self.feature_keys, self.feeds_projector = feature_keys, feeds_projector
         self.step = MergeStep(config, parts.num_prefix_tokens, kernels == "triton")
-        self.attention = AttentionSwitch(
-            parts.tower.config,
-            [block.attention for block in parts.blocks[: self.num_layers]],
-            parts.passes_kwargs,
-        )
-        self._later_layers = [block.layer for block in parts.blocks[self.num_layers :]]
         self._num_blocks = len(parts.blocks)
         self._points = [self._point(i) for i in range(self.num_layers)]
         self._captures = [(config.metric == "keys", needs_attention(point.method)) for point in self._points]
         self._blocks = [
-            BlockMerge(block, config.site, partial(self._state, i), self._merge)
-            for i, block in enumerate(parts.blocks[: self.num_layers])
+            BlockMerge(config.site, partial(self._state, i), self._merge) for i in range(self.num_layers)
         ]
         seen = config.patches_at(parts.patches)
         self._lengths = {seen: config.lengths(seen, self.num_layers)}  # known before anything is compiled
-        self._handles: list[RemovableHandle] = []
-        self.last: TowerState | None = None
+        self.newest: TowerPass | None = None
 
-    def install(self, tower: nn.Module) -> None:
-        """Registers the hooks and the attention function.
-
-        The tower is not kept, so that a model that merges can be freed.
-        """
-        on = self._handles.append
+    def install(self, parts: ModelParts, handles: list[RemovableHandle]) -> None:
+        """Registers the hooks, appends each to `handles`, and chooses the attention function."""
+        on, tower, blocks = handles.append, parts.tower, parts.blocks
         on(tower.register_forward_pre_hook(self._start, with_kwargs=True))
         on(tower.register_forward_hook(self._end, with_kwargs=True, always_call=True))
-        self.attention.install()
-        if not self.config.merges_in_tower:
-            return
-        for block in self._blocks:
-            block.install(self._handles)
-        for layer in self._later_layers:
-            on(layer.register_forward_pre_hook(self._skip, with_kwargs=True))
+        attention = [block.attention for block in blocks[: self.num_layers]]
+        if not parts.passes_kwargs:
+            for module in (copied for found in attention for copied in trained_copies(found)):
+                on(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
+        number_layers(attention)
+        switch_attention(tower)
+        if self.config.merges_in_tower:
+            for merge, block in zip(self._blocks, blocks):
+                merge.install(block, handles)
+            for block in blocks[self.num_layers :]:
+                on(block.layer.register_forward_pre_hook(self._skip, with_kwargs=True))
+        if self.feeds_projector:
+            features = blocks[self.num_layers - 1].layer
+            on(features.register_forward_hook(self._probe, with_kwargs=True))
 
-    def remove(self) -> None:
-        """Removes all of it, and drops the last forward pass."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.attention.remove()
-        self.last = None
-        keep_encoded(None)
+    def forget(self) -> None:
+        """Drops the last forward pass."""
+        self.newest = None
+
+    @property
+    def last(self) -> TowerPass | None:
+        """This thread's last forward pass, or, where it ran none, the last one of any thread."""
+        return kept("tower_pass", self.handle) or self.newest
 
     def lengths(self, patches: int) -> tuple[int, ...]:
         """Patches before the first layer and after each, up to the feature layer."""
@@ -197,9 +243,12 @@ class VisionTowerHooks:
 
     def _start(self, tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the tower: resizes the images and starts a forward pass."""
-        if not self.attention.is_installed:
+        layer = kwargs.get("output_hidden_states")
+        if self.handle.is_whole and isinstance(layer, int) and not isinstance(layer, bool):
+            check_feature_layer(layer, self.num_layers, self._num_blocks)  # as generate selects it
+        if not is_switched(tower):
             check_tower_attention(tower, self.config)
-            self.attention.install()
+            switch_attention(tower)
         pixels = args[0] if args else kwargs["pixel_values"]
         if self.config.resize is not None:
             pixels = resize_images(pixels, self.config.resize, self.patch_size)
@@ -209,22 +258,46 @@ class VisionTowerHooks:
         kwargs = kwargs | {STATE: TowerState(self, patches)}
         return ((pixels, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": pixels})
 
+    def _probe(self, _layer: nn.Module, _args: tuple, kwargs: dict, output: Tensor) -> None:
+        """After the feature layer: notes by what its features can be recognised."""
+        state: TowerState | None = kwargs.get(STATE)
+        if state is not None:
+            state.probes = probe(output.detach()[:, self.num_prefix_tokens :])
+
     def _end(self, _tower: nn.Module, _args: tuple, kwargs: dict, output: object) -> None:
-        """After the tower, also when it raised: keeps the state for what follows."""
+        """After the tower, also when it raised: keeps what was merged, and what the projector needs."""
         enter_pass(None)
         if output is None:
             return
         state: TowerState = kwargs[STATE]
-        if state.tokens[-1] is None:
+        missing = [i for i, tokens in enumerate(state.tokens[1:]) if tokens is None]
+        if missing or (self.feeds_projector and state.probes is None):
             raise RuntimeError(
-                "a layer of the vision tower did not call transformers' attention interface, so that its "
-                "tokens could not merge"
+                f"layer {missing[0] if missing else self.num_layers - 1} of the vision tower did not merge: "
+                "it was replaced after apply, or does not call transformers' attention interface"
             )
-        if self.feature_keys is None:
-            state.captured.clear()
+        merged = TowerPass(state.patches, state.tokens)
         if self.feeds_projector:
-            keep_encoded(state)
-        self.last = state
+            push_encoded(self.handle, EncodedImages(merged, state.probes, *self._of_feature_layer(state)))
+        self.newest = merged
+        keep("tower_pass", self.handle, merged)
+
+    def _of_feature_layer(self, state: TowerState) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and class attention as in EncodedImages."""
+        captured, after = state.captured.get(self.num_layers - 1), state.tokens[-1]
+        if self.feature_keys is None or captured is None:
+            return None, None
+        keys, attention = captured.mean_keys(), None
+        if self.feature_keys == "attention":
+            sizes = state.attention_sizes(self.num_layers - 1)
+            attention = captured.class_attention(self.num_prefix_tokens, sizes)
+        if after.merge is not None:
+            keys = _averaged(keys, after.merge)
+            if attention is not None:
+                plan = after.plan
+                zeros = attention.new_zeros(len(attention), plan.length)
+                attention = zeros.scatter_add(1, plan.slot, attention)
+        return keys, attention
 
     def _merge(self, state: TowerState, x: Tensor) -> Tensor:
         """Merges x (B, T, D) in the layer that runs, and writes the tokens after it."""
@@ -249,3 +322,11 @@ class VisionTowerHooks:
         if args:
             return (args[0][:, :1], *args[1:]), kwargs
         return args, kwargs | {"hidden_states": kwargs["hidden_states"][:, :1]}
+
+
+def _averaged(x: Tensor, plan: MergePlan) -> Tensor:
+    """The mean of the tokens of each slot."""
+    found = gather_tokens(x, plan.kept)
+    total = torch.zeros_like(found).scatter_add(1, plan.slot.unsqueeze(2).expand_as(x), x)
+    counts = x.new_zeros(found.shape[:2]).scatter_add(1, plan.slot, x.new_ones(plan.slot.shape))
+    return total / counts.unsqueeze(2)

@@ -103,10 +103,14 @@ class LlavaPitome(lmms):
         if quantization is None or self.device.type == "cuda":
             options["device_map"] = str(self.device)
         self.model, self.processor = load(
-            pretrained, self.merging, quantization=quantization, dtype=dtype, **options
+            pretrained,
+            self.merging or MergeConfig(ratio=1.0),  # however it was saved to merge
+            quantization=quantization,
+            dtype=dtype,
+            **options,
         )
         if self.merging is None:
-            remove(self.model)  # a checkpoint saved with a config is evaluated unmerged unless asked for more
+            remove(self.model)
         self.blank, self.journal = blank, Path(f"{journal}.{self._rank}") if journal else None
         self._counted: set[str] = set()
 

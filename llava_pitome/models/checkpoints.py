@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llava_pitome import embedded
+from llava_pitome.config import MergeConfig
 from llava_pitome.models import adapters, conversion
 from llava_pitome.models import hf_llava as llava
 from llava_pitome.saved_config import KEY
@@ -41,16 +42,13 @@ class VisionCounts(NamedTuple):
 def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module, Any]:
     """The model and processor of a path, ready for batched generation, not merging.
 
-    How it was saved to merge is in `model.config.token_merging`.
+    How it was saved to merge is left out; see `saved_merge_config`.
 
     Raises:
         ValueError: an unknown quantization, or a path that does not exist, holds no LLaVA, or one without
             its language model head.
     """
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ValueError(
-            f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or None"
-        )
+    check_quantization(quantization)
     hub = model_hub = {k: v for k, v in options.items() if k in HUB}
     base = model_path(path, **hub)
     is_adapter = path not in (base, embedded.NAME)
@@ -77,12 +75,18 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
         options = {k: v for k, v in options.items() if k not in HUB}
         model, processor = conversion.load(base, raw, model_hub, _shared(model_hub), **options)
     processor.tokenizer.padding_side = "left"  # generate appends at the right end of every row
-    merging = adapters.merge_config(path if is_adapter else base, **hub)
-    if merging is not None:
-        setattr(model.config, KEY, merging)
+    vars(model.config).pop(KEY, None)
     if is_adapter:
         model = PeftModel.from_pretrained(model, path, **hub)
     return model.eval(), processor
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Raises ValueError for an unknown one."""
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(
+            f"quantization={quantization!r} is unknown; allowed are {', '.join(QUANTIZATIONS)}, or None"
+        )
 
 
 def convert(path: str, dtype: str) -> tuple[nn.Module, Any]:
@@ -122,10 +126,23 @@ def is_original(path: str) -> bool:
     return _read_config(model_path(path), {})[1] is not None
 
 
-def saved_merge_config(path: str) -> dict[str, Any] | None:
-    """How a checkpoint or adapter was saved to merge, as a config's dict; None where it was not."""
-    own = None if path == embedded.NAME else adapters.merge_config(path)
-    return own or getattr(read_config(path), KEY, None)
+def saved_merge_config(path: str, **options: Any) -> MergeConfig | None:
+    """How a checkpoint or adapter was saved to merge; None for a checkpoint that was not.
+
+    Args:
+        path: as for `load`.
+        **options: as for `load`; of these the hub arguments are used.
+
+    Raises:
+        ValueError: an adapter that does not say how it merged, a path that does not exist or holds no LLaVA,
+            or a config that cannot be read.
+    """
+    hub = {k: v for k, v in options.items() if k in HUB}
+    base = model_path(path, **hub)
+    if path not in (base, embedded.NAME):
+        return adapters.merge_config(path, **hub)
+    _read_config(base, hub)
+    return adapters.merge_config(base, **hub)
 
 
 def vision_counts(config: Any) -> VisionCounts:

@@ -37,61 +37,42 @@ def _block(layer: nn.Module) -> BlockParts:
 
 
 class LlamaLike:
-    """The adapter of language models built like Llama; see `models.parts.LanguageModelAdapter`."""
+    """The adapter of language models built like Llama; see `models.parts.LanguageModelAdapter`.
+
+    Attributes:
+        num_heads: heads of the queries and of the keys.
+    """
 
     def __init__(self, llm: nn.Module, parts: ModelParts, config: MergeConfig):
-        """Keeps what token counts depend on."""
-        self.llm, self.config = llm, config
+        """Keeps what token counts depend on; not the model, which can be freed while it merges."""
+        self.config = config
+        self.num_heads = (llm.config.num_attention_heads, llm.config.num_key_value_heads)
         self._patch_size, self._num_feature_layers = parts.patch_size, parts.num_feature_layers
         self._num_prefix = parts.num_feature_prefix_tokens
 
-    @property
-    def is_causal_without_mask(self) -> bool:
-        """Whether the attention implementation is causal where it is given no mask."""
-        return "eager" not in attention_implementation(self.llm.config)
-
-    @property
-    def takes_masks(self) -> bool:
-        """Whether the attention implementation takes additive masks; flash attention takes padding masks."""
-        return takes_masks(attention_implementation(self.llm.config))
-
-    def tokens_per_image(self, inputs: dict[str, Any], last_patches: int) -> int | None:
-        """Tokens of each image in a call of the multimodal module; None where it gets no image.
-
-        Args:
-            inputs: what the module is called with.
-            last_patches: patches of the images that were encoded last. Features that were encoded before
-                the call may have been cut where a prompt is prefilled in chunks, so that their own length
-                can mislead.
-        """
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is not None:
-            if not last_patches:
-                return len(encoded.pooler_output[0])
-            return self._tokens(last_patches)
+    def tokens_per_image(self, inputs: dict[str, Any]) -> int | None:
+        """Tokens of each image in a call of the multimodal module; None where it gets no pixels."""
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return None
-        return self._tokens((pixels.shape[-2] // self._patch_size) * (pixels.shape[-1] // self._patch_size))
-
-    def _tokens(self, patches: int) -> int:
+        patches = (pixels.shape[-2] // self._patch_size) * (pixels.shape[-1] // self._patch_size)
         return self.config.tokens_at(patches, self._num_feature_layers) + self._num_prefix
 
-    def projections(self, block: BlockParts) -> tuple[nn.Module, nn.Module]:
-        """The query and key projections of a layer."""
-        return block.attention.q_proj, block.attention.k_proj
+    def language_model(self, multimodal: nn.Module) -> nn.Module:
+        """The language model in the module around it, which for the original package is the whole model."""
+        found = getattr(multimodal, "language_model", None)
+        return multimodal.get_model() if found is None else found
 
-    def num_heads(self) -> tuple[int, int]:
-        """Heads of the queries and of the keys."""
-        return self.llm.config.num_attention_heads, self.llm.config.num_key_value_heads
+    def projections(self, attention: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The query and key projections of an attention module."""
+        return attention.q_proj, attention.k_proj
 
     def cached_keys(self, cache: Any, layer: int, count: int) -> Tensor:
         """The first `count` keys (B, H, count, C) of a layer in the KV cache."""
         return cache.layers[layer].keys[:, :, :count]
 
     def check_inputs(self, inputs: dict[str, Any]) -> None:
-        """Raises ValueError for a cache, mask or attention implementation that cannot work in this call."""
-        check_attention(self.llm)
+        """Raises ValueError for a cache or mask with which tokens cannot merge."""
         cache, mask = cache_in(inputs), inputs.get("attention_mask")
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
         if cache is not None and (type(cache).__name__ != "DynamicCache" or kinds - {"DynamicLayer"}):

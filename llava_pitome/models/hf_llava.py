@@ -11,7 +11,7 @@ from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts
 SUPPORTED = (
     "LlavaForConditionalGeneration or LlavaModel with a CLIPVisionModel or SiglipVisionModel tower "
     "(LLaVA-1.5 and kin), or the original package's LlavaLlamaForCausalLM; also wrapped by peft, "
-    "torch.compile or DistributedDataParallel; or such a tower alone or in a "
+    "torch.compile, DataParallel or DistributedDataParallel; or such a tower alone or in a "
     "CLIPVisionModelWithProjection, CLIPModel or SiglipModel"
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.
@@ -80,24 +80,26 @@ def _llava(model: nn.Module) -> LlavaParts | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel and peft wrappers.
-
-    Raises:
-        ValueError: DataParallel, whose threads would share one set of hooks.
-    """
+    """The model inside torch.compile, DistributedDataParallel, DataParallel and peft wrappers."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, parallel):
             model = model.module
-        elif isinstance(model, nn.DataParallel):
-            raise ValueError(
-                "DataParallel is not supported: its threads share one set of hooks; use one process per GPU"
-            )
+        elif isinstance(getattr(model, "modules_to_save", None), nn.ModuleDict):  # peft's trained copies
+            active = model.active_adapters
+            model = model.modules_to_save[active[0]] if active else model.original_module
         else:
             return model
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether `find` knows the class of a module without wrappers."""
+    names = {c.__name__ for c in type(module).__mro__}
+    return bool(names & {original_llava.MODEL, "LlavaForConditionalGeneration", *TOWERS})
 
 
 def check(parts: ModelParts, config: MergeConfig) -> None:

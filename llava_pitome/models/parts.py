@@ -78,17 +78,16 @@ class ModelParts(NamedTuple):
 class LanguageModelAdapter(Protocol):
     """What differs between families of language models; see `models.hf_language_model.LlamaLike`."""
 
-    is_causal_without_mask: bool
-    takes_masks: bool
+    num_heads: tuple[int, int]
 
-    def tokens_per_image(self, inputs: dict[str, Any], last_patches: int) -> int | None:
-        """Tokens of each image in a call of the multimodal module."""
+    def tokens_per_image(self, inputs: dict[str, Any]) -> int | None:
+        """Tokens of each image in a call of the multimodal module that encodes them itself."""
 
-    def projections(self, block: BlockParts) -> tuple[nn.Module, nn.Module]:
-        """The query and key projections of a layer."""
+    def language_model(self, multimodal: nn.Module) -> nn.Module:
+        """The language model in the module around it."""
 
-    def num_heads(self) -> tuple[int, int]:
-        """Heads of the queries and of the keys."""
+    def projections(self, attention: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The query and key projections of an attention module."""
 
     def cached_keys(self, cache: Any, layer: int, count: int) -> Tensor:
         """The first keys of a layer in the KV cache."""
@@ -120,3 +119,9 @@ class LanguageModelParts(NamedTuple):
     image_token: int | None
     num_feature_prefix_tokens: int
     adapter: LanguageModelAdapter
+
+
+def trained_copies(module: nn.Module) -> list[nn.Module]:
+    """A module and its copies, where peft trains copies of it (modules_to_save)."""
+    copies = getattr(module, "modules_to_save", None)
+    return [module.original_module, *copies.values()] if isinstance(copies, nn.ModuleDict) else [module]

@@ -11,6 +11,7 @@ from llava_pitome import embedded
 from llava_pitome.cli.draw.configs import method_configs, shown_layers
 from llava_pitome.cli.model_options import MODEL_OPTIONS, check_model, load
 from llava_pitome.cli.options import Option, add_flags, merge_options, one_of, several, whole
+from llava_pitome.config import MergeConfig
 from llava_pitome.image_io import open_image
 from llava_pitome.models import checkpoints
 
@@ -75,8 +76,8 @@ def run(options: argparse.Namespace) -> int:
             f"--question {options.question!r} is not allowed: {in_language_model[0]} merges in the language "
             "model, which reads it"
         )
-    model, processor = load(options, None)
-    remove(model)  # the config that a checkpoint was saved with
+    model, processor = load(options, MergeConfig(ratio=1.0))  # however it was saved to merge
+    remove(model)
     traces = {
         name: trace_image(model, processor, image, config, options.question)
         for name, config in configs.items()

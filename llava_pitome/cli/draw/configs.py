@@ -32,7 +32,7 @@ def method_configs(options: argparse.Namespace, patches: int, layers: int) -> di
     if not (named or merging or options.method or recipe != "paper"):
         saved = checkpoints.saved_merge_config(options.model)
         if saved is not None:
-            return _by_row([MergeConfig.from_dict(saved)], "as saved", patches, layers)
+            return _by_row([saved], "as saved", patches, layers)
     has_place = (named.keys() | merging.keys()) & {"prefix", "decoder", "resize"}
     has_place |= merging.keys() & {"ratio", "tokens"}
     found = []

@@ -12,6 +12,7 @@ from typing import Any
 from llava_pitome.api import applied
 from llava_pitome.cli import model_options
 from llava_pitome.cli.options import Option, add_flags, share, whole
+from llava_pitome.config import MergeConfig
 from llava_pitome.integrations.serve.command import listen
 
 HOST = "127.0.0.1"
@@ -45,13 +46,14 @@ def run(options: argparse.Namespace) -> int:
         ValueError: options that are not allowed, or a port that is taken.
     """
     model_options.check_model(options)
+    given = None if options.ratio is None else MergeConfig(ratio=options.ratio)
     with interrupt_on_signals(), temporary_folder() as folder:  # before Gradio is imported
         from llava_pitome.cli.web.page import build, launch, write_examples
         from llava_pitome.cli.web.session import Session, initial_choices
 
         with listen(HOST, options.port) as sock:  # before the model is loaded
             port = sock.getsockname()[1]
-        model, processor = model_options.load(options, None)
+        model, processor = model_options.load(options, given)
         session = Session(model, processor, options.max_new_tokens)
         initial = initial_choices(options.ratio, applied(model), session.patches, session.layers)
         launch(build(session, write_examples(folder), initial), HOST, port, options.max_upload_mb)

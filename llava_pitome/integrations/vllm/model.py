@@ -91,7 +91,9 @@ class LlavaPitomeForConditionalGeneration(LlavaForConditionalGeneration):
         features = hidden_states[vision_counts(self.config).layers]
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
-        return _broadcast(features)
+        features = _broadcast(features)
+        self.merging.recognise(features)  # the first rank's may differ by roundings
+        return features
 
     def _process_image_input(self, image_input: Any) -> Any:
         """The image tokens of the language model: features after the projector, or the given embeddings."""

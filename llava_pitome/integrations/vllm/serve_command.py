@@ -122,7 +122,7 @@ def _merge_fields(options: dict[str, Any], config: Any) -> dict[str, Any] | None
         amount = {} if fields.keys() & set(AMOUNTS) else {"ratio": RATIO}
         merging = MergeConfig.recipe(fields.pop("recipe", "paper"), **amount, **fields)
     else:
-        merging = MergeConfig.from_dict(saved)
+        merging = saved
     validation.check(merging, config)
     return merging.to_dict()
 
