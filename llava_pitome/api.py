@@ -270,5 +270,7 @@ def _reset_compiled(model: nn.Module) -> None:
 
     torch can only drop all graphs of the process, so nothing is done where no part of the model is compiled.
     """
-    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+    # both names are private; a torch without the first does not say whether a module is compiled in place
+    names = ("_compiled_call_impl", True), ("_orig_mod", None)
+    if any(getattr(m, name, missing) is not None for m in model.modules() for name, missing in names):
         torch.compiler.reset()

@@ -235,11 +235,7 @@ class MergeConfig(TokenCounts):
             raise ValueError(
                 f"token_merging has version {version!r}; this llava_pitome reads versions 1 to {VERSION}"
             )
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"MergeConfig has no field {key!r}; the nearest is {near!r}")
+        _check_names(values)
         return cls(**(_from_version_1(values) if version == 1 else values))
 
     def to_dict(self) -> dict[str, Any]:
@@ -295,6 +291,15 @@ MergeConfig.__doc__ += "\n    Attributes:\n" + "".join(
 )
 
 
+def _check_names(values: dict[str, Any]) -> None:
+    """Raises ValueError for a key that is no field of MergeConfig; the nearest one is named."""
+    known = [f.name for f in dataclasses.fields(MergeConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"MergeConfig has no field {key!r}; the nearest is {near!r}")
+
+
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     """Fields as version 2 takes them: the whole number 1, for one token, is ambiguous since."""
 
@@ -340,6 +345,7 @@ def requested(recipe: str, named: dict[str, Any], merging: dict[str, Any] | None
         ValueError: it says how to merge but not how far, a field is given twice, or `MergeConfig` refuses.
     """
     changes = combined(named, merging)
+    _check_names({k: v for k, v in changes.items() if k != "version"})
     if changes.keys() & set(validation.AMOUNTS):
         return MergeConfig.recipe(recipe, **changes)
     if changes or recipe != "paper":

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava_pitome.config import Site
 from llava_pitome.models import hf_llava as llava
@@ -17,11 +18,6 @@ from llava_pitome.models.hf_llava import Shapes
 
 SITES = get_args(Site)
 QUANTIZED = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes, whose products torch's counter does not see
-CPU_ATTENTION = {  # nor does it know this operation
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
-        sdpa_flop_count(query, key, value)
-    )
-}
 
 
 class Flops(NamedTuple):
@@ -57,8 +53,11 @@ def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
     modules = [m for m in parts.model.modules() if type(m).__name__ in QUANTIZED]
     hooks = [module.register_forward_hook(count_quantized) for module in modules]
     try:
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
-            parts.model(**inputs, use_cache=False, logits_to_keep=1)
+        # as matrix products, since torch's counter does not know the CPU's fused attention
+        attention = sdpa_kernel(SDPBackend.MATH)
+        with attention, FlopCounterMode(display=False) as counter, torch.no_grad():
+            last = {"logits_to_keep": 1} if hasattr(parts.model, "lm_head") else {}
+            parts.model(**inputs, use_cache=False, **last)
     finally:
         for hook in hooks:
             hook.remove()

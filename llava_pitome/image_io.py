@@ -1,7 +1,8 @@
-"""Opening image files from any source: size-checked, complete, upright, RGB.
+"""Images from any source: size-checked, complete, upright, RGB.
 
-All images that users give to chat, web page, server and `draw` are opened here. Pillow and numpy are imported
-when an image is opened.
+All files that users give to commands, training and servers are opened by `open_image`. Images that others
+opened, such as those of lmms-eval's tasks, go through `to_rgb`, so that the same file has the same pixels
+everywhere. Pillow and numpy are imported when an image is opened.
 """
 
 import io
@@ -22,6 +23,7 @@ DECODING_ERRORS = (  # pillow raised the first four on damaged files; its reader
     OSError, SyntaxError, ValueError, RuntimeError, EOFError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 GREY_16_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # pillow's modes
+ORIENTATION = 0x0112  # the EXIF tag
 BACKGROUND = (255, 255, 255, 255)  # of transparent images
 
 
@@ -40,13 +42,9 @@ def open_image(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> "I
             has too many pixels, or is too narrow; the message names the file and the reason.
         RuntimeError: another package set LOAD_TRUNCATED_IMAGES, with which pillow completes truncated files.
     """
-    from PIL import Image, ImageFile, ImageOps
+    from PIL import Image
 
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RuntimeError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides that an image is truncated; some package "
-            "set it: set it to False again"
-        )
+    _check_settings()
     is_bytes = isinstance(source, bytes)
     name = "the image" if is_bytes else str(source)
     with closing(io.BytesIO(source) if is_bytes else _open_file(Path(source))) as file:
@@ -55,17 +53,62 @@ def open_image(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> "I
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"{name} has too many pixels; allowed are {max_pixels:,}: {error}") from error
         with image:
-            _check_size(*image.size, name, max_pixels)
-            try:
-                image.load()
-            except DECODING_ERRORS as error:
-                state = "truncated" if "truncated" in str(error).lower() else "damaged or truncated"
-                raise ValueError(f"{name} is {state}: {error}") from error
-            try:
-                upright = ImageOps.exif_transpose(image)
-            except DECODING_ERRORS as error:
-                raise ValueError(f"{name} has damaged EXIF data: {error}") from error
-            return _to_rgb(upright, name)
+            return to_rgb(image, name, max_pixels)
+
+
+def to_rgb(image: "Image.Image", name: str = "the image", max_pixels: int = MAX_PIXELS) -> "Image.Image":
+    """An image that pillow opened, as `open_image` returns it: RGB, upright, transparency on white.
+
+    An image that is so already keeps its pixels. Pillow's own `convert("RGB")` ignores the EXIF orientation,
+    shows what transparency hides, and clips 16-bit greys at 255.
+
+    Args:
+        image: of any mode; it is not changed.
+        name: of the image in error messages.
+        max_pixels: as for `open_image`.
+
+    Raises:
+        ValueError: it is no pillow image, its file is truncated or damaged, it has too many pixels, it is
+            too narrow, or its values are no colours.
+        RuntimeError: as for `open_image`, where the file was not read completely before.
+    """
+    from PIL import Image, ImageOps
+
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name} is a {type(image).__name__}; it must be a PIL.Image.Image")
+    if getattr(image, "tile", None):  # the file is decoded when the image is loaded
+        _check_settings()
+    _check_size(*image.size, name, max_pixels)
+    try:
+        image.load()
+    except DECODING_ERRORS as error:
+        state = "truncated" if "truncated" in str(error).lower() else "damaged or truncated"
+        raise ValueError(f"{name} is {state}: {error}") from error
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{name} has damaged EXIF data: {error}") from error
+    return _to_rgb(upright, name)
+
+
+def is_changed_by_convert(image: "Image.Image") -> bool:
+    """Whether pillow's own `convert("RGB")` of an image gives other pixels than `to_rgb`."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except DECODING_ERRORS:
+        return True  # `to_rgb` raises
+    return image.mode in GREY_16_BIT or image.has_transparency_data or orientation != 1
+
+
+def _check_settings() -> None:
+    """Raises RuntimeError where pillow would complete truncated files."""
+    from PIL import ImageFile
+
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides that an image is truncated; some package "
+            "set it: set it to False again"
+        )
 
 
 def _open_file(path: Path) -> IO[bytes]:
@@ -136,7 +179,11 @@ def _to_rgb(image: "Image.Image", name: str) -> "Image.Image":
             raise ValueError(
                 f"{name} has values from {grey.min()} to {grey.max()}; greys may have 8 or 16 bits"
             )
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        clear = image.info.get("transparency")  # the one transparent grey of a PNG
+        visible = grey >> 8 if clear is None else np.where(grey == clear, BACKGROUND[0], grey >> 8)
+        return Image.fromarray(visible.astype(np.uint8)).convert("RGB")
+    if image.mode == "La":  # which pillow converts to nothing else
+        image = image.convert("LA")
     if image.mode == "F":
         raise ValueError(f"{name} has floating-point values, which are no colours; save it with 8 or 16 bits")
     if not image.has_transparency_data:

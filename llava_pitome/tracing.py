@@ -18,6 +18,7 @@ from llava_pitome.api import merge_tokens
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.hooks.merge_step import MergeRecord
+from llava_pitome.image_io import to_rgb
 from llava_pitome.methods import METHODS, PLACES
 from llava_pitome.models import hf_llava
 
@@ -188,14 +189,16 @@ def trace_image(
     Args:
         model: see `models.hf_llava.SUPPORTED`.
         processor: its processor.
-        image: RGB, of any size.
+        image: of any size and mode; it becomes RGB as by `image_io.to_rgb`.
         config: how to merge.
         question: about the image; needed, and used, only where the language model merges. A text that
             contains the processor's image token is taken as the complete prompt.
 
     Raises:
-        ValueError: the model does not support the config, or a question is missing.
+        ValueError: the model does not support the config, the image cannot become RGB, or a question is
+            missing.
     """
+    image = to_rgb(image)
     in_language_model = bool(config.merging_layers)
     if in_language_model and not question:
         raise ValueError(

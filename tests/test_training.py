@@ -61,7 +61,7 @@ def test_two_passes_before_a_backward_with_checkpointing_give_both_gradients(pro
 
 
 def test_reentrant_checkpointing_gives_the_gradients_or_raises_with_what_to_use(processor, pictures):
-    """Since 5.23 transformers leaves hooks, and so the merged tokens, outside of what is checkpointed."""
+    """transformers 5.23 leaves a layer's own hooks outside of what is checkpointed, 5.17 does not."""
     with merge_tokens(make_model(), RECIPES[0], processor):
         inputs = batch(processor, PROMPTS[:2], pictures)
     found = []

@@ -5,19 +5,22 @@ import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
 from llava_pitome import MergeConfig
+from llava_pitome.image_io import open_image
 from llava_pitome.models import hf_llava as llava
 from train import export
 from train.conversation import BrokenRow, Conversation, encode, parse_row
 from train.options import EMBEDDED, SCENES
 from train.rows import BrokenRows, JsonRows, TooManyBrokenRows
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger("train.data")
 MAX_ENCODED = 100  # rows of which the longest is encoded before training
@@ -115,11 +118,10 @@ class ConversationDataset(Dataset):
         return item
 
 
-def _read_image(file: Path) -> Image.Image:
+def _read_image(file: Path) -> "Image.Image":
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as pillow raises
+        return open_image(file)
+    except ValueError as error:
         raise BrokenRow(f"image {file} cannot be read: {error}") from error
 
 

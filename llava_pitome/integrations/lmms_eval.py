@@ -4,6 +4,9 @@ The only file that depends on lmms-eval. The entry point `lmms_eval.models` regi
 `python -m lmms_eval --model llava_pitome --model_args pretrained=...,ratio=0.9` works like eval.run.
 """
 
+import dataclasses
+import difflib
+import inspect
 import json
 import os
 import time
@@ -22,13 +25,20 @@ from tqdm import tqdm
 from llava_pitome.api import load, remove
 from llava_pitome.config import MergeConfig, requested
 from llava_pitome.flops import counted, literature
-from llava_pitome.models.checkpoints import DTYPES
+from llava_pitome.image_io import is_changed_by_convert, open_image, to_rgb
+from llava_pitome.models.checkpoints import DTYPES, HUB
 from llava_pitome.models.image_dedup import encode_once
 
 MANIFEST = ModelManifest("llava_pitome", simple_class_path="llava_pitome.integrations.lmms_eval.LlavaPitome")
 IGNORED = ("image_aspect_ratio",)  # preprocessing of the original LLaVA package; the processor decides here
 SAMPLING = ("temperature", "top_p", "top_k")
+BATCH_LIMIT = "max_batch_size"
 GREY = (122, 116, 104)  # CLIP's mean colour: all zeros after preprocessing
+FIELDS = tuple(field.name for field in dataclasses.fields(MergeConfig))
+LOADING = (  # what `load` passes to `from_pretrained`
+    *HUB, "attn_implementation", "device_map", "max_memory", "offload_folder", "offload_buffers", "variant",
+    "use_safetensors", "trust_remote_code", "use_kernels",
+)  # fmt: skip
 UNSUPPORTED = "llava_pitome answers generate_until tasks only; this task needs {}"
 
 
@@ -42,7 +52,7 @@ class LlavaPitome(lmms):
         tokens: int | None = None,
         recipe: str = "paper",
         method: str | None = None,
-        merging: dict | None = None,
+        merging: dict | str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",
@@ -60,7 +70,7 @@ class LlavaPitome(lmms):
             tokens: image tokens at the input of the language model, instead of a ratio.
             recipe: a named recipe, which `method` and `merging` change.
             method: which tokens merge into which, a name in METHODS.
-            merging: further fields of MergeConfig.
+            merging: further fields of MergeConfig, as a dict or as JSON.
             batch_size: questions per batch.
             device: "cpu", "cuda", "cuda:1", ...; by default the process's own GPU where there is one.
             dtype: a key of DTYPES; "auto" is that of the checkpoint.
@@ -68,20 +78,25 @@ class LlavaPitome(lmms):
             blank: replace each image by a grey one, to measure what the questions alone reveal.
             journal: a file for JSON lines: the FLOPs of the first prompt of a task, then the samples and
                 seconds of every batch. The process's rank is appended to its name.
-            **options: as for `from_pretrained`, such as attn_implementation.
+            **options: further fields of MergeConfig, in which a dict or list may be JSON, and names in
+                LOADING.
 
         Raises:
-            ValueError: a value that is not allowed.
+            ValueError: an unknown key (the nearest one is named), or a value that is not allowed; before
+                anything is loaded.
         """
         super().__init__()
+        _check_keys(options)
+        fields = {k: _from_json(k, options.pop(k)) for k in FIELDS if k in options}
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it, and so scores half-grey images
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size!r} is not allowed: it must be a whole number from 1")
-        options.pop("max_batch_size", None)  # lmms-eval passes it to every model; it only applies to "auto"
+        options.pop(BATCH_LIMIT, None)  # lmms-eval passes it to every model; it only applies to "auto"
         self.batch_size = int(batch_size)
-        self.merging = requested(recipe, {"ratio": ratio, "tokens": tokens, "method": method}, merging)
+        fields |= {"ratio": _from_json("ratio", ratio), "tokens": tokens, "method": method}
+        self.merging = requested(recipe, fields, _from_json("merging", merging))
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device or gpu)
@@ -127,7 +142,12 @@ class LlavaPitome(lmms):
         prompts, images = [], []
         for request in batch:
             context, _, doc_to_visual, doc_id, task, split = request.args
-            own = doc_to_visual(self.task_dict[task][split][doc_id])
+            name = f"an image of {task} {split} {doc_id}"
+            document = _as_rgb(self.task_dict[task][split][doc_id], name)
+            own = [
+                open_image(image) if isinstance(image, str | Path) else to_rgb(image, name)
+                for image in doc_to_visual(document)
+            ]
             images += [Image.new("RGB", image.size, GREY) for image in own] if self.blank else own
             prompts.append(self._prompt(context, len(own)))
         inputs = self.processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
@@ -198,9 +218,53 @@ class LlavaPitome(lmms):
                 file.write("\n" + json.dumps(entry))
 
 
+def _check_keys(options: dict[str, Any]) -> None:
+    """Raises ValueError for a key that neither `LlavaPitome`, nor MergeConfig, nor `from_pretrained` has."""
+    own = [name for name in inspect.signature(LlavaPitome).parameters if name != "options"]
+    known = list(dict.fromkeys([*own, *FIELDS, *LOADING, BATCH_LIMIT]))
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"model_args has no key {key!r}; the nearest is {near!r}. Keys: {', '.join(known)}"
+            )
+
+
+def _from_json(key: str, value: Any) -> Any:
+    """A value of model_args, decoded where it is text that begins as a dict or list of JSON does.
+
+    Raises:
+        ValueError: it is not JSON, or `merging` is no dict.
+    """
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{key}={value!r} is not JSON: {error}") from error
+    if key == "merging" and not isinstance(value, dict | None):
+        raise ValueError(f"merging={value!r} is not allowed: it must be a dict of fields of MergeConfig")
+    return value
+
+
 def _task_and_settings(request: Instance) -> tuple[str, str]:
     """What the requests of one batch share: the task and the generation settings."""
     return request.args[4], json.dumps(request.args[1], sort_keys=True, default=str)
+
+
+def _as_rgb(value: Any, name: str) -> Any:
+    """A task's document, in which images are RGB where the task's own `convert("RGB")` would lose something.
+
+    Other images stay as they are: tasks read some of them as numbers, such as masks.
+
+    Args:
+        value: a document, or a part of one.
+        name: of its images in error messages.
+    """
+    if isinstance(value, dict):
+        return {k: _as_rgb(v, name) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_as_rgb(v, name) for v in value]
+    return to_rgb(value, name) if isinstance(value, Image.Image) and is_changed_by_convert(value) else value
 
 
 class _NameSamples:

@@ -6,6 +6,8 @@ transformers' eager attention does; torch's kernel keeps them in float32.
 Shapes: B images, T tokens, H heads, C channels a head.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,20 @@ def is_faster(query: Tensor) -> bool:
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and tokens**2 * heads * channels >= LEAST
-        and torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
+        and _has_bfloat16_products()
     )
+
+
+@cache
+def _has_bfloat16_products() -> bool:
+    """Whether the processor has AVX-512's bfloat16 products and no AMX tiles; False where it is unknown."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    if found:
+        return bool(found.get("avx512_bf16")) and not found.get("amx_tile")
+    # older versions of torch have two private functions instead
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    products, tiles = (getattr(torch.cpu, name, None) for name in names)
+    return products is not None and tiles is not None and products() and not tiles()
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, log_sizes: Tensor | None = None) -> Tensor:

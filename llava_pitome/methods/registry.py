@@ -4,6 +4,7 @@ Shapes: B images, N tokens before, M tokens after, D channels.
 """
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -280,7 +281,9 @@ def check(method: str, parameters: dict[str, Any]) -> None:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
     own = parameters_of(method)
     if unknown := [name for name in parameters if name not in own]:
+        near = difflib.get_close_matches(unknown[0], list(own), n=1, cutoff=0.0)
         raise ValueError(
             f"method {method!r} has no parameter {unknown[0]!r}; it takes {', '.join(own) or 'none'}"
+            + (f"; the nearest is {near[0]!r}" if near else "")
         )
     METHODS[method](**parameters)

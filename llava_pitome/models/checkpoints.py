@@ -45,7 +45,8 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     How it was saved to merge is left out; see `saved_merge_config`.
 
     Raises:
-        ValueError: an unknown quantization, or a path that does not exist or holds no LLaVA.
+        ValueError: an unknown quantization, or a path that does not exist, holds no LLaVA, or one without
+            its language model head.
     """
     check_quantization(quantization)
     hub = model_hub = {k: v for k, v in options.items() if k in HUB}
@@ -57,6 +58,11 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
         model_hub = _shared(hub)  # revision and subfolder are the adapter's
         options = {k: v for k, v in options.items() if k not in HUB} | model_hub
     config, raw = _read_config(base, model_hub)
+    if "LlavaModel" in (config.architectures or ()):
+        raise ValueError(
+            f"{base} holds a LlavaModel, which has no language model head and cannot generate; load it "
+            "with AutoModel.from_pretrained, then call apply"
+        )
     options["dtype"] = _dtype(options.get("dtype"), config)
     if quantization is not None:
         options |= _quantized(quantization, options)

@@ -9,12 +9,14 @@ from llava_pitome.models import hf_language_model, original_llava
 from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration with a CLIPVisionModel or SiglipVisionModel tower (LLaVA-1.5 and kin), "
-    "or the original package's LlavaLlamaForCausalLM; also wrapped by peft, torch.compile, DataParallel or "
-    "DistributedDataParallel, or such a tower alone"
+    "LlavaForConditionalGeneration or LlavaModel with a CLIPVisionModel or SiglipVisionModel tower "
+    "(LLaVA-1.5 and kin), or the original package's LlavaLlamaForCausalLM; also wrapped by peft, "
+    "torch.compile, DataParallel or DistributedDataParallel; or such a tower alone or in a "
+    "CLIPVisionModelWithProjection, CLIPModel or SiglipModel"
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.
 TOWERS = {"CLIPVisionModel": (1, True), "SiglipVisionModel": (0, False)}
+AROUND_TOWER = ("CLIPVisionModelWithProjection", "CLIPModel", "SiglipModel")  # their tower is `vision_model`
 
 
 class UnsupportedModelError(ValueError):
@@ -22,7 +24,7 @@ class UnsupportedModelError(ValueError):
 
 
 def find(model: nn.Module) -> ModelParts:
-    """The parts of a LLaVA, or of a vision tower alone, without any wrappers.
+    """The parts of a LLaVA, or of a vision tower without a LLaVA, without any wrappers.
 
     Raises:
         UnsupportedModelError: the model is not supported.
@@ -30,7 +32,7 @@ def find(model: nn.Module) -> ModelParts:
     """
     model = unwrap(model)
     llava = _llava(model)
-    tower = model if llava is None else unwrap(llava.tower)
+    tower = _tower_alone(model) if llava is None else unwrap(llava.tower)
     kind = next((c.__name__ for c in type(tower).__mro__ if c.__name__ in TOWERS), None)
     if kind is None:
         found = type(model).__name__ + (f" with a {type(tower).__name__} tower" if tower is not model else "")
@@ -52,14 +54,20 @@ def find(model: nn.Module) -> ModelParts:
     )
 
 
+def _tower_alone(model: nn.Module) -> nn.Module:
+    """The vision tower of a model that is no LLaVA: the model itself, or its `vision_model`."""
+    is_around = any(c.__name__ in AROUND_TOWER for c in type(model).__mro__)
+    return unwrap(model.vision_model) if is_around else model
+
+
 def _llava(model: nn.Module) -> LlavaParts | None:
     """The parts of a LLaVA around its tower; None for other models."""
     names = [c.__name__ for c in type(model).__mro__]
     if original_llava.MODEL in names:
         return original_llava.llava_parts(model)
-    if "LlavaForConditionalGeneration" not in names:
+    if not {"LlavaForConditionalGeneration", "LlavaModel"} & set(names):
         return None
-    inner, config = model.model, model.config
+    inner, config = getattr(model, "model", model), model.config  # a LlavaModel has no head around it
     return LlavaParts(
         tower=inner.vision_tower,
         feature_layer=config.vision_feature_layer,
@@ -101,7 +109,10 @@ def check(parts: ModelParts, config: MergeConfig) -> None:
     in_llm = config.decoder or config.reaches_llm
     if parts.llava is None:
         if in_llm or config.merges_in_prefix:
-            raise ValueError("a vision tower alone has no projector and no language model to merge in")
+            raise ValueError(
+                "a vision tower alone has no projector and no language model to merge in, nor has a "
+                f"{type(parts.model).__name__}; give ratio, tokens or resize"
+            )
         return
     check_first_token(config, parts.llava.reads_first_token, parts.num_prefix_tokens)
     if not in_llm:
@@ -162,7 +173,7 @@ def stages(model: nn.Module) -> dict[str, nn.Module]:
 def encode(model: nn.Module, pixels: Tensor) -> None:
     """Sends images (I, 3, H, W) through tower and projector."""
     model = unwrap(model)
-    model.model.get_image_features(pixel_values=pixels.to(model.device, model.dtype))
+    getattr(model, "model", model).get_image_features(pixel_values=pixels.to(model.device, model.dtype))
 
 
 def cached(cache: Any) -> list[Tensor]:
@@ -183,7 +194,7 @@ class Shapes(NamedTuple):
         llm_width: its channels.
         llm_kv: channels of its keys, over all heads.
         llm_mlp: channels inside its MLPs.
-        vocabulary: size of its vocabulary.
+        vocabulary: size of its vocabulary; 0 where the model has no head.
     """
 
     num_prefix_tokens: int
@@ -206,5 +217,5 @@ def shapes(model: nn.Module) -> Shapes:
     return Shapes(
         parts.num_prefix_tokens, 3 * parts.patch_size**2, vision.num_hidden_layers, vision.hidden_size,
         vision.intermediate_size, text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
-        text.intermediate_size, text.vocab_size,
+        text.intermediate_size, text.vocab_size if hasattr(parts.model, "lm_head") else 0,
     )  # fmt: skip

@@ -52,7 +52,7 @@ class ModelParts(NamedTuple):
 
     Attributes:
         model: the model without wrappers.
-        tower: the vision tower.
+        tower: the vision tower, which may be the model itself.
         blocks: every encoder block of the tower, in order.
         num_feature_layers: number of blocks up to the feature layer.
         num_prefix_tokens: tokens before the patches in the tower, 0 or 1 (the class token).
@@ -60,7 +60,7 @@ class ModelParts(NamedTuple):
         patch_size: side of a patch in pixels.
         patches: patches of an image at the tower's own size.
         passes_kwargs: whether the tower's attention modules pass keyword arguments to the attention function.
-        llava: what is around the tower; None for a tower alone.
+        llava: what is around the tower; None where it feeds no language model.
     """
 
     model: nn.Module

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:  # private; the public mode does not see the operations inside a composite one
+    TorchDispatchMode = TorchFunctionMode
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
@@ -35,13 +39,21 @@ class _AllocationCounter(TorchDispatchMode):
         self.peak = 0
         self._live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         inputs = _storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
         self._live |= _storages(out) - inputs  # the output of a view or an operation in place is an input
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self._live))
         return out
 
+    __torch_function__ = __torch_dispatch__  # of TorchFunctionMode
+
 
 def _storages(tree: Any) -> set[torch.UntypedStorage]:
-    return {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+    """The storages of all tensors in nested lists, tuples and dicts."""
+    if isinstance(tree, torch.Tensor):
+        return {tree.untyped_storage()}
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return set().union(*map(_storages, parts))

@@ -1,6 +1,7 @@
 """The models that are timed against each other: they share their weights, and each has hooks of its own."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from llava_pitome.cli.bench.targets import Target, make_inputs
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.models import hf_llava as llava
+
+log = logging.getLogger(__name__)
 
 
 class Variant(NamedTuple):
@@ -69,8 +72,17 @@ def make_variant(
 
 @contextmanager
 def compile_limit(graphs: int) -> Iterator[None]:
-    """Lets torch.compile compile the same code `graphs` times, and raises where it would go on uncompiled."""
-    settings = torch._dynamo.config
+    """Lets torch.compile compile the same code `graphs` times, and raises where it would go on uncompiled.
+
+    torch has no public setting for it. Where the private one is missing, this only logs a warning.
+    """
+    settings = getattr(getattr(torch, "_dynamo", None), "config", None)
+    if not all(
+        hasattr(settings, name) for name in ("patch", "recompile_limit", "fail_on_recompile_limit_hit")
+    ):
+        log.warning("this torch has no limit on recompiling that can be set: towers may be timed uncompiled")
+        yield
+        return
     limit = max(graphs, settings.recompile_limit)
     with settings.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
         yield

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llava_pitome.cli.chat.streaming import AnswerStream
+from llava_pitome.image_io import to_rgb
 from llava_pitome.models import hf_llava as llava
 
 if TYPE_CHECKING:
@@ -85,8 +86,12 @@ class Conversation:
         self._new_images: list[Image.Image] = []
 
     def add_image(self, image: "Image.Image") -> None:
-        """Adds an image to the next question, before its text."""
-        self._new_images.append(image)
+        """Adds an image, which becomes RGB as by `image_io.to_rgb`, to the next question, before its text.
+
+        Raises:
+            ValueError: it cannot become RGB.
+        """
+        self._new_images.append(to_rgb(image))
 
     def ask(self, question: str, stop: threading.Event | None = None) -> Iterator[str]:
         """The pieces of the answer as they are generated.

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from llava_pitome.image_io import to_rgb
+
 EDGE = (255, 255, 255)
 FAINT = 0.3  # opacity of a line between two patches that are tokens of their own
 DARK = 0.25  # brightness of dropped patches
@@ -38,7 +40,7 @@ def overlay(
         raise ValueError(
             f"{rows} x {columns} patches do not tile an image of {image.width} x {image.height} pixels"
         )
-    image = image.convert("RGB")
+    image = to_rgb(image)
     is_dropped = np.zeros(len(slot), bool) if dropped is None else dropped.cpu().numpy()
     token = np.where(is_dropped, -1, slot.cpu().numpy())
     tiles = np.asarray(image, np.float64).reshape(rows, image.height // rows, columns, -1, 3)
