@@ -98,17 +98,14 @@ class MergeHandle(HookOwner):
                 self.language_model.install(llm, self._removable)
             undo.pop_all()
 
-    def is_on(self, model: nn.Module) -> bool:
-        """Whether it was installed on this very model, and not on one that it is a copy of."""
-        return self._model() is model
-
-    def is_model_alive(self) -> bool:
-        """Whether the model that it was installed on exists."""
-        return self._model() is not None
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that it was installed on, and not a copy of it; None where that is gone."""
+        return self._model()
 
     def remove(self, model: nn.Module) -> None:
         """Removes every hook from a model, or from a copy of one, and drops the last forward pass."""
-        if self.is_on(model):
+        if self.model is model:
             for handle in self._removable:  # also those on modules that the model has lost since
                 handle.remove()
             self._removable.clear()
