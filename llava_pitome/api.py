@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import MergeHandle, handle_of
-from llava_pitome.hooks.hook_owner import owners, remove_hooks
+from llava_pitome.hooks.handle import MergeHandle, handle_of, merges_somewhere
+from llava_pitome.hooks.hook_owner import remove_hooks
 from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.kernels import has_triton, supports_triton
 from llava_pitome.models import adapters, checkpoints, hf_language_model, hf_llava, processors
@@ -160,7 +160,7 @@ def remove(model: nn.Module) -> None:
     """
     done, inside = set(), {id(module) for module in model.modules()}
     for module in list(model.modules()):
-        if id(module) in done or not hf_llava.is_supported(module) or not owners(module):
+        if id(module) in done or not hf_llava.is_supported(module) or not merges_somewhere(module):
             continue
         parts = hf_llava.find(module)
         handle = handle_of(parts.tower)
@@ -174,7 +174,7 @@ def remove(model: nn.Module) -> None:
 
 def applied(model: nn.Module) -> MergeConfig | None:
     """How a model merges now; None where it does not."""
-    handle = handle_of(hf_llava.find(model).tower) if owners(model) else None
+    handle = handle_of(hf_llava.find(model).tower) if merges_somewhere(model) else None
     return handle.config if handle is not None else None
 
 

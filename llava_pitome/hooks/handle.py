@@ -12,7 +12,7 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.attention_capture import restore_attention
 from llava_pitome.hooks.call_checks import CallChecks
 from llava_pitome.hooks.current_pass import encoded, forget, kept, push_encoded, take_encoded
-from llava_pitome.hooks.hook_owner import HookOwner, owners, remove_hooks
+from llava_pitome.hooks.hook_owner import HookOwner, remove_hooks
 from llava_pitome.hooks.image_features import probe
 from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.language_model import LanguageModelHooks
@@ -21,6 +21,8 @@ from llava_pitome.hooks.projector import ProjectorHooks, ProjectorPass, feature_
 from llava_pitome.hooks.vision_tower import TowerPass, VisionTowerHooks
 from llava_pitome.merge.plan import MergePlan
 from llava_pitome.models.parts import LanguageModelParts, ModelParts
+
+HANDLE = "token_merging_handle"  # the attribute of a vision tower that holds its handle
 
 
 class MergeHandle(HookOwner):
@@ -73,7 +75,7 @@ class MergeHandle(HookOwner):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what holds for the original model alone."""
-        return vars(self) | {"_removable": [], "_model": _no_model}
+        return vars(self) | {"_removable": [], "_model": _no_model, "processor": None}
 
     @property
     def _hooks(self) -> list[VisionTowerHooks | ProjectorHooks | LanguageModelHooks]:
@@ -89,6 +91,7 @@ class MergeHandle(HookOwner):
         with ExitStack() as undo:
             undo.callback(self.remove, parts.model)
             self._model = weakref.ref(parts.model)
+            setattr(parts.tower, HANDLE, self)
             if self._checks is not None:
                 self._checks.install(parts, self._removable)
             self.tower.install(parts, self._removable)
@@ -111,6 +114,8 @@ class MergeHandle(HookOwner):
             self._removable.clear()
         remove_hooks(model)
         restore_attention(model)
+        for module in model.modules():
+            vars(module).pop(HANDLE, None)
         for hooks in self._hooks:
             hooks.forget()
         forget()
@@ -174,5 +179,10 @@ def _no_model() -> None:
 
 
 def handle_of(tower: nn.Module) -> MergeHandle | None:
-    """The handle whose hooks are on a vision tower; None where it does not merge."""
-    return next((owner.handle for owner in owners(tower)), None)
+    """The handle whose hooks are on a vision tower, which may be a copy; None where it does not merge."""
+    return vars(tower).get(HANDLE)
+
+
+def merges_somewhere(root: nn.Module) -> bool:
+    """Whether a module is or contains a vision tower that merges."""
+    return any(HANDLE in vars(module) for module in root.modules())
