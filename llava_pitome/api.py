@@ -79,8 +79,10 @@ def _handle(parts: ModelParts) -> MergeHandle | None:
         ValueError: the vision tower merges as the part of another model.
     """
     handle = handle_of(parts.tower)
-    if handle is not None and handle.is_whole != (parts.llava is not None):
-        other = "a LLaVA" if handle.is_whole else "a vision tower alone"
+    if handle is not None and handle.num_inner_models != parts.num_inner_models:
+        other = f"a {handle.model_class}" if handle.num_inner_models else "a vision tower alone"
+        if handle.is_whole and not parts.num_inner_models:
+            other = "a LLaVA"
         raise ValueError(
             f"the vision tower of this {type(parts.model).__name__} merges as {other}: remove that first"
         )
@@ -147,14 +149,14 @@ def remove(model: nn.Module) -> None:
             nothing is done.
 
     Raises:
-        ValueError: the model is the vision tower of a LLaVA that merges.
+        ValueError: the model is a part of one that merges.
     """
     done: set[int] = set()
     for module in list(model.modules()):
         if id(module) in done or not hf_llava.is_supported(module) or not owners(module):
             continue
         parts = hf_llava.find(module)
-        if parts.llava is None or handle_of(parts.tower).is_whole:
+        if handle_of(parts.tower).num_inner_models >= parts.num_inner_models:
             _uninstall(module, _handle(parts))
             done.update(id(part) for part in module.modules())
     remove_hooks(model)  # those on copies of single parts

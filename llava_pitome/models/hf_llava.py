@@ -16,6 +16,7 @@ SUPPORTED = (
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.
 TOWERS = {"CLIPVisionModel": (1, True), "SiglipVisionModel": (0, False)}
+LLAVA = ("LlavaForConditionalGeneration", "LlavaModel")  # with and without a language model head
 AROUND_TOWER = ("CLIPVisionModelWithProjection", "CLIPModel", "SiglipModel")  # their tower is `vision_model`
 
 
@@ -65,7 +66,7 @@ def _llava(model: nn.Module) -> LlavaParts | None:
     names = [c.__name__ for c in type(model).__mro__]
     if original_llava.MODEL in names:
         return original_llava.llava_parts(model)
-    if not {"LlavaForConditionalGeneration", "LlavaModel"} & set(names):
+    if not set(LLAVA) & set(names):
         return None
     inner, config = getattr(model, "model", model), model.config  # a LlavaModel has no head around it
     return LlavaParts(
@@ -99,7 +100,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_supported(module: nn.Module) -> bool:
     """Whether `find` knows the class of a module without wrappers."""
     names = {c.__name__ for c in type(module).__mro__}
-    return bool(names & {original_llava.MODEL, "LlavaForConditionalGeneration", *TOWERS})
+    return bool(names & {original_llava.MODEL, *LLAVA, *AROUND_TOWER, *TOWERS})
 
 
 def check(parts: ModelParts, config: MergeConfig) -> None:
