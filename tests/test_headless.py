@@ -344,3 +344,59 @@ def test_a_llava_model_with_another_patch_size_than_its_processor_is_refused(pro
     processor.patch_size = PATCH + 1
     with pytest.raises(ValueError, match=f"patch_size={PATCH + 1}, the model {PATCH}"):
         apply(headless()[0], MergeConfig(tokens=5), processor)
+
+
+# One model inside another
+
+
+def inner_models():
+    yield "LlavaForConditionalGeneration", make_model, lambda model: model.model
+    yield "LlavaForConditionalGeneration", make_model, lambda model: model.model.vision_tower
+    yield "LlavaModel", lambda: make_model().model, lambda model: model.vision_tower
+    for name, make in MAKERS.items():
+        yield name, make, lambda model: model.vision_model
+
+
+def tokens(tower, pixels):
+    with torch.no_grad():
+        return tower(pixels, output_hidden_states=True).hidden_states[-2].shape[1]
+
+
+def tower_of(model):
+    return (
+        model.vision_model if hasattr(model, "vision_model") else getattr(model, "model", model).vision_tower
+    )
+
+
+@pytest.mark.parametrize(("name", "make", "part"), list(inner_models()))
+def test_a_part_of_a_merging_model_is_neither_removed_nor_applied(name, make, part, pixels):
+    model = make().eval()
+    inner, config = part(model), MergeConfig(ratio=0.8)
+    apply(model, config)
+    count = tokens(tower_of(model), pixels)
+    with merge_tokens(model, MergeConfig(tokens=4)):
+        assert tokens(tower_of(model), pixels) < count
+    for call in (
+        remove,
+        lambda m: apply(m, MergeConfig(tokens=4)),
+        lambda m: merge_tokens(m, config).__enter__(),
+    ):
+        with pytest.raises(ValueError, match=f"merges as that of a {name}: remove that first"):
+            call(inner)
+    assert applied(model) == config and tokens(tower_of(model), pixels) == count
+    remove(model)
+    assert applied(model) is None and not hasattr(model.config, "token_merging")
+
+
+@pytest.mark.parametrize(("name", "make", "part"), list(inner_models()))
+def test_a_model_around_a_merging_one_is_not_applied_and_removes_it(name, make, part, pixels):
+    model = make().eval()
+    inner, config = part(model), MergeConfig(ratio=0.8)
+    apply(inner, config)
+    count = tokens(tower_of(model), pixels)
+    with pytest.raises(ValueError, match=f"of this {name} merges as that of a .*: remove that first"):
+        apply(model, MergeConfig(tokens=4))
+    assert applied(inner) == config and tokens(tower_of(model), pixels) == count
+    remove(model)
+    assert applied(inner) is None and not hasattr(inner.config, "token_merging")
+    assert tokens(tower_of(model), pixels) > count

@@ -79,7 +79,7 @@ def test_a_misspelt_value_is_refused_before_loading(text, message, loads):
         ("resize=[3,4]", MergeConfig(resize=(3, 4))),
         ("ratio=0.9,proportional=false", MergeConfig(ratio=0.9, proportional=False)),
         ('merging={"tokens":9,"site":"block"}', MergeConfig(tokens=9, site="block")),
-        ("dtype=float32", None),
+        ("dtype=float32", MergeConfig(ratio=1.0)),  # however it was saved to merge
     ],
 )
 def test_every_field_is_a_key(text, config, loads):

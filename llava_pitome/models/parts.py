@@ -74,6 +74,12 @@ class ModelParts(NamedTuple):
     passes_kwargs: bool
     llava: LlavaParts | None
 
+    @property
+    def num_inner_models(self) -> int:
+        """Models inside this one that could merge alone: its vision tower, and a LLaVA without its head."""
+        has_head = self.llava is not None and self.llava.multimodal is not self.model
+        return (self.tower is not self.model) + has_head
+
 
 class LanguageModelAdapter(Protocol):
     """What differs between families of language models; see `models.hf_language_model.LlamaLike`."""
