@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import MergeHandle, handle_of, merges_somewhere
+from llava_pitome.hooks.handle import MergeHandle, handle_of
 from llava_pitome.hooks.hook_owner import remove_hooks
 from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.kernels import has_triton, supports_triton
@@ -112,7 +112,7 @@ def _uninstall(model: nn.Module, handle: MergeHandle, keeps_place: bool = False)
         keeps_place: it will be installed again, and its processor is not to write for it meanwhile.
     """
     owns_processor = handle.model is model  # a copy shares the processor with the model that it is a copy of
-    handle.remove(model)
+    handle.remove(model, hf_llava.vision_tower(model))
     if handle.processor is not None and owns_processor:
         if keeps_place:
             processors.set_token_counts(handle.processor, None, handle)
@@ -154,18 +154,20 @@ def remove(model: nn.Module) -> None:
     """
     done: set[int] = set()
     for module in list(model.modules()):
-        if id(module) in done or not hf_llava.is_supported(module) or not merges_somewhere(module):
+        tower = None if id(module) in done else hf_llava.vision_tower(module)
+        if tower is None or handle_of(tower) is None:
             continue
         parts = hf_llava.find(module)
-        if handle_of(parts.tower).num_inner_models >= parts.num_inner_models:
-            _uninstall(module, _handle(parts))
+        if handle_of(tower).num_inner_models >= parts.num_inner_models:
+            _uninstall(parts.model, _handle(parts))
             done.update(id(part) for part in module.modules())
     remove_hooks(model)  # those on copies of single parts
 
 
 def applied(model: nn.Module) -> MergeConfig | None:
     """How a model merges now; None where it does not."""
-    handle = handle_of(hf_llava.find(model).tower) if merges_somewhere(model) else None
+    tower = hf_llava.vision_tower(model)
+    handle = None if tower is None else handle_of(tower)
     return handle.config if handle is not None else None
 
 

@@ -1,6 +1,8 @@
 """Merging in models of the original package."""
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import originals
@@ -11,6 +13,7 @@ from originals import IMAGE, ROWS, generate, pad
 from prompts import RECIPES
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
+from llava_pitome.api import applied
 
 BEST = MergeConfig.recipe("best", tokens=6)
 CONFIGS = [*RECIPES, BEST, MergeConfig(decoder={1: 0.5}, method="fastv")]
@@ -64,6 +67,31 @@ def test_prompt_and_cache_lengths_are_those_of_the_config(original, pixels, conf
     kept = config.llm_lengths(tokens, 3)
     assert out.logits.shape[1] == tokens + WORDS
     assert [out.past_key_values.get_seq_length(i) for i in range(3)] == [n + WORDS for n in kept[:-1]]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_merging_model_is_freed(clip_folder, inputs, config):
+    model = originals.make_original(clip_folder)
+    apply(model, config)
+    model(**inputs, labels=inputs["input_ids"].clamp(min=0)).loss.backward()
+    reference = weakref.ref(model.get_model().layers[0])
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_copy_merges_and_a_tower_outside_of_the_modules_is_given_back(original, inputs, config):
+    with torch.no_grad():
+        plain = original(**inputs).logits
+        original.get_model().vision_tower = [original.get_model()._modules.pop("vision_tower")]  # as for FSDP
+        with merge_tokens(original, config):
+            expected, other = original(**inputs).logits, copy.deepcopy(original)
+            assert applied(other) == applied(original) == config
+            assert torch.equal(other(**inputs).logits, expected)
+        assert applied(original) is None and torch.equal(original(**inputs).logits, plain)
+        remove(other)
+        assert applied(other) is None and torch.equal(other(**inputs).logits, plain)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -92,7 +92,7 @@ class MergeHandle(HookOwner):
             llm: as given before.
         """
         with ExitStack() as undo:
-            undo.callback(self.remove, parts.model)
+            undo.callback(self.remove, parts.model, parts.tower)
             self._model = weakref.ref(parts.model)
             setattr(parts.tower, HANDLE, self)
             if self._checks is not None:
@@ -109,16 +109,22 @@ class MergeHandle(HookOwner):
         """The model that it was installed on, and not a copy of it; None where that is gone."""
         return self._model()
 
-    def remove(self, model: nn.Module) -> None:
-        """Removes every hook from a model, or from a copy of one, and drops the last forward pass."""
+    def remove(self, model: nn.Module, tower: nn.Module) -> None:
+        """Removes every hook from a model, or from a copy of one, and drops the last forward pass.
+
+        Args:
+            model: without wrappers.
+            tower: its vision tower, which the original package may keep outside of its modules.
+        """
         if self.model is model:
             for handle in self._removable:  # also those on modules that the model has lost since
                 handle.remove()
             self._removable.clear()
-        remove_hooks(model)
-        restore_attention(model)
-        for module in model.modules():
-            vars(module).pop(HANDLE, None)
+        for root in (model, tower):
+            remove_hooks(root)
+            restore_attention(root)
+            for module in root.modules():
+                vars(module).pop(HANDLE, None)
         for hooks in self._hooks:
             hooks.forget()
         forget()
@@ -184,8 +190,3 @@ def _no_model() -> None:
 def handle_of(tower: nn.Module) -> MergeHandle | None:
     """The handle whose hooks are on a vision tower, which may be a copy; None where it does not merge."""
     return vars(tower).get(HANDLE)
-
-
-def merges_somewhere(root: nn.Module) -> bool:
-    """Whether a module is or contains a vision tower that merges."""
-    return any(HANDLE in vars(module) for module in root.modules())

@@ -103,6 +103,19 @@ def is_supported(module: nn.Module) -> bool:
     return bool(names & {original_llava.MODEL, *LLAVAS, *AROUND_TOWER, *TOWERS})
 
 
+def vision_tower(model: nn.Module) -> nn.Module | None:
+    """The vision tower of a model, whether its tokens can merge or not; None where `find` knows no tower."""
+    model = unwrap(model)
+    if not is_supported(model):
+        return None
+    names = {c.__name__ for c in type(model).__mro__}
+    if original_llava.MODEL in names:
+        around = model.get_vision_tower()
+        return None if around is None or not around.is_loaded else around.vision_tower
+    inner = getattr(model, "model", model)
+    return unwrap(inner.vision_tower) if names & set(LLAVAS) else _tower_alone(model)
+
+
 def check(parts: ModelParts, config: MergeConfig) -> None:
     """Raises ValueError for a config that the model does not support."""
     tokens = config.tokens_at(parts.patches, parts.num_feature_layers)
