@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.hooks.handle import MergeHandle, handle_of
-from llava_pitome.hooks.hook_owner import owners, remove_hooks
+from llava_pitome.hooks.handle import MergeHandle, handle_of, merges_somewhere
+from llava_pitome.hooks.hook_owner import remove_hooks
 from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.kernels import has_triton, supports_triton
 from llava_pitome.models import adapters, checkpoints, hf_language_model, hf_llava, processors
@@ -64,7 +64,7 @@ def apply(
     previous = _handle(parts)
     with ExitStack() as undo:
         if previous is not None:
-            undo.callback(_install_again, model, previous, previous.is_on(parts.model))
+            undo.callback(_install_again, model, previous, previous.model is parts.model)
             _uninstall(parts.model, previous)
         undo.callback(_uninstall, parts.model, handle)
         _install(parts, handle)
@@ -76,17 +76,24 @@ def _handle(parts: ModelParts) -> MergeHandle | None:
     """The handle whose hooks are on a model, which may be a copy of the one it was applied to.
 
     Raises:
-        ValueError: the vision tower merges as the part of another model.
+        ValueError: the vision tower merges as a part of another model.
     """
     handle = handle_of(parts.tower)
-    if handle is not None and handle.num_inner_models != parts.num_inner_models:
-        other = f"a {handle.model_class}" if handle.num_inner_models else "a vision tower alone"
-        if handle.is_whole and not parts.num_inner_models:
-            other = "a LLaVA"
-        raise ValueError(
-            f"the vision tower of this {type(parts.model).__name__} merges as {other}: remove that first"
-        )
-    return handle
+    if handle is None or _is_of(handle, parts):
+        return handle
+    other = "LLaVA" if handle.is_whole else "vision tower alone"
+    raise ValueError(
+        f"the vision tower of this {type(parts.model).__name__} merges as that of a "
+        f"{other if handle.model is None else type(handle.model).__name__}: remove that first"
+    )
+
+
+def _is_of(handle: MergeHandle, parts: ModelParts) -> bool:
+    """Whether hooks on a model's vision tower belong to the model, and not to one around or inside it."""
+    if handle.model is parts.model:
+        return True
+    is_same_tower = handle.model is not None and any(x is parts.tower for x in handle.model.modules())
+    return not is_same_tower and handle.num_inner_models == parts.num_inner_models
 
 
 def _install(parts: ModelParts, handle: MergeHandle) -> None:
@@ -110,7 +117,7 @@ def _uninstall(model: nn.Module, handle: MergeHandle, keeps_place: bool = False)
         handle: whose hooks are on it.
         keeps_place: it will be installed again, and its processor is not to write for it meanwhile.
     """
-    owns_processor = handle.is_on(model)  # a copy shares the processor with the model that it is a copy of
+    owns_processor = handle.model is model  # a copy shares the processor with the model that it is a copy of
     handle.remove(model)
     if handle.processor is not None and owns_processor:
         if keeps_place:
@@ -151,12 +158,15 @@ def remove(model: nn.Module) -> None:
     Raises:
         ValueError: the model is a part of one that merges.
     """
-    done: set[int] = set()
+    done, inside = set(), {id(module) for module in model.modules()}
     for module in list(model.modules()):
-        if id(module) in done or not hf_llava.is_supported(module) or not owners(module):
+        if id(module) in done or not hf_llava.is_supported(module) or not merges_somewhere(module):
             continue
         parts = hf_llava.find(module)
-        if handle_of(parts.tower).num_inner_models >= parts.num_inner_models:
+        handle = handle_of(parts.tower)
+        if handle is None or id(handle.model) in inside - {id(module)}:
+            continue
+        if handle.num_inner_models >= parts.num_inner_models:  # else a model inside merges, which comes later
             _uninstall(module, _handle(parts))
             done.update(id(part) for part in module.modules())
     remove_hooks(model)  # those on copies of single parts
@@ -164,7 +174,7 @@ def remove(model: nn.Module) -> None:
 
 def applied(model: nn.Module) -> MergeConfig | None:
     """How a model merges now; None where it does not."""
-    handle = handle_of(hf_llava.find(model).tower) if owners(model) else None
+    handle = handle_of(hf_llava.find(model).tower) if merges_somewhere(model) else None
     return handle.config if handle is not None else None
 
 
@@ -208,7 +218,7 @@ def merge_tokens(
     outer = _handle(parts)
     with ExitStack() as undo:
         if outer is not None:
-            undo.callback(_install_again, model, outer, outer.is_on(parts.model))
+            undo.callback(_install_again, model, outer, outer.model is parts.model)
             _uninstall(parts.model, outer, keeps_place=True)
         inner = apply(model, config, processor, kernels=kernels)
         undo.callback(remove, model)

@@ -142,20 +142,43 @@ def test_remove_finds_models_inside_of_others(config, around, model, processor, 
     assert torch.equal(logits(model, processor, pictures), dense)
 
 
-def test_the_tower_of_a_merging_llava_is_not_removed_or_applied_alone(model, processor, pictures):
-    apply(model, MergeConfig(ratio=0.8), processor)
-    expected = logits(model, processor, pictures)
-    tower = model.model.vision_tower
-    for call in (lambda: remove(tower), lambda: apply(tower, MergeConfig(ratio=0.9))):
-        with pytest.raises(ValueError, match="merges as a LLaVA: remove that first"):
+def clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    vision = make_model().config.vision_config.to_dict()
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config={"num_hidden_layers": 1})).eval()
+
+
+@pytest.mark.parametrize(
+    "make, part", [(make_model, "model"), (make_model, "model.vision_tower"), (clip, "vision_model")]
+)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_part_of_a_merging_model_does_not_stop_or_merge_alone(make, part, copied):
+    model = make()
+    apply(model, MergeConfig(ratio=0.8))
+    if copied:
+        model = copy.deepcopy(model)
+    inner = model.get_submodule(part)
+
+    def encode():
+        with torch.no_grad():
+            return model.get_image_features(pixel_values=images()).last_hidden_state
+
+    expected = encode()
+    if copied and part != "model.vision_tower":
+        remove(model)
+        return
+    for call in (lambda: remove(inner), lambda: apply(inner, MergeConfig(ratio=0.9))):
+        with pytest.raises(ValueError, match="remove that first"):
             call()
-    assert torch.equal(logits(model, processor, pictures), expected)
+    assert torch.equal(encode(), expected) and applied(inner) == MergeConfig(ratio=0.8)
     remove(model)
-    apply(tower, MergeConfig(ratio=0.8))
-    with pytest.raises(ValueError, match="merges as a vision tower alone: remove that first"):
+    assert applied(model) is applied(inner) is None
+    apply(inner, MergeConfig(ratio=0.8))
+    with pytest.raises(ValueError, match="remove that first"):
         apply(model, MergeConfig(ratio=0.9))
-    remove(model)  # which contains the tower
-    assert applied(tower) is None
+    remove(model)  # which contains the part
+    assert applied(inner) is None
 
 
 # Copies of parts, as peft makes them

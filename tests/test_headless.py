@@ -381,7 +381,7 @@ def test_a_part_of_a_merging_model_is_neither_removed_nor_applied(name, make, pa
         lambda m: apply(m, MergeConfig(tokens=4)),
         lambda m: merge_tokens(m, config).__enter__(),
     ):
-        with pytest.raises(ValueError, match=f"merges as a (LLaVA|{name}): remove that first"):
+        with pytest.raises(ValueError, match=f"merges as that of a {name}: remove that first"):
             call(inner)
     assert applied(model) == config and tokens(tower_of(model), pixels) == count
     remove(model)
@@ -394,9 +394,27 @@ def test_a_model_around_a_merging_one_is_not_applied_and_removes_it(name, make, 
     inner, config = part(model), MergeConfig(ratio=0.8)
     apply(inner, config)
     count = tokens(tower_of(model), pixels)
-    with pytest.raises(ValueError, match=f"of this {name} merges as a .*: remove that first"):
+    with pytest.raises(ValueError, match=f"of this {name} merges as that of a .*: remove that first"):
         apply(model, MergeConfig(tokens=4))
     assert applied(inner) == config and tokens(tower_of(model), pixels) == count
     remove(model)
     assert applied(inner) is None and not hasattr(inner.config, "token_merging")
     assert tokens(tower_of(model), pixels) > count
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize(("name", "make", "part"), list(inner_models()))
+def test_copies_tell_their_parts_apart_too(name, make, part, copies, pixels):
+    model, config = make().eval(), MergeConfig(ratio=0.8)
+    for applied_to, other in ((lambda m: m, part), (part, lambda m: m)):
+        apply(applied_to(model), config)
+        whole = copy.deepcopy(model) if copies else model
+        count = tokens(tower_of(whole), pixels)
+        with pytest.raises(ValueError, match="remove that first"):
+            apply(other(whole), MergeConfig(tokens=4))
+        assert tokens(tower_of(whole), pixels) == count
+        remove(whole)
+        assert applied(whole) is None and tokens(tower_of(whole), pixels) > count
+        assert not hasattr(whole.config, "token_merging") and not hasattr(part(whole).config, "token_merging")
+        remove(model)
+        assert applied(model) is None and not hasattr(part(model).config, "token_merging")

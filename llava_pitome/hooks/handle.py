@@ -12,7 +12,7 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.attention_capture import restore_attention
 from llava_pitome.hooks.call_checks import CallChecks
 from llava_pitome.hooks.current_pass import encoded, forget, kept, push_encoded, take_encoded
-from llava_pitome.hooks.hook_owner import HookOwner, owners, remove_hooks
+from llava_pitome.hooks.hook_owner import HookOwner, remove_hooks
 from llava_pitome.hooks.image_features import probe
 from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.language_model import LanguageModelHooks
@@ -21,6 +21,8 @@ from llava_pitome.hooks.projector import ProjectorHooks, ProjectorPass, feature_
 from llava_pitome.hooks.vision_tower import TowerPass, VisionTowerHooks
 from llava_pitome.merge.plan import MergePlan
 from llava_pitome.models.parts import LanguageModelParts, ModelParts
+
+HANDLE = "token_merging_handle"  # the attribute of a vision tower that holds its handle
 
 
 class MergeHandle(HookOwner):
@@ -36,7 +38,6 @@ class MergeHandle(HookOwner):
         projector: the hooks on the projector; None where nothing needs them.
         language_model: the hooks on the language model; None where nothing changes there.
         is_whole: whether the model is a LLaVA, and not a vision tower alone.
-        model_class: the name of the model's class.
         num_inner_models: as of `models.parts.ModelParts`.
         processor: that was fitted to the model; None: none was.
         config_before: the merge config that the model's config held before, as a dict.
@@ -58,7 +59,7 @@ class MergeHandle(HookOwner):
         """
         self.handle, self.config, self.kernels = self, config, kernels
         self.is_whole = parts.llava is not None
-        self.model_class, self.num_inner_models = type(parts.model).__name__, parts.num_inner_models
+        self.num_inner_models = parts.num_inner_models
         triton = kernels == "triton"
         self.projector: ProjectorHooks | None = None
         self.language_model: LanguageModelHooks | None = None
@@ -76,7 +77,7 @@ class MergeHandle(HookOwner):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: without what holds for the original model alone."""
-        return vars(self) | {"_removable": [], "_model": _no_model}
+        return vars(self) | {"_removable": [], "_model": _no_model, "processor": None}
 
     @property
     def _hooks(self) -> list[VisionTowerHooks | ProjectorHooks | LanguageModelHooks]:
@@ -92,6 +93,7 @@ class MergeHandle(HookOwner):
         with ExitStack() as undo:
             undo.callback(self.remove, parts.model)
             self._model = weakref.ref(parts.model)
+            setattr(parts.tower, HANDLE, self)
             if self._checks is not None:
                 self._checks.install(parts, self._removable)
             self.tower.install(parts, self._removable)
@@ -101,22 +103,21 @@ class MergeHandle(HookOwner):
                 self.language_model.install(llm, self._removable)
             undo.pop_all()
 
-    def is_on(self, model: nn.Module) -> bool:
-        """Whether it was installed on this very model, and not on one that it is a copy of."""
-        return self._model() is model
-
-    def is_model_alive(self) -> bool:
-        """Whether the model that it was installed on exists."""
-        return self._model() is not None
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that it was installed on, and not a copy of it; None where that is gone."""
+        return self._model()
 
     def remove(self, model: nn.Module) -> None:
         """Removes every hook from a model, or from a copy of one, and drops the last forward pass."""
-        if self.is_on(model):
+        if self.model is model:
             for handle in self._removable:  # also those on modules that the model has lost since
                 handle.remove()
             self._removable.clear()
         remove_hooks(model)
         restore_attention(model)
+        for module in model.modules():
+            vars(module).pop(HANDLE, None)
         for hooks in self._hooks:
             hooks.forget()
         forget()
@@ -180,5 +181,10 @@ def _no_model() -> None:
 
 
 def handle_of(tower: nn.Module) -> MergeHandle | None:
-    """The handle whose hooks are on a vision tower; None where it does not merge."""
-    return next((owner.handle for owner in owners(tower)), None)
+    """The handle whose hooks are on a vision tower, which may be a copy; None where it does not merge."""
+    return vars(tower).get(HANDLE)
+
+
+def merges_somewhere(root: nn.Module) -> bool:
+    """Whether a module is or contains a vision tower that merges."""
+    return any(HANDLE in vars(module) for module in root.modules())

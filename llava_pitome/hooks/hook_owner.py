@@ -13,7 +13,8 @@ from torch import nn
 
 from llava_pitome.hooks.current_pass import enter_attention
 
-# torch's dicts of hooks by id, and those that say more about the hooks in them
+# torch's dicts of hooks by id, and those that say more about the hooks in them. They are private, but torch has
+# no other way to find the hooks of a copy; those of the model itself are removed by torch's own handles.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 SETTINGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
@@ -22,7 +23,7 @@ class HookOwner:
     """The base of objects whose bound methods are registered as hooks.
 
     Attributes:
-        handle: the MergeHandle that it belongs to; None in tests of one place alone.
+        handle: the MergeHandle that it belongs to.
     """
 
     handle: Any = None
@@ -40,12 +41,6 @@ def owner_of(hook: Any) -> HookOwner | None:
     """The owner of a hook; None for hooks that are not of this package."""
     owner = getattr(hook.func if isinstance(hook, partial) else hook, "__self__", None)
     return owner if isinstance(owner, HookOwner) else None
-
-
-def owners(root: nn.Module) -> list[HookOwner]:
-    """The owners of all hooks on a module and its submodules, each once."""
-    found = {id(owner): owner for _, _, hook in _hooks(root) if (owner := owner_of(hook)) is not None}
-    return list(found.values())
 
 
 def remove_hooks(root: nn.Module) -> None:

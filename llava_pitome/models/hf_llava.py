@@ -16,7 +16,7 @@ SUPPORTED = (
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.
 TOWERS = {"CLIPVisionModel": (1, True), "SiglipVisionModel": (0, False)}
-LLAVA = ("LlavaForConditionalGeneration", "LlavaModel")  # with and without a language model head
+LLAVAS = ("LlavaForConditionalGeneration", "LlavaModel")  # the second has no language modeling head
 AROUND_TOWER = ("CLIPVisionModelWithProjection", "CLIPModel", "SiglipModel")  # their tower is `vision_model`
 
 
@@ -66,9 +66,9 @@ def _llava(model: nn.Module) -> LlavaParts | None:
     names = [c.__name__ for c in type(model).__mro__]
     if original_llava.MODEL in names:
         return original_llava.llava_parts(model)
-    if not set(LLAVA) & set(names):
+    if not set(LLAVAS) & set(names):
         return None
-    inner, config = getattr(model, "model", model), model.config  # a LlavaModel has no head around it
+    inner, config = getattr(model, "model", model), model.config
     return LlavaParts(
         tower=inner.vision_tower,
         feature_layer=config.vision_feature_layer,
@@ -100,7 +100,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_supported(module: nn.Module) -> bool:
     """Whether `find` knows the class of a module without wrappers."""
     names = {c.__name__ for c in type(module).__mro__}
-    return bool(names & {original_llava.MODEL, *LLAVA, *AROUND_TOWER, *TOWERS})
+    return bool(names & {original_llava.MODEL, *LLAVAS, *AROUND_TOWER, *TOWERS})
 
 
 def check(parts: ModelParts, config: MergeConfig) -> None:
