@@ -79,21 +79,15 @@ def _handle(parts: ModelParts) -> MergeHandle | None:
         ValueError: the vision tower merges as a part of another model.
     """
     handle = handle_of(parts.tower)
-    if handle is None or _is_of(handle, parts):
+    if handle is None or handle.model is parts.model:
         return handle
-    other = "LLaVA" if handle.is_whole else "vision tower alone"
-    raise ValueError(
-        f"the vision tower of this {type(parts.model).__name__} merges as that of a "
-        f"{other if handle.model is None else type(handle.model).__name__}: remove that first"
-    )
-
-
-def _is_of(handle: MergeHandle, parts: ModelParts) -> bool:
-    """Whether hooks on a model's vision tower belong to the model, and not to one around or inside it."""
-    if handle.model is parts.model:
-        return True
-    is_same_tower = handle.model is not None and any(x is parts.tower for x in handle.model.modules())
-    return not is_same_tower and handle.num_inner_models == parts.num_inner_models
+    is_part = handle.model is not None and any(x is parts.tower for x in handle.model.modules())
+    if is_part or handle.num_inner_models != parts.num_inner_models:
+        raise ValueError(
+            f"the vision tower of this {type(parts.model).__name__} merges as that of a "
+            f"{handle.model_class}: remove that first"
+        )
+    return handle
 
 
 def _install(parts: ModelParts, handle: MergeHandle) -> None:
@@ -158,15 +152,12 @@ def remove(model: nn.Module) -> None:
     Raises:
         ValueError: the model is a part of one that merges.
     """
-    done, inside = set(), {id(module) for module in model.modules()}
+    done: set[int] = set()
     for module in list(model.modules()):
         if id(module) in done or not hf_llava.is_supported(module) or not merges_somewhere(module):
             continue
         parts = hf_llava.find(module)
-        handle = handle_of(parts.tower)
-        if handle is None or id(handle.model) in inside - {id(module)}:
-            continue
-        if handle.num_inner_models >= parts.num_inner_models:  # else a model inside merges, which comes later
+        if handle_of(parts.tower).num_inner_models >= parts.num_inner_models:
             _uninstall(module, _handle(parts))
             done.update(id(part) for part in module.modules())
     remove_hooks(model)  # those on copies of single parts

@@ -13,8 +13,8 @@ from torch import nn
 
 from llava_pitome.hooks.current_pass import enter_attention
 
-# torch's dicts of hooks by id, and those that say more about the hooks in them. They are private, but torch has
-# no other way to find the hooks of a copy; those of the model itself are removed by torch's own handles.
+# torch's dicts of hooks by id, and those that say more about the hooks in them. They are private, but torch
+# has no other way to find the hooks of a copy; those of the model itself are removed by torch's own handles.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 SETTINGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
