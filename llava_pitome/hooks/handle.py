@@ -38,6 +38,7 @@ class MergeHandle(HookOwner):
         projector: the hooks on the projector; None where nothing needs them.
         language_model: the hooks on the language model; None where nothing changes there.
         is_whole: whether the model is a LLaVA, and not a vision tower alone.
+        model_class: the name of the model's class.
         num_inner_models: as of `models.parts.ModelParts`.
         processor: that was fitted to the model; None: none was.
         config_before: the merge config that the model's config held before, as a dict.
@@ -59,7 +60,7 @@ class MergeHandle(HookOwner):
         """
         self.handle, self.config, self.kernels = self, config, kernels
         self.is_whole = parts.llava is not None
-        self.num_inner_models = parts.num_inner_models
+        self.model_class, self.num_inner_models = type(parts.model).__name__, parts.num_inner_models
         triton = kernels == "triton"
         self.projector: ProjectorHooks | None = None
         self.language_model: LanguageModelHooks | None = None
