@@ -400,3 +400,21 @@ def test_a_model_around_a_merging_one_is_not_applied_and_removes_it(name, make, 
     remove(model)
     assert applied(inner) is None and not hasattr(inner.config, "token_merging")
     assert tokens(tower_of(model), pixels) > count
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize(("name", "make", "part"), list(inner_models()))
+def test_copies_tell_their_parts_apart_too(name, make, part, copies, pixels):
+    model, config = make().eval(), MergeConfig(ratio=0.8)
+    for applied_to, other in ((lambda m: m, part), (part, lambda m: m)):
+        apply(applied_to(model), config)
+        whole = copy.deepcopy(model) if copies else model
+        count = tokens(tower_of(whole), pixels)
+        with pytest.raises(ValueError, match="remove that first"):
+            apply(other(whole), MergeConfig(tokens=4))
+        assert tokens(tower_of(whole), pixels) == count
+        remove(whole)
+        assert applied(whole) is None and tokens(tower_of(whole), pixels) > count
+        assert not hasattr(whole.config, "token_merging") and not hasattr(part(whole).config, "token_merging")
+        remove(model)
+        assert applied(model) is None and not hasattr(part(model).config, "token_merging")
