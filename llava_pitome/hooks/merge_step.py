@@ -224,14 +224,22 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _Thread(threading.local):
-    """The forward pass that this thread runs, and the attention module it entered last."""
+class _Known:
+    """The forward pass that a thread runs, and the attention module it entered last."""
 
     def __init__(self) -> None:
         """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
         self.state: Any = None
         self.attention: Any = None
         self.encoded: Any = None
+
+
+class _Thread(threading.local):
+    """What each thread knows; an object of its own, since torch.compile loses attributes set on a local."""
+
+    def __init__(self) -> None:
+        """Starts outside of any forward pass."""
+        self.known = _Known()
 
 
 _thread = _Thread()
@@ -244,33 +252,35 @@ def enter_pass(state: Any) -> None:
     another thread. Hooks on modules that take no keyword arguments, such as norms and MLPs, find it here. It
     is not kept alive here, since nothing ends a recomputation.
     """
-    _thread.state, _thread.attention = _reference(state), None
+    known = _thread.known
+    known.state, known.attention = _reference(state), None
 
 
 def enter_attention(module: nn.Module, _args: tuple, kwargs: dict) -> None:
     """A pre-hook for attention modules that keep their keyword arguments from the attention function."""
-    _thread.state, _thread.attention = _reference(kwargs.get(STATE)), module
+    known = _thread.known
+    known.state, known.attention = _reference(kwargs.get(STATE)), module
 
 
 def state_of_attention(module: nn.Module) -> Any:
     """The state of the forward pass that entered an attention module by `enter_attention`; None elsewhere."""
-    return _referent(_thread.state) if _thread.attention is module else None
+    return _referent(_thread.known.state) if _thread.known.attention is module else None
 
 
 def current_pass(owner: Any) -> Any:
     """The state of the forward pass that this thread runs, if it belongs to `owner`; None otherwise."""
-    state = _referent(_thread.state)
+    state = _referent(_thread.known.state)
     return state if state is not None and state.owner is owner else None
 
 
 def keep_encoded(state: Any) -> None:
     """Keeps the state of this thread's pass through the tower for the projector; None drops it."""
-    _thread.encoded = state
+    _thread.known.encoded = state
 
 
 def encoded_pass(owner: Any) -> Any:
     """The state of this thread's last pass through the tower, if it belongs to `owner`; None otherwise."""
-    state = _thread.encoded
+    state = _thread.known.encoded
     return state if state is not None and state.owner is owner else None
 
 
