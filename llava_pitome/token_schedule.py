@@ -226,7 +226,10 @@ class TokenCounts:
 
     def tokens_at(self, patches: int, layers: int) -> int:
         """Returns the image tokens before the language model's first layer, of an image's `patches`."""
-        encoded = self.patches_at(patches)
+        return self.tokens_of(self.patches_at(patches), layers)
+
+    def tokens_of(self, encoded: int, layers: int) -> int:
+        """Returns the image tokens before the language model's first layer, of patches after `resize`."""
         return self.prefix_length(self.lengths(encoded, layers)[-1], encoded, layers)
 
     def llm_lengths(self, tokens: int, layers: int) -> tuple[int, ...]:

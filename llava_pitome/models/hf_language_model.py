@@ -60,21 +60,19 @@ class LlamaLike:
 
         Args:
             inputs: what the module is called with.
-            last_patches: patches of the images that were encoded last. Features that were encoded before
-                the call may have been cut where a prompt is prefilled in chunks, so that their own length
-                can mislead.
+            last_patches: patches, after `resize`, of the images that were encoded last. Features that were
+                encoded before the call may have been cut where a prompt is prefilled in chunks, so that their
+                own length can mislead.
         """
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             if not last_patches:
                 return len(encoded.pooler_output[0])
-            return self._tokens(last_patches)
+            return self.config.tokens_of(last_patches, self._num_feature_layers) + self._num_prefix
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return None
-        return self._tokens((pixels.shape[-2] // self._patch_size) * (pixels.shape[-1] // self._patch_size))
-
-    def _tokens(self, patches: int) -> int:
+        patches = (pixels.shape[-2] // self._patch_size) * (pixels.shape[-1] // self._patch_size)
         return self.config.tokens_at(patches, self._num_feature_layers) + self._num_prefix
 
     def projections(self, block: BlockParts) -> tuple[nn.Module, nn.Module]:
