@@ -212,7 +212,7 @@ class MergeConfig(TokenCounts):
         """
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r} is unknown; allowed are {', '.join(RECIPES)}")
-        changes = {k: v for k, v in changes.items() if v is not None}
+        changes = {k: frozen(v) for k, v in changes.items() if v is not None}
         fields = RECIPES[name] | changes
         other = changes.get("method", cls.method) != RECIPES[name].get("method", cls.method)
         if other and "parameters" not in changes:

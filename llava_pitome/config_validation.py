@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from llava_pitome.methods import METHODS
 from llava_pitome.methods.registry import check as check_method
+from llava_pitome.plain_values import plain
 
 
 class FrozenDict(dict):
@@ -28,12 +29,19 @@ class FrozenDict(dict):
 
 
 def frozen(value: Any) -> Any:
-    """The value with lists as tuples and dicts as FrozenDicts, all the way down."""
+    """The value with plain numbers, lists as tuples and dicts as FrozenDicts, all the way down.
+
+    Raises:
+        ValueError: a dict has two keys for one number, such as 8 and a tensor of 8.
+    """
     if isinstance(value, dict):
-        return FrozenDict({k: frozen(v) for k, v in value.items()})
+        found = FrozenDict({plain(k): frozen(v) for k, v in value.items()})
+        if len(found) < len(value):
+            raise ValueError(f"{value!r} names a key twice")
+        return found
     if isinstance(value, list | tuple):
         return tuple(frozen(v) for v in value)
-    return value
+    return plain(value)
 
 
 def _number(value: Any) -> bool:

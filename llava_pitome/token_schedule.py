@@ -5,17 +5,54 @@ r of N patches leaves N - floor(N - N r), the class token not counted (PiToMe, s
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
-from functools import lru_cache
-from math import floor, isqrt
+from math import fabs
+
+from llava_pitome.plain_values import plain
+
+LIMIT = 2**31 - 1  # tokens of an image; their products with a denominator up to it fit into 64 bits
+STEPS = 10**6  # of a common ratio
 
 
 def kept_by_ratio(tokens: int, ratio: float) -> int:
-    """Returns how many tokens the share `ratio` keeps, at least one.
+    """Returns how many tokens the share `ratio` in (0, 1] keeps, at least one.
 
-    Shares are read as the decimals they were written as, so that 0.9 of 10 is exactly 9.
+    Shares are read as the decimals they were written as, so that 0.9 of 10 is exactly 9. The arithmetic is of
+    whole numbers alone, so that `tokens` may be a SymInt of torch.compile.
+
+    Args:
+        tokens: from 1 to LIMIT.
+        ratio: the share.
     """
-    return max(tokens - floor(tokens * (1 - Fraction(str(ratio)))), 1)
+    return _kept(plain(tokens), *_removed_share(plain(ratio)))
+
+
+def _kept(tokens: int, removed: int, of: int) -> int:
+    """Returns the tokens that are left where the share removed / of, less than 1, is removed."""
+    return tokens - tokens * removed // of
+
+
+def _removed_share(ratio: float) -> tuple[int, int]:
+    """Returns 1 - ratio as a fraction, the numerator and a denominator of at most LIMIT.
+
+    Where the decimal needs a larger denominator, the result is the largest fraction below it. No fraction of
+    such a denominator lies between the two, so that floor(N f) is the same for every N up to LIMIT.
+    """
+    digits, _, exponent = str(fabs(ratio)).partition("e")
+    whole, _, decimals = digits.partition(".")
+    places = len(decimals) - int(exponent or 0)
+    of = 10 ** max(places, 0)
+    rest, divisor = of - int(whole + decimals), of
+    low, high = (0, 1), (1, 0)  # convergents of the continued fraction, the last one second
+    while divisor:
+        quotient, remainder = divmod(rest, divisor)
+        following = low[0] + quotient * high[0], low[1] + quotient * high[1]
+        if following[1] > LIMIT:
+            steps = (LIMIT - low[1]) // high[1]
+            other = low[0] + steps * high[0], low[1] + steps * high[1]
+            return high if high[0] * other[1] < other[0] * high[1] else other
+        low, high = high, following
+        rest, divisor = divisor, remainder
+    return high
 
 
 def kept_tokens(tokens: int, amount: float | int, setting: str) -> int:
@@ -24,6 +61,7 @@ def kept_tokens(tokens: int, amount: float | int, setting: str) -> int:
     Raises:
         ValueError: the amount exceeds the tokens; `setting` names the field of the config.
     """
+    amount = plain(amount)
     if isinstance(amount, float):
         return kept_by_ratio(tokens, amount)
     if amount > tokens:
@@ -36,20 +74,14 @@ def is_reduction(amount: float | int) -> bool:
     return isinstance(amount, int) or amount != 1
 
 
-@lru_cache(maxsize=256)
-def lengths(patches: int, ratios: tuple[float, ...]) -> tuple[int, ...]:
+def lengths(patches: int, ratios: Sequence[float]) -> tuple[int, ...]:
     """Returns the patches before the first layer and after each one: len(ratios) + 1 numbers."""
-    return _lengths(patches, ratios)
-
-
-def _lengths(patches: int, ratios: Sequence[float]) -> tuple[int, ...]:
-    counts = [patches]
+    counts = [plain(patches)]
     for ratio in ratios:
         counts.append(kept_by_ratio(counts[-1], ratio))
     return tuple(counts)
 
 
-@lru_cache(maxsize=256)  # the processor calls it once an image
 def lengths_for(patches: int, is_merging: tuple[bool, ...], tokens: int) -> tuple[int, ...]:
     """Returns lengths that end at exactly `tokens`, as close to one common ratio as whole tokens allow.
 
@@ -64,6 +96,7 @@ def lengths_for(patches: int, is_merging: tuple[bool, ...], tokens: int) -> tupl
     Raises:
         ValueError: `tokens` is not in [1, patches], or no layer may merge.
     """
+    patches = plain(patches)
     if not 1 <= tokens <= patches:
         raise ValueError(
             f"tokens={tokens} does not fit: this image has {patches} patches, allowed is 1 to {patches}"
@@ -75,20 +108,23 @@ def lengths_for(patches: int, is_merging: tuple[bool, ...], tokens: int) -> tupl
             f"tokens={tokens} needs a layer before the feature layer that can merge; there is none"
         )
     ratio = common_ratio(patches, sum(is_merging), tokens)
-    counts = _lengths(patches, [ratio if merges else 1.0 for merges in is_merging])
+    counts = lengths(patches, [ratio if merges else 1.0 for merges in is_merging])
     return tuple(max(count, tokens) for count in counts)
 
 
 def common_ratio(patches: int, layers: int, tokens: int) -> float:
     """Returns the largest ratio, to six decimals, that leaves at most `tokens` after the layers."""
-    low, high = 0, 10**6
+    low, high = 0, STEPS
     while high - low > 1:
         middle = (low + high) // 2
-        if _lengths(patches, (middle / 10**6,) * layers)[-1] <= tokens:
+        count = patches
+        for _ in range(layers):
+            count = _kept(count, STEPS - middle, STEPS)
+        if count <= tokens:
             low = middle
         else:
             high = middle
-    return low / 10**6
+    return low / STEPS
 
 
 def tokens_between(patches: int, tokens: int, last_share: float) -> int:
@@ -96,6 +132,7 @@ def tokens_between(patches: int, tokens: int, last_share: float) -> int:
 
     The second does `last_share` of the reduction, on a logarithmic scale: at 0.5 both keep the same ratio.
     """
+    patches = plain(patches)
     return max(min(round(patches * (tokens / patches) ** (1 - last_share)), patches), tokens)
 
 
@@ -140,9 +177,10 @@ class TokenCounts:
         Raises:
             ValueError: `resize` exceeds the image.
         """
+        patches = plain(patches)
         if self.resize is None:
             return patches
-        resized, side = self.resize[0] * self.resize[1], isqrt(patches)
+        resized, side = self.resize[0] * self.resize[1], round(patches**0.5)
         if (max(self.resize) > side) if side * side == patches else (resized > patches):
             raise ValueError(f"resize={self.resize} does not fit: this image has {patches} patches")
         return resized
@@ -188,7 +226,10 @@ class TokenCounts:
 
     def tokens_at(self, patches: int, layers: int) -> int:
         """Returns the image tokens before the language model's first layer, of an image's `patches`."""
-        encoded = self.patches_at(patches)
+        return self.tokens_of(self.patches_at(patches), layers)
+
+    def tokens_of(self, encoded: int, layers: int) -> int:
+        """Returns the image tokens before the language model's first layer, of patches after `resize`."""
         return self.prefix_length(self.lengths(encoded, layers)[-1], encoded, layers)
 
     def llm_lengths(self, tokens: int, layers: int) -> tuple[int, ...]:

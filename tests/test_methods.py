@@ -435,3 +435,24 @@ def test_a_parameter_may_be_true_or_false(monkeypatch):
             Flagged(flag=1)
     finally:
         METHODS.pop("flagged", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("remove", [5, 29])
+@pytest.mark.parametrize("method", METHODS)
+def test_parents_are_computed_in_float32_at_least(method, remove, autocast, dtype):
+    x = (tokens(2, 36, 8) + 20).to(dtype)  # similarities near 1, which half precision cannot tell apart
+    inputs = mapped(given(method, 2, 36, 8), lambda v: v.to(dtype) if v.is_floating_point() else v)
+    wide = mapped(inputs, lambda v: v.float() if v.is_floating_point() else v)
+    expected = parents(x.float(), remove, method, **wide)
+    with torch.autocast("cpu", enabled=autocast, dtype=torch.bfloat16):
+        assert torch.equal(parents(x, remove, method, **inputs), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parents_of_float64_are_computed_in_float64(method):
+    x = 1 + 1e-9 * tokens(2, 36, 8, dtype=EXACT)  # all the same in float32
+    inputs = given(method, 2, 36, 8, dtype=EXACT)
+    decided = choose(x, 9, method, **inputs).parent
+    assert torch.equal(parents(x, 9, method, **inputs), decided)

@@ -1,10 +1,78 @@
+import random
+from fractions import Fraction
 from itertools import pairwise
+from math import floor
 
 import pytest
+import torch
 
-from llava_pitome.token_schedule import common_ratio, kept_tokens, lengths, lengths_for, tokens_between
+from llava_pitome.token_schedule import (
+    LIMIT,
+    common_ratio,
+    kept_by_ratio,
+    kept_tokens,
+    lengths,
+    lengths_for,
+    tokens_between,
+)
 
 LLAVA = (True,) * 23  # LLaVA-1.5's layers that merge
+
+
+def exact(tokens, ratio):
+    """Returns how many tokens a share keeps, by the formula in exact fractions."""
+    return max(tokens - floor(tokens * (1 - Fraction(str(ratio)))), 1)
+
+
+def shares():
+    """Returns shares of every size, those with few decimals among them."""
+    draw = random.Random(0)
+    yield from (1, 1.0, 0.95, 0.5, 1 / 3, 2 / 3, 13 / 24, 0.1 + 0.2, 1e-5, 1e-9, 1e-10, 1e-300, 5e-324)
+    yield from (1 - 2**-53, 1 - 1e-10, 1 - 2**-31, 2**-31, 0.9999999995343387)
+    yield from (i / 1000 for i in range(1, 1000))
+    yield from (draw.random() for _ in range(1000))
+    yield from (10 ** -draw.uniform(0, 20) for _ in range(300))
+    yield from (1 - 10 ** -draw.uniform(0, 15.9) for _ in range(300))
+
+
+def test_a_share_of_any_count_is_exact():
+    draw = random.Random(1)
+    for ratio in shares():
+        drawn = (round(2 ** draw.uniform(0, 30.99)) for _ in range(20))
+        for tokens in (1, 2, 3, 7, 10, 36, 49, 196, 576, 577, 729, 2304, LIMIT - 1, LIMIT, *drawn):
+            assert kept_by_ratio(tokens, ratio) == exact(tokens, ratio), (tokens, ratio)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_shares_of_a_symbolic_count_are_exact(dynamic):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def shortened(x, ratio):
+        return x[:, : kept_by_ratio(x.shape[1], ratio)]
+
+    torch.compiler.reset()
+    compiled = torch.compile(shortened, backend=backend, dynamic=dynamic, fullgraph=True)
+    for tokens in (36, 40, 57, 576, 1000):
+        for ratio in (0.9, 1 / 3, 1e-9):
+            assert compiled(torch.zeros(2, tokens), ratio).shape[1] == exact(tokens, ratio)
+    assert len(graphs) <= (6 if dynamic is None else 3)  # none for another count, once that is symbolic
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1 / 3, 1e-9])
+def test_shares_of_a_symbolic_count_export(ratio):
+    class Kept(torch.nn.Module):
+        def forward(self, x):
+            return x.sum() + kept_by_ratio(x.shape[1], ratio)
+
+    tokens = {1: torch.export.Dim("tokens", min=2, max=4096)}
+    program = torch.export.export(Kept(), (torch.zeros(2, 36),), dynamic_shapes=(tokens,))
+    for count in (36, 57, 576):
+        assert program.module()(torch.zeros(2, count)) == exact(count, ratio)
 
 
 @pytest.mark.parametrize(

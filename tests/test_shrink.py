@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
 
+EOS = torch.tensor([2])  # which generate may not choose as the first token
+
 
 def smaller(pixels, grid):
     size = (grid[0] * 8, grid[1] * 8)
@@ -74,6 +76,49 @@ def test_merging_goes_on_from_the_smaller_picture(config, tokens, model, process
         for row, prompt in enumerate(PROMPTS):
             own = model(**single(processor, prompt, pictures)).logits[0]
             torch.testing.assert_close(out.logits[row, -len(own) :], own, rtol=0, atol=2e-4)
+
+
+ENCODED = [  # every config that reaches the language model, with every other place
+    {"decoder": {0: 2}},
+    {"decoder": {0: 0.5}},
+    {"decoder": {0: 0.5}, "positions": "original"},
+    {"decoder": {0: 3, 1: 2}, "llm_proportional": True},
+    {"ratio": 0.8, "decoder": {0: 2}},
+    {"ratio": 0.8, "positions": "original"},
+    {"tokens": 3, "decoder": {1: 2}, "positions": "original"},
+    {"tokens": 3, "prefix_share": 0.5, "llm_proportional": True},
+    {"ratio": 0.9, "prefix_share": 0.5, "decoder": {0: 2}},
+    {"prefix": 0.9, "decoder": {0: 2}, "llm_proportional": True, "positions": "original"},
+    {"prefix": 3, "decoder": {0: 0.5}},
+]
+
+
+@pytest.mark.parametrize("resize", [(1, 4), (4, 1), (2, 3), (2, 2), (5, 5), (6, 6)])
+@pytest.mark.parametrize("changes", ENCODED, ids=str)
+def test_images_encoded_before_a_call_are_resized_once(changes, resize, processor, pictures):
+    model = make_model()
+    with merge_tokens(model, MergeConfig(resize=resize, **changes), processor), torch.no_grad():
+        inputs = batch(processor, PROMPTS, pictures)
+        expected = model(**inputs).logits[:, -1]
+        pixels = inputs.pop("pixel_values")
+        encoded = {"image": model.get_image_features(pixels, return_dict=True)}
+        found = model(**inputs, mm_encoder_outputs=encoded).logits[:, -1]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        inputs["pixel_values"] = pixels
+        assert torch.equal(
+            generate(model, inputs, 1)[:, 0], expected.index_fill(1, EOS, -torch.inf).argmax(1)
+        )
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("changes", ENCODED[:4] + ENCODED[7:8], ids=str)
+def test_resized_images_are_generated_from_in_batches_and_beams(changes, beams, model, processor, pictures):
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    with merge_tokens(model, MergeConfig(resize=(1, 4), **changes), processor):
+        found = model.generate(**batch(processor, PROMPTS, pictures), **options)[:, -4:]
+        for row, prompt in enumerate(PROMPTS):
+            own = model.generate(**single(processor, prompt, pictures), **options)[:, -4:]
+            assert torch.equal(found[row : row + 1], own)
 
 
 def test_a_smaller_picture_is_told_apart_from_its_neighbour(model, processor, pictures):

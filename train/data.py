@@ -110,7 +110,8 @@ class ConversationDataset(Dataset):
     def _encode(self, i: int) -> dict[str, Any]:
         conversation = self._parse(self.indices[i])
         ids, labels = encode(self._processor, conversation, self._max_length, self._unmerged_tokens)
-        item: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        rows = {"input_ids": ids, "labels": labels}
+        item: dict[str, Any] = {name: torch.tensor(row, device="cpu") for name, row in rows.items()}
         count = ids.count(self._processor.image_token_id)  # the others are cut off
         if count:
             images = [_read_image(file) for file in conversation.images[:count]]

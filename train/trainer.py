@@ -170,7 +170,7 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
 
     def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
         """Takes rows per step, the lengths of the rows, and the seed."""
-        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator("cpu"))
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:

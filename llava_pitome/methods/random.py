@@ -27,7 +27,7 @@ class Random(Method):
         """Returns the draw."""
         count = metric.shape[1]
         seed = (self.seed * 1000 + round(depth * 999)) * 100_000 + count
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(int(seed))
         drawn = torch.randperm(count, generator=generator, device="cpu").to(metric.device)
         gone, kept = drawn[:remove].sort().values, drawn[remove:].sort().values
         unit = F.normalize(metric, dim=-1)

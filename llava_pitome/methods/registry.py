@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llava_pitome.kernels import supports_triton
 from llava_pitome.merge.plan import compose, make_plan
-from llava_pitome.merge.reduce import MergeResult, reduce_tokens
+from llava_pitome.merge.reduce import MergeResult, full_precision, reduce_tokens
+from llava_pitome.plain_values import plain
 
 PLACES = ("tower", "prefix", "decoder")
 METHOD_INPUTS = {  # what a place can provide to a method besides the metric
@@ -86,9 +87,13 @@ class Method:
     _rules: ClassVar[tuple[_Rule, ...]] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a parameter's value that is not allowed."""
+        """Makes every parameter a plain number; raises ValueError for a value that is not allowed."""
         for rule in self._rules:
-            rule.check(getattr(self, rule.name))
+            given = getattr(self, rule.name)
+            value = plain(given)
+            if value is not given:
+                object.__setattr__(self, rule.name, value)
+            rule.check(value)
 
     def merge(self, metric: Tensor, remove: int, depth: float = 0.0, **inputs: Any) -> MergeResult:
         """Decides which tokens merge.
@@ -173,6 +178,8 @@ def parents(
 ) -> Tensor:
     """Returns the token each token merges into: (B, N) int64, itself for the N - remove that are kept.
 
+    It is computed in float32 at least, also of tensors in half precision and under autocast.
+
     Args:
         metric: (B, N, D) what similarity is measured on, without the class token.
         remove: tokens to remove, 0 to N - 1. Methods that pair tokens up remove at most half of them at once;
@@ -182,8 +189,8 @@ def parents(
         **parameters: the method's own parameters, and the inputs it needs (METHOD_INPUTS).
 
     Raises:
-        ValueError: an unknown method or parameter, a missing input, a metric of another shape than (B, N, D),
-            or `remove` out of range.
+        ValueError: an unknown method or parameter, a missing input, a metric of another shape than (B, N, D)
+            or not of floating point, or `remove` out of range.
     """
     inputs = {name: value for name, value in parameters.items() if name in METHOD_INPUTS}
     check(method, {name: value for name, value in parameters.items() if name not in METHOD_INPUTS})
@@ -196,12 +203,19 @@ def parents(
         raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (images, tokens, channels)")
     if not metric.is_floating_point():
         raise ValueError(f"metric has dtype {metric.dtype}; it must be floating point")
-    count = metric.shape[1]
+    count, remove, depth = metric.shape[1], plain(remove), plain(depth)
     if not isinstance(remove, int) or not 0 <= remove < max(count, 1):
         raise ValueError(f"remove={remove} does not fit {count} tokens; allowed is 0 to {max(count - 1, 0)}")
     if missing := [name for name in needs if name not in inputs]:
         raise ValueError(f"method {method!r} needs {', '.join(missing)}")
-    return choose(metric, remove, method, depth=depth, **parameters).parent
+    wide = {k: _wide(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    with full_precision(metric.device.type):
+        return choose(_wide(metric), remove, method, depth=depth, **parameters | wide).parent
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Returns a tensor in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def choose(

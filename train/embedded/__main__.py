@@ -215,9 +215,8 @@ def _schedule(step: int, steps: int, *, is_last: bool) -> float:
     """The share of the peak learning rate at a step, counted from 1; all stages but the last end at 0.2."""
     warmup, floor = min(200, max(steps // 10, 1)), 0.0 if is_last else 0.2
     progress = min(max((step - 1 - warmup) / max(steps - warmup, 1), 0.0), 1.0)
-    return min(
-        step / warmup, floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
-    )
+    cosine = torch.cos(torch.tensor(progress * torch.pi, device="cpu")).item()
+    return min(step / warmup, floor + (1 - floor) * 0.5 * (1 + cosine))
 
 
 def _make_optimizers(modules: nn.Module, lr: float) -> list[torch.optim.Optimizer]:

@@ -58,7 +58,8 @@ class SceneBatches(IterableDataset):
 def pixel_values(images: np.ndarray) -> Tensor:
     """Images (B, H, W, 3) in uint8 as the processor preprocesses them: (B, 3, H, W) in float32."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (MEAN, STD))
+    return (x - mean) / std
 
 
 def patch_labels(scene: Scene) -> Tensor:
@@ -96,7 +97,7 @@ def noun_referents(ids: Tensor, labels: Tensor, patches: Tensor, tokenizer: Any)
                     nouns.append((row, position))
                     referents.append(fits / fits.sum())
                 phrase = []
-    return {"nouns": torch.tensor(nouns), "referents": torch.stack(referents)}
+    return {"nouns": torch.tensor(nouns, device=ids.device), "referents": torch.stack(referents)}
 
 
 def _tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
@@ -142,8 +143,8 @@ def encode_conversations(questions: list[list[Question]], tokenizer: Any) -> dic
             answer = [*answer, tokenizer.eos_token_id]
             row += prompt + answer
             row_labels += [IGNORE_INDEX] * len(prompt) + answer
-        ids.append(torch.tensor(row))
-        labels.append(torch.tensor(row_labels))
+        ids.append(torch.tensor(row, device="cpu"))
+        labels.append(torch.tensor(row_labels, device="cpu"))
     return {
         "input_ids": pad_sequence(ids, True, tokenizer.pad_token_id),
         "labels": pad_sequence(labels, True, IGNORE_INDEX),

@@ -81,14 +81,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
     """
     model = LlavaForConditionalGeneration(make_config(tokenizer, TOWER_LAYERS - 1, -1))
     positions = model.model.vision_tower.embeddings.position_embedding.weight
-    positions.data[1:] = 0.3 * _sinusoids(data.GRID, WIDTH)
+    positions.data[1:] = 0.3 * _sinusoids(data.GRID, WIDTH, positions.device)
     return model
 
 
-def _sinusoids(side: int, width: int) -> torch.Tensor:
+def _sinusoids(side: int, width: int, device: torch.device) -> torch.Tensor:
     """Sines and cosines of the row and of the column of each patch: (side * side, width)."""
-    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
-    angles = torch.arange(side)[:, None] * frequencies  # (side, width / 4)
+    frequencies = 100.0 ** -(torch.arange(width // 4, device=device) / (width // 4))
+    angles = torch.arange(side, device=device)[:, None] * frequencies  # (side, width / 4)
     waves = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
     return torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], 1)
 

@@ -78,7 +78,7 @@ def make_inputs(target: Target, batch: int, tokens: int, text: int) -> dict[str,
         pixel_values (B, 3, height, width), input_ids and attention_mask (B, tokens + text).
     """
     model = target.model
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     side = math.isqrt(target.patches) * llava.find(model).patch_size
     image, vocabulary = model.config.image_token_id, model.config.text_config.vocab_size
     words = torch.randint(0, vocabulary - 1, (batch, text), generator=generator, device="cpu")
@@ -123,7 +123,8 @@ def _random_model(layers: int, text: dict[str, int], side: int, dtype: torch.dty
     )
     with no_init_weights(), torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    block = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * STD).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    block = (torch.randn(2**20, generator=generator, device="cpu") * STD).to(device, dtype)
     for parameter in model.parameters():
         for chunk in parameter.data.view(-1).split(len(block)):
             chunk.copy_(block[: len(chunk)])
