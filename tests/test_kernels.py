@@ -202,7 +202,7 @@ def test_an_outer_merge_is_restored_with_its_kernels(model, kernels):
     apply(model, MergeConfig(tokens=9), kernels=kernels)
     with merge_tokens(model, MergeConfig(tokens=5), kernels=not kernels) as inner:
         assert inner.kernels is not kernels
-    assert handle_of(model).kernels is kernels
+    assert handle_of(model.model.vision_tower).kernels is kernels
 
 
 @pytest.mark.parametrize("adapter_first", [True, False])
