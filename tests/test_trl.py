@@ -1,4 +1,5 @@
-"""TRL's SFT, DPO and GRPO trainers with a LLaVA that merges: a few steps on the tiny model.
+"""TRL's SFT, DPO and GRPO trainers with a LLaVA that merges: a few steps on the tiny model;
+scripts/test_trl.sh runs it.
 
 Expected losses and log-probabilities are computed here, from the logits of one unpadded row at a time.
 """
