@@ -4,6 +4,7 @@ Every test runs with one torch thread: the workers of pytest-xdist share the cor
 own would wait for each other.
 """
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; read when torch is imported
@@ -76,6 +77,14 @@ def make_processor(tower: str = "clip"):
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=extra,
     )
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection():
+    """Collections leave out what exists already, which late in the suite takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

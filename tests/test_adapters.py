@@ -20,6 +20,7 @@ from llava_pitome import (
 from llava_pitome.api import applied
 from llava_pitome.models import checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")  # accelerate collects for every Trainer
 UNMERGED = MergeConfig(ratio=1.0)
 CONFIGS = [
     MergeConfig(ratio=0.8),

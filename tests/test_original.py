@@ -15,6 +15,7 @@ from prompts import RECIPES
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
 from llava_pitome.api import applied
 
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 BEST = MergeConfig.recipe("best", tokens=6)
 CONFIGS = [*RECIPES, BEST, MergeConfig(decoder={1: 0.5}, method="fastv")]
 PROMPTS = [[1, 5, IMAGE, 6, 7, 8], [1, IMAGE, 9, IMAGE], [1, IMAGE, 4], [1, 5, 9]]  # as ids

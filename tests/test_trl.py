@@ -5,7 +5,6 @@ Expected losses and log-probabilities are computed here, from the logits of one 
 """
 
 import copy
-import gc
 import math
 
 import pytest
@@ -36,12 +35,8 @@ merging = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 trainers = pytest.mark.parametrize("kind", TRAINERS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Without the objects of imported modules: accelerate collects garbage for every Trainer."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+# accelerate collects garbage for every Trainer
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 @pytest.fixture(autouse=True)
