@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_model, make_processor
 from precise import CLOSE, padded, precise, run
+from prompts import batch
 from transformers import DynamicCache
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
@@ -22,11 +23,20 @@ CONFIGS = {
 PLAIN = {"tower": MergeConfig(ratio=0.9), "prefix": MergeConfig(prefix=9), "nothing": MergeConfig(ratio=1.0)}
 ROWS = ["a red <image> cat or that", "<image> what", "two red cat and a dog is this"]
 WORDS = torch.tensor([[5, 9, 11, 6]])
-REFUSED = "not filled by this model under|another merge config|lost|layer . of this cache|holds . prompts"
+REFUSED = (
+    "not filled under|another merge config|lost|layer . of this cache|holds . prompts|attention_mask hides"
+)
 
 
 def filled(model, processor, pictures, rows=ROWS):
     inputs = padded(processor, rows, pictures)
+    return run(model, inputs, past_key_values=DynamicCache()).past_key_values, inputs["attention_mask"]
+
+
+def single_precision(model, processor, pictures, rows, padding="left"):
+    """As `filled`, where features of one picture are the same in every row."""
+    processor.tokenizer.padding_side = padding
+    inputs = batch(processor, rows, pictures)
     return run(model, inputs, past_key_values=DynamicCache()).past_key_values, inputs["attention_mask"]
 
 
@@ -83,9 +93,16 @@ def swapped(cache):
     return cache
 
 
+def written_to(cache):
+    for layer in cache.layers:
+        layer.keys.copy_(layer.keys.flip(2).clone())
+    return cache
+
+
 RIGHT = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x)), "save": saved,
          "clone": cloned, "half rebuilt": half_rebuilt}  # fmt: skip
-WRONG = {"rebuilt": rebuilt, "cast": cast, "cropped left": cropped_left, "overwritten": overwritten}
+WRONG = {"rebuilt": rebuilt, "cast": cast, "cropped left": cropped_left, "overwritten": overwritten,
+         "written to": written_to}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", RIGHT)
@@ -170,6 +187,120 @@ def test_a_text_that_was_cached_before_pictures_goes_on(config, rows, pictures):
             alone = padded(processor, [prompt + " and <image> what is this"], pictures)
             own = run(model, alone).logits[0, -inputs["input_ids"].shape[1] :]
             torch.testing.assert_close(found[row], own, **CLOSE)
+
+
+SELECTED = {
+    "selected": lambda cache, mask: (cache.batch_select_indices(torch.tensor([1])), mask[1:]),
+    "reordered": lambda cache, mask: (cache.reorder_cache(torch.tensor([1, 0])), mask.flip(0)),
+    "written to": lambda cache, mask: (swap_in_place(cache), mask.flip(0)),
+}
+
+
+def swap_in_place(cache):
+    for layer in cache.layers:
+        for x in (layer.keys, layer.values):
+            x.copy_(x.flip(0).clone())
+
+
+@pytest.mark.parametrize("change", SELECTED)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("differ", ["before the picture", "after a turn"])
+def test_prompts_with_the_same_picture_are_told_apart(differ, config, change, pictures):
+    model, processor = make_model(), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        if differ == "before the picture":
+            text = "what is this that a red {} or dog two three and what is this that a red cat <image> what"
+            rows = [text.format("dog"), text.format("cat")]
+            cache, mask = single_precision(model, processor, pictures[:1], rows)
+        else:
+            cache, mask = single_precision(model, processor, pictures[:1], ["<image> what is this"])
+            cache.batch_repeat_interleave(2)
+            questions = processor(
+                text=["what", "a red dog or that cat and"], return_tensors="pt", padding=True
+            )
+            mask = torch.cat([mask.repeat(2, 1), questions["attention_mask"]], 1)
+            run(model, {"input_ids": questions["input_ids"], "attention_mask": mask}, past_key_values=cache)
+        expected = go_on(model, copy.deepcopy(cache), mask)
+        expected = expected[1:] if change == "selected" else expected.flip(0)
+        _, mask = SELECTED[change](cache, mask)
+        torch.testing.assert_close(go_on(model, cache, mask), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("between", ["plain", "tower"])
+def test_a_cache_that_was_refilled_while_nothing_merged_inside_raises(between, config, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures[:1], ["<image> what is this"])
+        go_on(model, cache, mask)
+        cache.crop(-4)
+    with torch.no_grad():  # one token at a time, which needs no mask
+        for word in (6, 5, 7, 8):
+            model(input_ids=torch.tensor([[word]]), past_key_values=cache)
+    with merge_tokens(model, CONFIGS[config], processor), pytest.raises(RuntimeError, match=REFUSED):
+        go_on(model, cache, torch.ones(1, cache.get_seq_length(), dtype=torch.long))
+
+
+@pytest.mark.parametrize("config", ["best", "llm_proportional", "original", "all"])
+def test_a_cached_text_that_another_config_went_on_with_raises(config, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures, ["two red cat"])
+    with merge_tokens(model, PLAIN["tower"], processor):
+        inputs = padded(processor, ["<image> what is this"], pictures)
+        mask = torch.cat([mask, inputs["attention_mask"]], 1)
+        run(model, inputs | {"attention_mask": mask}, past_key_values=cache)
+    with merge_tokens(model, CONFIGS[config], processor), pytest.raises(RuntimeError, match=REFUSED):
+        go_on(model, cache, mask)
+
+
+def test_a_rebuilt_cache_of_layers_that_merged_raises_also_where_nothing_merges_inside(pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS["decoder"], processor):
+        cache, _ = filled(model, processor, pictures[:1], ["<image> what is this"])
+    with merge_tokens(model, PLAIN["tower"], processor), pytest.raises(RuntimeError, match=REFUSED):
+        model(input_ids=WORDS[:, :1], past_key_values=rebuilt(cache))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_layers_of_another_cache_or_of_other_lengths_raise_where_tokens_merged(config, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures)
+        uneven = copy.deepcopy(cache)
+        uneven.layers[2].keys, uneven.layers[2].values = (
+            x[:, :, :-1] for x in (uneven.layers[2].keys, uneven.layers[2].values)
+        )
+        with pytest.raises(RuntimeError, match=REFUSED):
+            go_on(model, uneven, mask)
+        if CONFIGS[config].merging_layers:
+            with pytest.raises(RuntimeError, match=REFUSED):
+                first = CONFIGS[config].merging_layers[0] + 1
+                cache.layers[first].keys = cache.layers[first].keys.roll(1, 2)
+                go_on(model, cache, mask)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_mask_that_contradicts_the_cache_raises(config, pictures):
+    model, processor = precise(make_model()), make_processor()
+    with merge_tokens(model, CONFIGS[config], processor):
+        cache, mask = filled(model, processor, pictures)
+        wrong = mask.clone()
+        wrong[0, -1] = 0
+        with pytest.raises(RuntimeError, match="attention_mask hides other tokens"):
+            go_on(model, cache, wrong)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_detached_cache_holds_no_graph(config, processor, pictures):
+    model = make_model()
+    with merge_tokens(model, CONFIGS[config], processor):
+        inputs = batch(processor, ROWS, pictures)
+        cache = model(**inputs, past_key_values=DynamicCache()).past_key_values
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        found = go_on(model, copy.deepcopy(cache), inputs["attention_mask"])
+        assert torch.equal(found, go_on(model, cache, inputs["attention_mask"]))
 
 
 def test_a_cache_goes_on_in_a_copy_of_the_model(pictures):

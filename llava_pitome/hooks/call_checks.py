@@ -86,8 +86,11 @@ class CallChecks(HookOwner):
         is_uncached = kwargs.get("use_cache") is False and kwargs.get("logits_to_keep") == 1
         if ids is None or not is_uncached or torch.is_grad_enabled():
             return
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None and kwargs.get("pixel_values") is None:
+            return
         keep("uncached", self.handle, ids)
-        if kwargs.get("mm_encoder_outputs") or (before is not None and _goes_on(before, ids)):
+        if encoded is not None or (before is not None and _goes_on(before, ids)):
             raise ValueError(
                 f"use_cache=False is not allowed where method {self.config.method!r} merges in the language "
                 "model: it chooses tokens by the prompt, and would choose others for every new token; "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava_pitome.hooks import kv_cache, prompt_layout
 from llava_pitome.hooks.block_merge import REPLACED
+from llava_pitome.hooks.cache_identity import identify
 from llava_pitome.hooks.kv_cache import CacheSettings, CacheState, SegmentCache
 from llava_pitome.hooks.llm_attention_capture import LayerAttention
 from llava_pitome.hooks.merge_step import ANOTHER_PASS, TokenState
@@ -43,7 +44,7 @@ class ForwardState:
         self,
         owner: Any,
         segments: int,
-        shape: tuple[int, int],
+        length: int,
         cache: CacheState | None,
         attention: str,
     ):
@@ -52,7 +53,7 @@ class ForwardState:
         Args:
             owner: the hooks that make it.
             segments: the number of merges plus one.
-            shape: B and T before the first layer.
+            length: T before the first layer.
             cache: the state kept with the cache by earlier passes.
             attention: the name of the language model's attention implementation.
         """
@@ -60,8 +61,6 @@ class ForwardState:
         self._takes_masks = takes_masks(attention)
         self._is_causal_without_mask = attention != "eager"
         self.ran: set[int | str] = set()
-        self._shape, self._cache = shape, cache
-        length = shape[1]
         self.layouts: list[PromptLayout | None] = [None] * segments
         self.tokens: list[TokenState | None] = [None] * segments
         self.past = None if cache is None else cache.segments
@@ -197,22 +196,11 @@ class ForwardState:
         if layout is not None and layout.shape != hidden.shape[:2]:
             raise RuntimeError(ANOTHER_PASS)
 
-    def cache_state(self, settings: CacheSettings, keys: Tensor) -> CacheState:
-        """The state to keep with the cache.
-
-        Args:
-            settings: of the config.
-            keys: (B, H, P + T, C) of the first layer.
-        """
+    def cache_state(self, settings: CacheSettings, cache: Any) -> CacheState:
+        """The state to keep with the cache that this forward pass has filled."""
         segments = None if self.past is None else tuple(self._now)
-        before = self._cache
-        if before is None or self.has_images:
-            first = keys.shape[2] - self._shape[1]
-            more = kv_cache.positions_to_note(first, self._shape[1], self.layouts[0], self._shape[0])
-            noted = kv_cache.note_keys(keys, more) if before is None else before.noted.extended(keys, more)
-        else:
-            noted = before.noted.extended(keys, None)
-        return CacheState(settings, segments, self._croppable, self._shift, noted)
+        identity = identify(cache, settings.first_layers)
+        return CacheState(settings, segments, self._croppable, self._shift, identity)
 
 
 def _log_sizes(layout: PromptLayout, tokens: TokenState) -> Tensor:

@@ -1,11 +1,10 @@
 """The state kept with a KV cache whose layers differ in length, and the attention masks that follow from it.
 
 A cache has the length of its layers, but not which of their tokens are padding. That is kept as an attribute
-of the cache, and so is copied with it; generate, beams and later turns find it there. Whoever changes the
-cache's tensors meanwhile (crops, reorders or moves them, or puts a cache together from others) leaves them
-different from a few that were noted, and the state is used only where it still holds.
-A segment is the layers between two merges, which all see tokens of one length.
-Shapes: B prompts, P tokens in the cache, T tokens of this forward pass, H heads, C channels a head.
+of the cache, and so is copied with it; generate, beams and later turns find it there. It is used for the
+prompts that it was kept for, which are recognised by their keys (cache_identity.py). A segment is the layers
+between two merges, which all see tokens of one length.
+Shapes: B prompts, P tokens in the cache, T tokens of this forward pass.
 """
 
 from typing import Any, NamedTuple
@@ -13,16 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llava_pitome.hooks.prompt_layout import PromptLayout
-from llava_pitome.merge.plan import gather_tokens
+from llava_pitome.hooks.cache_identity import UNKNOWN, CacheIdentity
 
 NAME = "token_merging"  # the attribute
-NOTED = 8  # tokens of a forward pass whose keys are noted, besides those of images
 ANOTHER_CONFIG = "this cache was filled under another merge config; start with a fresh one"
-UNKNOWN = (
-    "this cache was not filled by this model under the merge config that is applied, or its tensors were "
-    "changed since: where its tokens merged is unknown; start with a fresh one"
-)
 
 
 class SegmentCache(NamedTuple):
@@ -64,87 +57,6 @@ class CacheSettings(NamedTuple):
     llm_proportional: bool
 
 
-class NotedKeys(NamedTuple):
-    """A few keys of the first layer, by which the prompts of a cache are recognised.
-
-    Attributes:
-        all: (B, H, P, C) the layer's keys as the last forward pass left them.
-        positions: (B, K) of the tokens whose keys are noted.
-        keys: (B, K, C) theirs, of the first head.
-    """
-
-    all: Tensor
-    positions: Tensor
-    keys: Tensor
-
-    def rows(self, keys: Tensor) -> Tensor | None:
-        """Which of the noted prompts each row of the first layer's keys (B', H, P', C) holds: (B',).
-
-        None where the keys are the very ones that the last forward pass left. A cache may have been cropped
-        since, and its rows reordered, selected or repeated.
-
-        Raises:
-            RuntimeError: a row holds none of them.
-        """
-        if keys is self.all:
-            return None
-        now, noted = keys.detach()[:, 0], self.keys.to(keys.device)
-        if now.shape[2] != noted.shape[2] or now.dtype != noted.dtype:
-            raise RuntimeError(UNKNOWN)
-        positions = self.positions.to(keys.device)
-        is_there = positions < now.shape[1]
-        found = now[:, positions.clamp(max=now.shape[1] - 1)]  # (B', B, K, C)
-        same = ((found == noted).all(3) | ~is_there).all(2)  # (B', B)
-        if not bool(same.any(1).all()):
-            raise RuntimeError(UNKNOWN)
-        own = torch.eye(*same.shape, dtype=torch.bool, device=same.device) & same
-        return (same.to(torch.uint8) + own).argmax(1)  # its own place first, where prompts are alike
-
-    def extended(self, keys: Tensor, more: Tensor | None) -> "NotedKeys":
-        """With the layer's keys after one more forward pass, noted also at `more` (B, K')."""
-        if more is None:
-            return self._replace(all=keys)
-        later = note_keys(keys, more)
-        positions = torch.cat([self.positions.to(keys.device), later.positions], 1)
-        return NotedKeys(keys, positions, torch.cat([self.keys.to(keys.device), later.keys], 1))
-
-    def selected(self, rows: Tensor, length: int) -> "NotedKeys":
-        """The noted keys of some prompts among the first `length` tokens, where later ones were cropped."""
-        positions, keys = _select(self.positions, rows), _select(self.keys, rows)
-        is_there = positions < length
-        return self._replace(
-            positions=positions.where(is_there, positions[:, :1]),
-            keys=keys.where(is_there.unsqueeze(2), keys[:, :1]),
-        )
-
-
-def note_keys(keys: Tensor, positions: Tensor) -> NotedKeys:
-    """Notes the first layer's keys (B, H, P, C) at positions (B, K)."""
-    positions = positions.to(keys.device)
-    return NotedKeys(keys, positions, gather_tokens(keys.detach()[:, 0].contiguous(), positions))
-
-
-def positions_to_note(first: int, length: int, layout: PromptLayout | None, rows: int) -> Tensor:
-    """Positions (B, K) in a cache of tokens whose keys tell prompts apart: evenly spread, and two an image.
-
-    Args:
-        first: tokens in the cache before the forward pass.
-        length: T.
-        layout: where the images are; None: there are none.
-        rows: B.
-    """
-    spread = sorted({i * (length - 1) // (NOTED - 1) for i in range(NOTED)})
-    device = "cpu" if layout is None else layout.images.device
-    found = torch.tensor(spread, device=device).expand(rows, -1)
-    if layout is not None:
-        each = torch.zeros(rows, max(layout.counts), 2, dtype=torch.long, device=device)
-        ends = layout.images[:, [0, -1]] % length  # (I, 2)
-        slot = [i for count in layout.counts for i in range(count)]
-        each[layout.row, torch.tensor(slot, device=device)] = ends
-        found = torch.cat([found, each.flatten(1)], 1)
-    return found + first
-
-
 def _select(x: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if x is None else x[rows.to(x.device)]
 
@@ -157,69 +69,95 @@ class CacheState(NamedTuple):
         segments: what is known of each segment; None where nothing has merged.
         croppable: tokens after the last image, which may be cropped.
         shift: (B, 1) by how much position ids exceed the cache's length; None: they are not.
-        noted: by what the cache is recognised.
+        identity: by what the prompts are recognised.
     """
 
     settings: CacheSettings
     segments: tuple[SegmentCache, ...] | None
     croppable: int
     shift: Tensor | None
-    noted: NotedKeys
+    identity: CacheIdentity
 
-    def selected(self, rows: Tensor, length: int) -> "CacheState":
-        """The state of some of the prompts, whose first `length` tokens are left in the first layer."""
+    def selected(self, rows: Tensor) -> "CacheState":
+        """The state of some of the prompts."""
         segments = self.segments and tuple(segment.selected(rows) for segment in self.segments)
-        shift, noted = _select(self.shift, rows), self.noted.selected(rows, length)
-        return self._replace(segments=segments, shift=shift, noted=noted)
+        return self._replace(segments=segments, shift=_select(self.shift, rows))
 
 
-def load_state(cache: Any, settings: CacheSettings, batch: int) -> CacheState | None:
+def load_state(
+    cache: Any, settings: CacheSettings, batch: int, attention_mask: Tensor | None
+) -> CacheState | None:
     """The state kept with a cache, less what was cropped since; None for an empty cache.
 
     Args:
         cache: with `get_seq_length(layer)`.
         settings: of the config that is applied.
         batch: B.
+        attention_mask: (B, P + T), or None.
 
     Raises:
         RuntimeError: the cache was filled under another config or elsewhere, its tensors were changed, it
-            holds another number of prompts, or an image in it was cropped.
+            holds other prompts than the batch, or an image in it was cropped.
     """
     state: CacheState | None = getattr(cache, NAME, None)
     if cache.get_seq_length() == 0:  # it is new, or was reset
         vars(cache).pop(NAME, None)
         return None
-    if state is None:
+    if state is None or (state.segments is None and state.identity.has_more(cache)):
         _check_plain_layers(cache, settings)
         return None
     if state.segments is not None and state.settings != settings:
         raise RuntimeError(ANOTHER_CONFIG)
-    keys = cache.layers[0].keys
-    if len(keys) != batch:
-        raise RuntimeError(
-            f"this cache holds {len(keys)} prompts and is used for {batch}: give a prompt for each"
-        )
-    rows = state.noted.rows(keys)
-    if rows is not None:
-        state = state.selected(rows, keys.shape[2])
-    if state.segments is None:
-        return state
+    rows = len(cache.layers[0].keys)
+    if rows != batch:
+        raise RuntimeError(f"this cache holds {rows} prompts and is used for {batch}: give a prompt for each")
+    if state.segments is not None:
+        state = _cropped(cache, state)
+    is_changed = not state.identity.is_unchanged(cache)
+    if is_changed:
+        state = state.selected(state.identity.rows(cache))
+    if state.segments is not None and attention_mask is not None:
+        known = state.segments[0]
+        if is_changed or attention_mask.shape[1] > known.length + 1:  # a step of generation goes on as before
+            _check_mask(known, attention_mask)
+    return state
+
+
+def _cropped(cache: Any, state: CacheState) -> CacheState:
+    """The state of what is left in a cache.
+
+    Raises:
+        RuntimeError: layers hold more tokens than are known, or lost some of an image, or different numbers.
+    """
+    first_layers = state.settings.first_layers
     cropped = state.segments[0].length - cache.get_seq_length()
     segments = []
-    for segment, layer in zip(state.segments, settings.first_layers):
-        length = cache.get_seq_length(layer)
-        if length > segment.length:
-            raise RuntimeError(
-                f"layer {layer} of this cache holds {length} tokens, but {segment.length} are known to it: "
-                "it was filled while nothing merged, or under another merge config"
-            )
-        if segment.length - length != cropped or cropped > state.croppable:
-            raise RuntimeError(
-                f"layer {layer} of this cache lost {segment.length - length} tokens, but only "
-                f"{state.croppable} come after its last image: tokens that merged cannot be cropped"
-            )
-        segments.append(segment if length == segment.length else segment.cropped(length))
+    for s, segment in enumerate(state.segments):
+        for layer in range(first_layers[s], (*first_layers, len(cache.layers))[s + 1]):
+            length = cache.get_seq_length(layer)
+            if length > segment.length:
+                raise RuntimeError(
+                    f"layer {layer} of this cache holds {length} tokens, but {segment.length} are known to "
+                    "it: it was filled while nothing merged, or under another merge config"
+                )
+            if segment.length - length != cropped or cropped > state.croppable:
+                raise RuntimeError(
+                    f"layer {layer} of this cache lost {segment.length - length} tokens, but only "
+                    f"{state.croppable} come after its last image: tokens that merged cannot be cropped"
+                )
+        segments.append(segment.cropped(segment.length - cropped) if cropped else segment)
     return state._replace(segments=tuple(segments), croppable=state.croppable - cropped)
+
+
+def _check_mask(known: SegmentCache, attention_mask: Tensor) -> None:
+    """Raises RuntimeError where a mask (B, P + T) hides other tokens of the cache than its padding."""
+    given = attention_mask[:, : known.length].bool()
+    real = torch.ones_like(given) if known.real is None else known.real.to(given.device)
+    if not torch.equal(given, real):
+        raise RuntimeError(
+            "attention_mask hides other tokens of this cache than when it was filled: select, repeat and "
+            "reorder its rows as those of the cache"
+        )
 
 
 def _check_plain_layers(cache: Any, settings: CacheSettings) -> None:
@@ -245,8 +183,11 @@ def has_merged(cache: Any) -> bool:
 
 
 def check_plain(cache: Any) -> None:
-    """Raises RuntimeError for a cache that a config which reaches the language model filled."""
-    if cache is not None and has_merged(cache) and cache.get_seq_length():
+    """Raises RuntimeError for a cache in which tokens have merged, or whose layers differ in length."""
+    if cache is None or not cache.get_seq_length():
+        return
+    lengths = {layer.get_seq_length() for layer in getattr(cache, "layers", ())}
+    if has_merged(cache) or (len(lengths) > 1 and type(cache).__name__ == "DynamicCache"):
         raise RuntimeError(ANOTHER_CONFIG)
 
 

@@ -188,10 +188,10 @@ class LanguageModelHooks(HookOwner):
         if hidden is None:  # called by itself, with ids: no images
             hidden = inputs["input_ids"]
         batch, length = hidden.shape[:2]
-        known = None if cache is None else kv_cache.load_state(cache, self._settings, batch)
+        known = None if cache is None else kv_cache.load_state(cache, self._settings, batch, mask)
         real = None if mask is None or length == 1 else mask[:, -length:].bool()
         state = ForwardState(
-            self, len(self._settings.first_layers), (batch, length), known,
+            self, len(self._settings.first_layers), length, known,
             attention_implementation(module.config),
         )  # fmt: skip
         images: PromptImages | None = kept("prompt", self.handle)
@@ -335,7 +335,7 @@ class LanguageModelHooks(HookOwner):
             raise RuntimeError(REPLACED.format(f"the {what} of the language model"))
         cache = cache_in(output)
         if cache is not None and cache.get_seq_length():  # gradient checkpointing leaves it empty
-            kv_cache.save_state(cache, state.cache_state(self._settings, cache.layers[0].keys))
+            kv_cache.save_state(cache, state.cache_state(self._settings, cache))
         tokens = tuple(state.tokens)
         self.newest = tokens
         keep("language_pass", self.handle, tokens)
