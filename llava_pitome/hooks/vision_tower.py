@@ -8,6 +8,7 @@ Shapes: B images, T tokens with prefix tokens, N without them, D channels.
 """
 
 from functools import partial
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -204,8 +205,10 @@ class VisionTowerHooks:
         if self.config.resize is not None:
             pixels = resize_images(pixels, self.config.resize, self.patch_size)
             kwargs = kwargs | {"interpolate_pos_encoding": True}
-        size = self.patch_size
-        patches = (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
+        size = (
+            self.patch_size
+        )  # of the sides, `index` makes constants under torch.compile: counts depend on them
+        patches = (index(pixels.shape[-2]) // size) * (index(pixels.shape[-1]) // size)
         kwargs = kwargs | {STATE: TowerState(self, patches)}
         return ((pixels, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": pixels})
 
