@@ -6,6 +6,7 @@ r of N patches leaves N - floor(N - N r), the class token not counted (PiToMe, s
 
 from collections.abc import Sequence
 from math import fabs
+from operator import index
 
 from llava_pitome.plain_values import plain
 
@@ -76,7 +77,7 @@ def is_reduction(amount: float | int) -> bool:
 
 def lengths(patches: int, ratios: Sequence[float]) -> tuple[int, ...]:
     """Returns the patches before the first layer and after each one: len(ratios) + 1 numbers."""
-    counts = [plain(patches)]
+    counts = [index(patches)]
     for ratio in ratios:
         counts.append(kept_by_ratio(counts[-1], ratio))
     return tuple(counts)
@@ -96,7 +97,7 @@ def lengths_for(patches: int, is_merging: tuple[bool, ...], tokens: int) -> tupl
     Raises:
         ValueError: `tokens` is not in [1, patches], or no layer may merge.
     """
-    patches = plain(patches)
+    patches = index(patches)
     if not 1 <= tokens <= patches:
         raise ValueError(
             f"tokens={tokens} does not fit: this image has {patches} patches, allowed is 1 to {patches}"
@@ -132,7 +133,7 @@ def tokens_between(patches: int, tokens: int, last_share: float) -> int:
 
     The second does `last_share` of the reduction, on a logarithmic scale: at 0.5 both keep the same ratio.
     """
-    patches = plain(patches)
+    patches = index(patches)
     return max(min(round(patches * (tokens / patches) ** (1 - last_share)), patches), tokens)
 
 
@@ -177,7 +178,7 @@ class TokenCounts:
         Raises:
             ValueError: `resize` exceeds the image.
         """
-        patches = plain(patches)
+        patches = index(patches)
         if self.resize is None:
             return patches
         resized, side = self.resize[0] * self.resize[1], round(patches**0.5)

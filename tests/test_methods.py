@@ -101,7 +101,7 @@ def test_pitome_compiles_into_one_graph_at_every_depth(dynamic):
         return choose(x, 9, "pitome", depth=depth).parent
 
     torch.compiler.reset()
-    compiled = torch.compile(matched, backend="eager", fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(matched, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for depth, count in ((0.1, 49), (0.2, 49), (0.3, 36)):
         x = tokens(2, count)
         assert torch.equal(compiled(x, depth), matched(x, depth))

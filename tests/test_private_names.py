@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
+from prompts import PROMPTS, batch, generate
 from torch import nn
 
 from llava_pitome import MergeConfig, api, apply, merge_tokens, remove
 from llava_pitome.cli.bench import memory
 from llava_pitome.cli.bench.variants import compile_limit
+from llava_pitome.hooks import cache_identity
 from llava_pitome.kernels import cpu_attention
 
 ROOT = Path(__file__).parents[1]
 GUARDED = {  # by the tests below
     "torch.utils._python_dispatch",
-    "_dynamo", "_compiled_call_impl", "_orig_mod", "_is_avx512_bf16_supported", "_is_amx_tile_supported",
+    "_version", "_dynamo", "_compiled_call_impl", "_orig_mod", "_is_avx512_bf16_supported", "_is_amx_tile_supported",
 }  # fmt: skip
 OF_HOOKS = {  # of hooks/hook_owner.py, which finds the hooks on copies of a module
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -149,6 +151,14 @@ def test_a_bench_without_a_limit_on_recompiling_goes_on_with_a_warning(missing, 
     with compile_limit(3):
         pass
     assert "may be timed uncompiled" in caplog.text
+
+
+def test_a_cache_goes_on_without_the_count_of_writes(monkeypatch, model, processor, pictures):
+    with merge_tokens(model, MergeConfig(decoder={0: 0.5}), processor):
+        inputs = batch(processor, PROMPTS, pictures)
+        expected = generate(model, inputs)
+        monkeypatch.setattr(cache_identity, "_version", lambda _tensor: None)
+        assert torch.equal(generate(model, inputs), expected)
 
 
 def test_peak_memory_is_counted_without_the_private_dispatch_mode(monkeypatch):

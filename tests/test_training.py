@@ -94,9 +94,9 @@ def test_a_compiled_tower_merges_from_apply_to_remove(how, config):
     model, plain, inputs = shallow(), shallow(), {"pixel_values": torch.randn(2, 3, 48, 48)}
     features(model, inputs)  # warm: a cold tower breaks the graph, and so would notice new hooks by chance
     if how == "wrapped":
-        model.model.vision_tower = torch.compile(model.model.vision_tower, backend="eager", dynamic=False)
+        model.model.vision_tower = torch.compile(model.model.vision_tower, backend="aot_eager")
     else:
-        model.model.vision_tower.compile(backend="eager", dynamic=False)
+        model.model.vision_tower.compile(backend="aot_eager")
     torch.testing.assert_close(features(model, inputs), features(plain, inputs))
     with merge_tokens(model, config), merge_tokens(plain, config):
         torch.testing.assert_close(features(model, inputs), features(plain, inputs))
@@ -158,7 +158,7 @@ def test_wrapping_into_peft_keeps_the_config_and_remove_finds_the_model(processo
 
 
 def test_a_model_inside_torch_compile_is_found(model):
-    with merge_tokens(torch.compile(model, backend="eager"), MergeConfig(tokens=5)):
+    with merge_tokens(torch.compile(model, backend="aot_eager"), MergeConfig(tokens=5)):
         assert features(model, {"pixel_values": torch.randn(1, 3, 48, 48)}).shape[1] == 6
 
 

@@ -4,6 +4,7 @@ Shapes: B images, T tokens with prefix tokens, N without them, M after the merge
 """
 
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -153,15 +154,18 @@ class MergeStep:
     def _choose(
         self, metric: Tensor, length: int, sizes: Tensor, point: MergePoint, inputs: InputProviders
     ) -> tuple[MergeResult, MergePlan]:
-        """What the method chooses, prefix tokens included."""
-        prefix = self.num_prefix_tokens
+        """What the method chooses, prefix tokens included.
+
+        Counts follow from the config and the image's size, so `index` makes them constants of a graph.
+        """
+        prefix, length = self.num_prefix_tokens, index(length)
         inputs = {"sizes": lambda: sizes[:, prefix:], **inputs}
         given = {name: inputs[name]() for name in METHODS[point.method].needs}
         metric = self._without_prefix(metric)
         with full_precision(metric.device.type):
             result = choose(
                 metric,
-                metric.shape[1] - length,
+                index(metric.shape[1]) - length,
                 point.method,
                 ordered=self.config.order == "method",
                 triton=self._uses_triton,

@@ -9,6 +9,7 @@ Shapes: B images, T tokens with prefix tokens, N without them, D channels.
 
 from collections.abc import Sequence
 from functools import partial
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -253,8 +254,8 @@ class VisionTowerHooks(HookOwner):
         if self.config.resize is not None:
             pixels = resize_images(pixels, self.config.resize, self.patch_size)
             kwargs = kwargs | {"interpolate_pos_encoding": True}
-        size = self.patch_size
-        patches = (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
+        size = self.patch_size  # counts depend on the sides: `index` makes them constants of a graph
+        patches = (index(pixels.shape[-2]) // size) * (index(pixels.shape[-1]) // size)
         kwargs = kwargs | {STATE: TowerState(self, patches)}
         return ((pixels, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": pixels})
 

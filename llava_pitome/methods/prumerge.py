@@ -10,6 +10,7 @@ from llava_pitome.merge.plan import gather_tokens
 from llava_pitome.merge.reduce import MergeResult
 from llava_pitome.methods._common import complement, evenly_spaced, highest, most_similar
 from llava_pitome.methods.registry import Method, parameter, register_method
+from llava_pitome.plain_values import plain
 
 
 @register_method("prumerge")
@@ -39,7 +40,7 @@ class PruMerge(Method):
         self, metric: Tensor, remove: int, depth: float = 0.0, *, class_attention: Tensor
     ) -> MergeResult:
         """Returns the decision by the class token's attention (B, N), with the coefficients (B, M, N)."""
-        count = metric.shape[1]
+        count = plain(metric.shape[1])
         length = count - remove
         attended = highest(class_attention, round(length * self.attended))
         rest = complement(attended, count)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from llava_pitome.merge.reduce import MergeResult
 from llava_pitome.methods.registry import Method, parameter, register_method
+from llava_pitome.plain_values import plain
 
 
 @register_method("random")
@@ -25,10 +26,13 @@ class Random(Method):
 
     def merge(self, metric: Tensor, remove: int, depth: float = 0.0) -> MergeResult:
         """Returns the draw."""
-        count = metric.shape[1]
+        count = plain(metric.shape[1])
         seed = (self.seed * 1000 + round(depth * 999)) * 100_000 + count
-        generator = torch.Generator("cpu").manual_seed(int(seed))
-        drawn = torch.randperm(count, generator=generator, device="cpu").to(metric.device)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randperm(count, generator=generator, device="cpu")
+        if torch.jit.is_tracing():  # which would record another draw, without the generator
+            drawn = torch.tensor(drawn.tolist(), device="cpu")
+        drawn = drawn.to(metric.device)
         gone, kept = drawn[:remove].sort().values, drawn[remove:].sort().values
         unit = F.normalize(metric, dim=-1)
         closest = kept[(unit[:, gone] @ unit[:, kept].transpose(1, 2)).argmax(-1)]  # (B, remove)

@@ -239,6 +239,7 @@ def choose(
         depth: l_i / l in [0, 1], the position of the layer in its encoder.
         **parameters: the method's own parameters, and the inputs it needs.
     """
+    remove = plain(remove)  # sizes are tensors under torch.jit.trace
     if remove == 0:
         return MergeResult(_identity(metric))
     inputs = {name: parameters.pop(name) for name in METHODS[method].needs}

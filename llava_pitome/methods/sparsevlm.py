@@ -10,6 +10,7 @@ from llava_pitome.merge.plan import gather_tokens
 from llava_pitome.merge.reduce import MergeResult
 from llava_pitome.methods._common import complement, highest, most_similar
 from llava_pitome.methods.registry import Method, parameter, register_method
+from llava_pitome.plain_values import plain
 
 TOLERANCE = 1 - 1e-5  # of the mean, so that text tokens of equal relevance are all raters despite rounding
 
@@ -53,7 +54,7 @@ class SparseVLM(Method):
         text_mask: Tensor,
     ) -> MergeResult:
         """Returns the decision by text tokens (B, Q, D), their attention (B, Q, N) and their mask (B, Q)."""
-        count = metric.shape[1]
+        count = plain(metric.shape[1])
         pooled, groups = recycled_counts(count, remove, self.recycled, self.peaks)
         score = ratings(metric, text, text_attention, text_mask)
         kept = highest(score, count - remove - groups)

@@ -8,6 +8,7 @@ from llava_pitome.merge.plan import gather_tokens
 from llava_pitome.merge.reduce import MergeResult
 from llava_pitome.methods._common import complement, evenly_spaced, highest, most_similar
 from llava_pitome.methods.registry import Method, parameter, register_method
+from llava_pitome.plain_values import plain
 
 
 @register_method("visionzip")
@@ -32,7 +33,7 @@ class VisionZip(Method):
         self, metric: Tensor, remove: int, depth: float = 0.0, *, class_attention: Tensor
     ) -> MergeResult:
         """Returns the decision by the class token's attention (B, N)."""
-        count = metric.shape[1]
+        count = plain(metric.shape[1])
         length = count - remove
         num_contextual = max(round(length * self.contextual), 1)
         dominant = highest(class_attention, length - num_contextual)
