@@ -66,6 +66,7 @@ def apply(
         if previous is not None:
             undo.callback(_install_again, model, previous, previous.model is parts.model)
             _uninstall(parts.model, previous)
+        handle.config_before = getattr(parts.model.config, KEY, None)
         undo.callback(_uninstall, parts.model, handle)
         _install(parts, handle)
         undo.pop_all()
@@ -78,7 +79,7 @@ def _handle(parts: ModelParts) -> MergeHandle | None:
     Raises:
         ValueError: the vision tower merges as a part of another model.
     """
-    handle = handle_of(parts.tower)
+    handle = handle_of(parts.tower) or handle_of(parts.model)
     if handle is None or handle.model is parts.model:
         return handle
     is_part = handle.model is not None and any(x is parts.tower for x in handle.model.modules())
@@ -93,7 +94,6 @@ def _handle(parts: ModelParts) -> MergeHandle | None:
 def _install(parts: ModelParts, handle: MergeHandle) -> None:
     """Installs the hooks, fits the processor, and notes the config in the model's."""
     model, config = parts.model, handle.config
-    handle.config_before = getattr(model.config, KEY, None)
     handle.install(parts, hf_language_model.find(parts, config))
     if handle.processor is not None:
         tokens_for = partial(config.tokens_at, layers=parts.num_feature_layers)
@@ -111,7 +111,10 @@ def _uninstall(model: nn.Module, handle: MergeHandle, keeps_place: bool = False)
         handle: whose hooks are on it.
         keeps_place: it will be installed again, and its processor is not to write for it meanwhile.
     """
-    owns_processor = handle.model is model  # a copy shares the processor with the model that it is a copy of
+    owns_processor = handle.model in (
+        model,
+        None,
+    )  # a copy shares the processor with the model that it is a copy of
     handle.remove(model, hf_llava.vision_tower(model))
     if handle.processor is not None and owns_processor:
         if keeps_place:
@@ -139,7 +142,9 @@ def _install_again(model: nn.Module, handle: MergeHandle, was_on: bool) -> None:
         _install(parts, handle)
         return
     llm = hf_language_model.find(parts, handle.config)
-    _install(parts, MergeHandle(parts, handle.config, handle.kernels, llm))
+    copied = MergeHandle(parts, handle.config, handle.kernels, llm)
+    copied.config_before = handle.config_before
+    _install(parts, copied)
 
 
 def remove(model: nn.Module) -> None:
@@ -155,10 +160,13 @@ def remove(model: nn.Module) -> None:
     done: set[int] = set()
     for module in list(model.modules()):
         tower = None if id(module) in done else hf_llava.vision_tower(module)
-        if tower is None or handle_of(tower) is None:
+        if tower is None:
+            continue
+        handle = handle_of(tower) or handle_of(hf_llava.unwrap(module))
+        if handle is None:
             continue
         parts = hf_llava.find(module)
-        if handle_of(tower).num_inner_models >= parts.num_inner_models:
+        if handle.num_inner_models >= parts.num_inner_models:
             _uninstall(parts.model, _handle(parts))
             done.update(id(part) for part in module.modules())
     remove_hooks(model)  # those on copies of single parts
@@ -166,9 +174,12 @@ def remove(model: nn.Module) -> None:
 
 def applied(model: nn.Module) -> MergeConfig | None:
     """How a model merges now; None where it does not."""
-    tower = hf_llava.vision_tower(model)
-    handle = None if tower is None else handle_of(tower)
-    return handle.config if handle is not None else None
+    for module in model.modules():
+        tower = hf_llava.vision_tower(module)
+        if tower is not None:
+            handle = handle_of(tower) or handle_of(hf_llava.unwrap(module))
+            return handle.config if handle is not None else None
+    return None
 
 
 def image_tokens(model: nn.Module) -> int:
@@ -209,6 +220,8 @@ def merge_tokens(
     """`apply` for a with block; what was applied before is applied again after it, also when it raises."""
     parts = hf_llava.find(model)
     outer = _handle(parts)
+    if config is None and outer is not None:
+        config = outer.config
     with ExitStack() as undo:
         if outer is not None:
             undo.callback(_install_again, model, outer, outer.model is parts.model)

@@ -105,8 +105,8 @@ def test_compiled_features_are_those_of_the_model(config, dynamic):
 @pytest.mark.parametrize(
     "config, dynamic",
     [
-        (MergeConfig(ratio=0.8), None),
-        (MergeConfig(tokens=7), True),
+        (MergeConfig(ratio=0.8), True),
+        (MergeConfig(tokens=7), None),
         (MergeConfig(resize=(4, 5), ratio=0.8), None),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_compiled_tower_takes_images_of_several_sizes(config, dynamic):
     model = shallow(config, tower=3)
     compiled = torch.compile(Tower(model), backend="aot_eager", dynamic=dynamic)
     with torch.no_grad():
-        for count, side in ((1, 48), (2, 64), (3, 48)):
+        for count, side in ((1, 48), (2, 64)):
             x = pixels(count, side)
             torch.testing.assert_close(compiled(x), Tower(model)(x), rtol=0, atol=1e-5)
 

@@ -19,7 +19,8 @@ from llava_pitome.kernels import cpu_attention
 ROOT = Path(__file__).parents[1]
 GUARDED = {  # by the tests below
     "torch.utils._python_dispatch",
-    "_version", "_dynamo", "_compiled_call_impl", "_orig_mod", "_is_avx512_bf16_supported", "_is_amx_tile_supported",
+    "_version", "_dynamo", "_compiled_call_impl", "_orig_mod",
+    "_is_avx512_bf16_supported", "_is_amx_tile_supported",
 }  # fmt: skip
 OF_HOOKS = {  # of hooks/hook_owner.py, which finds the hooks on copies of a module
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 STATE = "token_merging"  # the keyword argument that carries a forward pass's state to the layers
 SLOTS = (
-    "images",  # the record of the images that were encoded last
+    "images",  # records of the images that were encoded last
     "prompt",  # where the images of a prompt are, until the language model takes it
     "uncached",  # the prompt of the last forward pass without a KV cache
     "tower_pass",  # what the last pass through each part merged, for MergeHandle.plans
@@ -23,7 +23,7 @@ SLOTS = (
     "language_pass",
 )
 
-WAITING = 8  # passes through towers whose features have not reached a projector
+MOST_IMAGES = 256  # of which what a tower computed is kept for a projector
 
 
 class _Known:
@@ -33,7 +33,9 @@ class _Known:
         """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
         self.state: Any = None
         self.attention: Any = None  # the attention module that was entered last
-        self.encoded: tuple[tuple[Any, Any], ...] = ()  # owners, and what their towers computed
+        self.encoded: tuple[
+            tuple[Any, Any, int], ...
+        ] = ()  # owners, what their towers computed, of how many images
         for slot in SLOTS:
             setattr(self, slot, None)
 
@@ -83,37 +85,39 @@ def keep(slot: str, owner: Any, value: Any) -> None:
         owner: the MergeHandle whose hooks read it.
         value: what is kept; None keeps nothing.
     """
-    setattr(_thread.known, slot, None if value is None else (owner, value))
+    setattr(_thread.known, slot, None if value is None else (_reference(owner), value))
 
 
 def kept(slot: str, owner: Any) -> Any:
     """What this thread keeps in a slot for `owner`; None where that is nothing."""
     found = getattr(_thread.known, slot)
-    return found[1] if found is not None and found[0] is owner else None
+    return found[1] if found is not None and _referent(found[0]) is owner else None
 
 
-def push_encoded(owner: Any, value: Any) -> None:
-    """Keeps what a tower computed until the projector takes it; of several that none takes, the last ones."""
-    before = () if is_compiling() else _thread.known.encoded[: WAITING - 1]  # a graph would depend on those
-    _thread.known.encoded = ((owner, value), *before)
+def push_encoded(owner: Any, value: Any, images: int) -> None:
+    """Keeps what a tower computed for the projector; of several passes the last ones, up to MOST_IMAGES."""
+    before = () if is_compiling() else _thread.known.encoded  # a graph would depend on those
+    kept_images = images
+    for n, (_, _, count) in enumerate(before):
+        kept_images += count
+        if kept_images > MOST_IMAGES:
+            before = before[:n]
+            break
+    _thread.known.encoded = ((_reference(owner), value, images), *before)
 
 
 def encoded(owner: Any) -> list[Any]:
     """What this thread's passes through the tower of `owner` computed, the last first."""
-    return [value for other, value in _thread.known.encoded if other is owner]
+    return [value for other, value, _ in _thread.known.encoded if _referent(other) is owner]
 
 
-def take_encoded(value: Any) -> None:
-    """Drops what a projector has taken."""
-    _thread.known.encoded = tuple(pair for pair in _thread.known.encoded if pair[1] is not value)
-
-
-def forget() -> None:
-    """Drops all that this thread keeps."""
+def forget(owner: Any) -> None:
+    """Drops all that this thread keeps for `owner`."""
     enter_pass(None)
-    _thread.known.encoded = ()
+    _thread.known.encoded = tuple(x for x in _thread.known.encoded if _referent(x[0]) is not owner)
     for slot in SLOTS:
-        setattr(_thread.known, slot, None)
+        if kept(slot, owner) is not None:
+            setattr(_thread.known, slot, None)
 
 
 def _reference(state: Any) -> Any:

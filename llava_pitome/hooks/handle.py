@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.attention_capture import restore_attention
 from llava_pitome.hooks.call_checks import CallChecks
-from llava_pitome.hooks.current_pass import encoded, forget, kept, push_encoded, take_encoded
+from llava_pitome.hooks.current_pass import encoded, forget, kept, push_encoded
 from llava_pitome.hooks.hook_owner import HookOwner, remove_hooks
 from llava_pitome.hooks.image_features import probe
 from llava_pitome.hooks.input_resize import resize_images
@@ -22,7 +22,7 @@ from llava_pitome.hooks.vision_tower import TowerPass, VisionTowerHooks
 from llava_pitome.merge.plan import MergePlan
 from llava_pitome.models.parts import LanguageModelParts, ModelParts
 
-HANDLE = "token_merging_handle"  # the attribute of a vision tower that holds its handle
+HANDLE = "token_merging_handle"  # the attribute of a model and its vision tower that holds their handle
 
 
 class MergeHandle(HookOwner):
@@ -94,10 +94,12 @@ class MergeHandle(HookOwner):
         with ExitStack() as undo:
             undo.callback(self.remove, parts.model, parts.tower)
             self._model = weakref.ref(parts.model)
-            setattr(parts.tower, HANDLE, self)
+            setattr(parts.model, HANDLE, self)
             if self._checks is not None:
                 self._checks.install(parts, self._removable)
-            self.tower.install(parts, self._removable)
+            for copied in (parts, *parts.other_towers):
+                setattr(copied.tower, HANDLE, self)
+                self.tower.install(copied, self._removable)
             if self.projector is not None:
                 self.projector.install(parts.llava.projector, self._removable)
             if self.language_model is not None:
@@ -125,9 +127,10 @@ class MergeHandle(HookOwner):
             restore_attention(root)
             for module in root.modules():
                 vars(module).pop(HANDLE, None)
-        for hooks in self._hooks:
-            hooks.forget()
-        forget()
+        if self.model is model:
+            for hooks in self._hooks:
+                hooks.forget()
+            forget(self)
 
     def plans(self) -> list[MergePlan]:
         """The merges of the last forward pass from patches to what reached the language model, in order.
@@ -179,14 +182,13 @@ class MergeHandle(HookOwner):
         """Takes features (B, N, C) for those that the tower has just computed, as from another rank."""
         newest = next(iter(encoded(self)), None)
         if newest is not None:
-            take_encoded(newest)
-            push_encoded(self, newest._replace(probes=probe(features.detach())))
+            push_encoded(self, newest._replace(probes=probe(features.detach())), len(features))
 
 
 def _no_model() -> None:
     """In place of a reference to a model that is not here."""
 
 
-def handle_of(tower: nn.Module) -> MergeHandle | None:
-    """The handle whose hooks are on a vision tower, which may be a copy; None where it does not merge."""
-    return vars(tower).get(HANDLE)
+def handle_of(module: nn.Module) -> MergeHandle | None:
+    """The handle of a model or vision tower, which may be a copy; None where it does not merge."""
+    return vars(module).get(HANDLE)

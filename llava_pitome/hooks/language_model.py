@@ -173,10 +173,13 @@ class LanguageModelHooks(HookOwner):
         known = [record.length for record in self.projector.images() if record.starts_with(first)]
         return known[0] if known else len(first)
 
-    def _end_call(self, *_args: Any) -> None:
+    def _end_call(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         """After the multimodal module, also when it raised."""
+        images: PromptImages | None = kept("prompt", self.handle)
         keep("prompt", self.handle, None)
         enter_pass(None)
+        if output is not None and images is not None and bool(images.is_image.any()):
+            raise RuntimeError(REPLACED.format("the language model"))
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before the language model: starts a forward pass."""
@@ -195,6 +198,7 @@ class LanguageModelHooks(HookOwner):
             attention_implementation(module.config),
         )  # fmt: skip
         images: PromptImages | None = kept("prompt", self.handle)
+        keep("prompt", self.handle, None)
         if self._image_token is None and inputs.get("inputs_embeds") is not None:
             images = self._located(hidden)
         if images is not None and bool(images.is_image.any()):

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.attention_capture import needs_attention
-from llava_pitome.hooks.current_pass import encoded, keep, kept, take_encoded
+from llava_pitome.hooks.current_pass import encoded, keep, kept
 from llava_pitome.hooks.hook_owner import HookOwner
 from llava_pitome.hooks.image_features import ImageRecord, is_same, record_images
 from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
@@ -23,6 +23,7 @@ from llava_pitome.merge.plan import MergePlan
 from llava_pitome.methods import METHODS
 
 DEPTH = 1.0  # after all of the tower
+RECORDS = 8  # calls whose images the language model recognises
 
 
 class ProjectorPass:
@@ -100,9 +101,9 @@ class ProjectorHooks(HookOwner):
         return None if self.last is None else self.last.tokens
 
     def images(self) -> list[ImageRecord]:
-        """Records of the images that this thread, and any thread, encoded last."""
-        own, newest = kept("images", self.handle), self.newest_images
-        return [record for record in (own, newest if newest is not own else None) if record is not None]
+        """Records of the images that this thread encoded in its last calls, and any thread in the last."""
+        own, newest = kept("images", self.handle) or (), self.newest_images
+        return [*own, *([newest] if newest is not None and not any(newest is x for x in own) else [])]
 
     def _after_projector(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """Merges the projected features where the config says so."""
@@ -110,16 +111,15 @@ class ProjectorHooks(HookOwner):
         known, same = self._recognised(features)
         output, tokens = self._merged(output, known, same)
         last = ProjectorPass(None if known is None else known.tower, tokens, kept("tower_pass", self.handle))
-        if self.records_images:
+        if self.records_images and (known is not None or not self.config.merges_in_tower):
             count = features.shape[1] - self.num_prefix_tokens
             patches = count if known is None else known.tower.patches
             record = record_images(output, self.num_prefix_tokens, patches, tokens.patch_sizes, last.plans())
-            keep("images", self.handle, record)
+            before = () if is_compiling() else (kept("images", self.handle) or ())
+            keep("images", self.handle, (record, *before[: RECORDS - 1]))
             self.newest_images = record
         self.newest = last
         keep("projector_pass", self.handle, last)
-        if known is not None:
-            take_encoded(known)
         return output
 
     def _recognised(self, features: Tensor) -> tuple[EncodedImages | None, Tensor | None]:

@@ -279,7 +279,8 @@ class VisionTowerHooks(HookOwner):
             )
         merged = TowerPass(state.patches, state.tokens)
         if self.feeds_projector:
-            push_encoded(self.handle, EncodedImages(merged, state.probes, *self._of_feature_layer(state)))
+            found = EncodedImages(merged, state.probes, *self._of_feature_layer(state))
+            push_encoded(self.handle, found, len(state.probes))
         self.newest = merged
         keep("tower_pass", self.handle, merged)
 

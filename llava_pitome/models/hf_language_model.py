@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.models.parts import WRAPPED, BlockParts, LanguageModelParts, ModelParts
+from llava_pitome.models.parts import WRAPPED, BlockParts, LanguageModelParts, ModelParts, without_wrapper
 
 CLASSES = ("LlamaModel", "MistralModel", "Qwen2Model")  # whose layers the hooks were tested with
 MASKED = ("sdpa", "eager")  # attention implementations that take an additive mask
@@ -33,6 +33,7 @@ def find(parts: ModelParts, config: MergeConfig) -> LanguageModelParts | None:
 
 
 def _block(layer: nn.Module) -> BlockParts:
+    layer = without_wrapper(layer)
     return BlockParts(layer, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
 
 

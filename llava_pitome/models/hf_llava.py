@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.models import hf_language_model, original_llava
-from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts
+from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts, trained_copies, without_wrapper
 
 SUPPORTED = (
     "LlavaForConditionalGeneration or LlavaModel with a CLIPVisionModel or SiglipVisionModel tower "
@@ -34,11 +34,22 @@ def find(model: nn.Module) -> ModelParts:
     model = unwrap(model)
     llava = _llava(model)
     tower = _tower_alone(model) if llava is None else unwrap(llava.tower)
+    parts = _parts(model, llava, tower)
+    if llava is None:
+        return parts
+    others = [unwrap(copied) for copied in trained_copies(llava.tower)]
+    return parts._replace(
+        other_towers=tuple(_parts(model, llava, other) for other in others if other is not tower)
+    )
+
+
+def _parts(model: nn.Module, llava: LlavaParts | None, tower: nn.Module) -> ModelParts:
+    """The parts of a model with one of the copies of its vision tower."""
     kind = next((c.__name__ for c in type(tower).__mro__ if c.__name__ in TOWERS), None)
     if kind is None:
         found = type(model).__name__ + (f" with a {type(tower).__name__} tower" if tower is not model else "")
         raise UnsupportedModelError(f"{found} is not supported. Supported: {SUPPORTED}.")
-    layers = getattr(tower, "vision_model", tower).encoder.layers
+    layers = [without_wrapper(x) for x in getattr(tower, "vision_model", tower).encoder.layers]
     num_prefix, passes_kwargs = TOWERS[kind]
     size, patch = tower.config.image_size, tower.config.patch_size
     return ModelParts(

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # where they hold a layer
 WRAPPED = "token_merging_"  # what precedes the name of an attention implementation that merging wraps
 
 
@@ -73,6 +74,7 @@ class ModelParts(NamedTuple):
     patches: int
     passes_kwargs: bool
     llava: LlavaParts | None
+    other_towers: tuple["ModelParts", ...] = ()
 
     @property
     def num_inner_models(self) -> int:
@@ -131,3 +133,17 @@ def trained_copies(module: nn.Module) -> list[nn.Module]:
     """A module and its copies, where peft trains copies of it (modules_to_save)."""
     copies = getattr(module, "modules_to_save", None)
     return [module.original_module, *copies.values()] if isinstance(copies, nn.ModuleDict) else [module]
+
+
+def without_wrapper(layer: nn.Module) -> nn.Module:
+    """The layer inside torch.compile's, gradient checkpointing's or FSDP's wrapper, which hooks are to be on.
+
+    transformers records the output of the layer itself.
+    """
+    while True:
+        inner = next(
+            (vars(layer)["_modules"][name] for name in WRAPPERS if name in vars(layer)["_modules"]), None
+        )
+        if inner is None:
+            return layer
+        layer = inner

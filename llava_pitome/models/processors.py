@@ -33,7 +33,7 @@ class Fit:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, as for the workers of a data loader: who fitted the processor is not there."""
-        return vars(self) | {"_owner": None}
+        return {"_owner": None, "tokens_for": self.tokens_for if self.is_in_force else None}
 
     def is_of(self, owner: Any) -> bool:
         """Whether an owner fitted the processor."""
@@ -120,7 +120,7 @@ def _get_num_multimodal_tokens(processor: Any, *args: Any, **kwargs: Any) -> Any
 
 def _merged_count(processor: Any, placeholders: int) -> int:
     """Placeholders of merged tokens; those for tokens that are no patch (a class token) stay."""
-    fits = [fit for fit in getattr(processor, FITS) if fit.is_in_force]
+    fits = [fit for fit in vars(processor).get(FITS, ()) if fit.is_in_force]
     if not fits:
         return placeholders
     extra = _extra(processor)
