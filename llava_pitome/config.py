@@ -3,12 +3,14 @@
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llava_pitome import config_validation as validation
 from llava_pitome.config_validation import FrozenDict, frozen
+from llava_pitome.plain_values import plain
 from llava_pitome.saved_config import FILE, KEY, saved_configs, to_tag, write_config
 from llava_pitome.token_schedule import TokenCounts
 
@@ -210,7 +212,7 @@ class MergeConfig(TokenCounts):
         Raises:
             ValueError: an unknown recipe or field.
         """
-        if name not in RECIPES:
+        if not isinstance(name, str) or name not in RECIPES:
             raise ValueError(f"recipe={name!r} is unknown; allowed are {', '.join(RECIPES)}")
         changes = {k: frozen(v) for k, v in changes.items() if v is not None}
         fields = RECIPES[name] | changes
@@ -227,11 +229,16 @@ class MergeConfig(TokenCounts):
         """The config of a dict, as `to_dict` or JSON gives it; also of version 1, as 0.1 saved it.
 
         Raises:
-            ValueError: a key that is no field (the nearest one is named), or an unknown version.
+            ValueError: values that are no dict, a key that is no field (the nearest one is named), or an
+                unknown version.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"a merge config cannot be {values!r}: it must be a dict of fields of MergeConfig"
+            )
         values = dict(values)
-        version = values.pop("version", VERSION)
-        if version not in range(1, VERSION + 1):
+        version = plain(values.pop("version", VERSION))
+        if isinstance(version, bool) or version not in range(1, VERSION + 1):
             raise ValueError(
                 f"token_merging has version {version!r}; this llava_pitome reads versions 1 to {VERSION}"
             )
@@ -296,7 +303,7 @@ def _check_names(values: dict[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(MergeConfig)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise ValueError(f"MergeConfig has no field {key!r}; the nearest is {near!r}")
 
 
@@ -304,6 +311,7 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     """Fields as version 2 takes them: the whole number 1, for one token, is ambiguous since."""
 
     def single(keep: Any) -> Any:
+        keep = plain(keep)
         return SINGLE if type(keep) is int and keep == 1 else keep
 
     if "prefix" in values:
@@ -323,7 +331,10 @@ def saved(path: str | Path, **hub: Any) -> MergeConfig | None:
     Raises:
         ValueError: an adapter's two records differ, or `MergeConfig.from_dict` refuses one.
     """
-    found = list(dict.fromkeys(MergeConfig.from_dict(values) for values in saved_configs(path, **hub)))
+    try:
+        found = list(dict.fromkeys(map(MergeConfig.from_dict, saved_configs(path, **hub))))
+    except ValueError as error:
+        raise ValueError(f"the merge config of {path} cannot be read: {error}") from error
     if len(found) > 1:
         listed = "; ".join(json.dumps(config.changes()) for config in found)
         raise ValueError(

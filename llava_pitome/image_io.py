@@ -6,6 +6,7 @@ everywhere. Pillow and numpy are imported when an image is opened.
 """
 
 import io
+import os
 import struct
 import zlib
 from contextlib import closing
@@ -22,32 +23,39 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM")
 DECODING_ERRORS = (  # pillow raised the first four on damaged files; its readers contain the others
     OSError, SyntaxError, ValueError, RuntimeError, EOFError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
-GREY_16_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # pillow's modes
+GREY_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")  # pillow's modes
+GREY_32_BIT = "I"  # pillow's mode for greys of 8 bits in an int32 array, and of 16 bits in some files
+GREY_32_BIT_FILES = ("PNG", "PPM")  # whose greys have 16 bits where pillow opens them as GREY_32_BIT
 ORIENTATION = 0x0112  # the EXIF tag
 BACKGROUND = (255, 255, 255, 255)  # of transparent images
 
 
-def open_image(source: "str | Path | bytes", max_pixels: int = MAX_PIXELS) -> "Image.Image":
+def open_image(
+    source: "str | os.PathLike | bytes | bytearray | memoryview", max_pixels: int = MAX_PIXELS
+) -> "Image.Image":
     """The image in a file or in the bytes of one: RGB, upright, transparency on white.
 
     The first frame of an animation. The size is read from the file's header, so that one that is too large is
     never decoded.
 
     Args:
-        source: the path or the content of a file.
+        source: the path of a file, or its content in bytes.
         max_pixels: the most pixels (width times height). Pillow itself refuses more than 179 million.
 
     Raises:
-        ValueError: the file is missing or cannot be read, is not in one of FORMATS, is truncated or damaged,
-            has too many pixels, or is too narrow; the message names the file and the reason.
+        ValueError: the source is neither a path nor bytes, or the file is missing or cannot be read, is not
+            in one of FORMATS, is truncated or damaged, has too many pixels, or is too narrow; the message
+            names the file and the reason.
         RuntimeError: another package set LOAD_TRUNCATED_IMAGES, with which pillow completes truncated files.
     """
     from PIL import Image
 
     _check_settings()
-    is_bytes = isinstance(source, bytes)
-    name = "the image" if is_bytes else str(source)
-    with closing(io.BytesIO(source) if is_bytes else _open_file(Path(source))) as file:
+    is_bytes = isinstance(source, bytes | bytearray | memoryview)
+    if not is_bytes and not isinstance(source, str | os.PathLike):
+        raise ValueError(f"the image is a {type(source).__name__}; give the path of a file, or its bytes")
+    name = "the image" if is_bytes else os.fsdecode(source)
+    with closing(io.BytesIO(source) if is_bytes else _open_file(name)) as file:
         try:
             image = _identify(file, name)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -60,7 +68,9 @@ def to_rgb(image: "Image.Image", name: str = "the image", max_pixels: int = MAX_
     """An image that pillow opened, as `open_image` returns it: RGB, upright, transparency on white.
 
     An image that is so already keeps its pixels. Pillow's own `convert("RGB")` ignores the EXIF orientation,
-    shows what transparency hides, and clips 16-bit greys at 255.
+    shows what transparency hides, and clips 16-bit greys at 255. Greys of pillow's mode "I", which holds
+    integers of 32 bits, have 8 bits where none exceeds 255 and 16 bits otherwise; those of a PNG or PPM file
+    have 16 bits in any case.
 
     Args:
         image: of any mode; it is not changed.
@@ -88,16 +98,28 @@ def to_rgb(image: "Image.Image", name: str = "the image", max_pixels: int = MAX_
         upright = ImageOps.exif_transpose(image)
     except DECODING_ERRORS as error:
         raise ValueError(f"{name} has damaged EXIF data: {error}") from error
-    return _to_rgb(upright, name)
+    return _to_rgb(upright, name, _has_16_bits(image))
 
 
 def is_changed_by_convert(image: "Image.Image") -> bool:
     """Whether pillow's own `convert("RGB")` of an image gives other pixels than `to_rgb`."""
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
+        if image.mode == GREY_32_BIT:
+            _check_settings()  # its values are read
+            has_other_greys = _has_16_bits(image) or image.getextrema()[0] < 0
+        else:
+            has_other_greys = _has_16_bits(image)
     except DECODING_ERRORS:
         return True  # `to_rgb` raises
-    return image.mode in GREY_16_BIT or image.has_transparency_data or orientation != 1
+    return has_other_greys or image.has_transparency_data or orientation != 1
+
+
+def _has_16_bits(image: "Image.Image") -> bool:
+    """Whether the values of a grey image go up to 65535 instead of 255."""
+    if image.mode == GREY_32_BIT:
+        return image.format in GREY_32_BIT_FILES or image.getextrema()[1] > 255
+    return image.mode in GREY_16_BIT
 
 
 def _check_settings() -> None:
@@ -111,20 +133,24 @@ def _check_settings() -> None:
         )
 
 
-def _open_file(path: Path) -> IO[bytes]:
+def _open_file(name: str) -> IO[bytes]:
     """A file, opened for reading.
 
     Raises:
-        ValueError: it is missing, no regular file, or cannot be read.
+        ValueError: it is missing, no regular file, or cannot be read, or its name is not allowed.
     """
+    path = Path(name)
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is no file; give an image file")
-        return path.open("rb")
+        file = None if path.exists() and not path.is_file() else path.open("rb")
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist; give an image file") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # such as a null byte
+        raise ValueError(f"{name!r} is no file name: {error}") from error
+    if file is None:
+        raise ValueError(f"{path} is no file; give an image file")
+    return file
 
 
 def _identify(file: IO[bytes], name: str) -> "Image.Image":
@@ -164,8 +190,13 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         )
 
 
-def _to_rgb(image: "Image.Image", name: str) -> "Image.Image":
+def _to_rgb(image: "Image.Image", name: str, has_16_bits: bool) -> "Image.Image":
     """The image in RGB.
+
+    Args:
+        image: of any mode.
+        name: of the image in error messages.
+        has_16_bits: see `_has_16_bits`; an upright copy no longer knows its file's format.
 
     Raises:
         ValueError: its values are no colours.
@@ -173,14 +204,16 @@ def _to_rgb(image: "Image.Image", name: str) -> "Image.Image":
     import numpy as np
     from PIL import Image
 
-    if image.mode in GREY_16_BIT:  # pillow's conversion would clip 16 bits at 255
+    if image.mode in (*GREY_16_BIT, GREY_32_BIT):  # pillow's conversion would clip 16 bits at 255
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(
                 f"{name} has values from {grey.min()} to {grey.max()}; greys may have 8 or 16 bits"
             )
         clear = image.info.get("transparency")  # the one transparent grey of a PNG
-        visible = grey >> 8 if clear is None else np.where(grey == clear, BACKGROUND[0], grey >> 8)
+        visible = grey >> 8 if has_16_bits else grey
+        if clear is not None:
+            visible = np.where(grey == clear, BACKGROUND[0], visible)
         return Image.fromarray(visible.astype(np.uint8)).convert("RGB")
     if image.mode == "La":  # which pillow converts to nothing else
         image = image.convert("LA")

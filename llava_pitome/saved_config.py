@@ -23,17 +23,43 @@ def saved_configs(path: str | Path, **hub: Any) -> list[dict[str, Any]]:
         **hub: as for `MergeConfig.from_pretrained`.
 
     Raises:
-        ValueError: a file or tag that is not JSON.
+        ValueError: a file or tag that holds no dict in JSON; the file is named.
     """
     own = hub_file(path, FILE, **hub)
-    found = [] if own is None else [json.loads(own.read_text())]
+    found = [] if own is None else [read_dict(own)]
     if hub_file(path, ADAPTER_CONFIG, **hub) is not None:
         card = hub_file(path, CARD, **hub)
-        return found + ([] if card is None else from_tags(_metadata(card).get("tags")))
+        return found + ([] if card is None else _from_tags(card))
     model = None if found else hub_file(path, "config.json", **hub)
-    if model is not None and (values := json.loads(model.read_text()).get(KEY)) is not None:
-        found.append(values)
+    if model is not None and (values := read_dict(model).get(KEY)) is not None:
+        found.append(_checked(values, f"{KEY} in {model}"))
     return found
+
+
+def read_dict(file: Path) -> dict[str, Any]:
+    """The dict that a JSON file holds.
+
+    Raises:
+        ValueError: it is no file, or holds something else; the file is named.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is no file")
+    return _parsed(file.read_bytes(), str(file))
+
+
+def _parsed(text: str | bytes, where: str) -> dict[str, Any]:
+    """The dict that JSON text holds; ValueError, naming where it was found, if it holds something else."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} holds no JSON: {error}") from error
+    return _checked(values, where)
+
+
+def _checked(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds {values!r}; it must be a dict")
+    return values
 
 
 def write_config(folder: Path, values: dict[str, Any], tag: str) -> None:
@@ -47,7 +73,7 @@ def write_config(folder: Path, values: dict[str, Any], tag: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(values, indent=1) + "\n")
     card = folder / CARD
-    metadata = _metadata(card) if card.is_file() else {}
+    metadata = _metadata(card)
     if any(map(_is_config, _listed(metadata.get("tags")))):
         from huggingface_hub import metadata_save
 
@@ -60,13 +86,10 @@ def to_tag(values: dict[str, Any]) -> str:
     return TAG + json.dumps(values, sort_keys=True)
 
 
-def from_tags(tags: Any) -> list[dict[str, Any]]:
-    """The dicts of the configs among the tags of a model card.
-
-    Raises:
-        ValueError: a config that is not JSON.
-    """
-    return [json.loads(tag.removeprefix(TAG)) for tag in _listed(tags) if _is_config(tag)]
+def _from_tags(card: Path) -> list[dict[str, Any]]:
+    """The dicts of the configs among the tags of a model card; ValueError for one that is no dict in JSON."""
+    tags = filter(_is_config, _listed(_metadata(card).get("tags")))
+    return [_parsed(tag.removeprefix(TAG), f"the tag {tag!r} in {card}") for tag in tags]
 
 
 def without_configs(tags: Iterable[str] | None) -> list[str]:
@@ -87,6 +110,8 @@ def _metadata(card: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
+    if not card.is_file():
+        return {}
     try:
         return metadata_load(card) or {}
     except (YAMLError, ValueError):  # people edit model cards; weights load without them
@@ -102,7 +127,7 @@ def hub_file(path: str | Path, name: str, **hub: Any) -> Path | None:
         **hub: revision, token, cache_dir, subfolder, local_files_only, ...
     """
     if Path(path).is_dir():
-        file = Path(path) / hub.get("subfolder", "") / name
+        file = Path(path) / (hub.get("subfolder") or "") / name
         return file if file.exists() else None
     from transformers.utils import cached_file
 

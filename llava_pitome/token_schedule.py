@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import fabs
 from operator import index
 
-from llava_pitome.plain_values import plain
+from llava_pitome.plain_values import plain, whole
 
 LIMIT = 2**31 - 1  # tokens of an image; their products with a denominator up to it fit into 64 bits
 STEPS = 10**6  # of a common ratio
@@ -23,8 +23,11 @@ def kept_by_ratio(tokens: int, ratio: float) -> int:
     Args:
         tokens: from 1 to LIMIT.
         ratio: the share.
+
+    Raises:
+        ValueError: `tokens` is no whole number.
     """
-    return _kept(plain(tokens), *_removed_share(plain(ratio)))
+    return _kept(whole(tokens, "tokens"), *_removed_share(plain(ratio)))
 
 
 def _kept(tokens: int, removed: int, of: int) -> int:
@@ -60,11 +63,12 @@ def kept_tokens(tokens: int, amount: float | int, setting: str) -> int:
     """Returns how many tokens `amount` keeps: a share (float), or that many (int).
 
     Raises:
-        ValueError: the amount exceeds the tokens; `setting` names the field of the config.
+        ValueError: the amount exceeds the tokens, or is no number; `setting` names the field of the config.
     """
-    amount = plain(amount)
+    tokens, amount = whole(tokens, "tokens"), plain(amount)
     if isinstance(amount, float):
         return kept_by_ratio(tokens, amount)
+    amount = whole(amount, setting)
     if amount > tokens:
         raise ValueError(f"{setting}={amount} does not fit: {tokens} tokens remain, allowed is 1 to {tokens}")
     return amount
@@ -77,7 +81,7 @@ def is_reduction(amount: float | int) -> bool:
 
 def lengths(patches: int, ratios: Sequence[float]) -> tuple[int, ...]:
     """Returns the patches before the first layer and after each one: len(ratios) + 1 numbers."""
-    counts = [index(patches)]
+    counts = [index(whole(patches, "patches"))]
     for ratio in ratios:
         counts.append(kept_by_ratio(counts[-1], ratio))
     return tuple(counts)
@@ -95,9 +99,9 @@ def lengths_for(patches: int, is_merging: tuple[bool, ...], tokens: int) -> tupl
         tokens: after the last layer.
 
     Raises:
-        ValueError: `tokens` is not in [1, patches], or no layer may merge.
+        ValueError: `tokens` is not in [1, patches], no layer may merge, or a count is no whole number.
     """
-    patches = index(patches)
+    patches, tokens = index(whole(patches, "patches")), whole(tokens, "tokens")
     if not 1 <= tokens <= patches:
         raise ValueError(
             f"tokens={tokens} does not fit: this image has {patches} patches, allowed is 1 to {patches}"
@@ -114,7 +118,12 @@ def lengths_for(patches: int, is_merging: tuple[bool, ...], tokens: int) -> tupl
 
 
 def common_ratio(patches: int, layers: int, tokens: int) -> float:
-    """Returns the largest ratio, to six decimals, that leaves at most `tokens` after the layers."""
+    """Returns the largest ratio, to six decimals, that leaves at most `tokens` after the layers.
+
+    Raises:
+        ValueError: a count is no whole number.
+    """
+    patches, layers, tokens = whole(patches, "patches"), whole(layers, "layers"), whole(tokens, "tokens")
     low, high = 0, STEPS
     while high - low > 1:
         middle = (low + high) // 2
@@ -133,8 +142,8 @@ def tokens_between(patches: int, tokens: int, last_share: float) -> int:
 
     The second does `last_share` of the reduction, on a logarithmic scale: at 0.5 both keep the same ratio.
     """
-    patches = index(patches)
-    return max(min(round(patches * (tokens / patches) ** (1 - last_share)), patches), tokens)
+    patches, tokens = index(whole(patches, "patches")), whole(tokens, "tokens")
+    return max(min(round(patches * (tokens / patches) ** (1 - plain(last_share))), patches), tokens)
 
 
 class TokenCounts:
@@ -176,9 +185,9 @@ class TokenCounts:
         """Returns the patches that the vision tower encodes, after `resize`, of an image's `patches`.
 
         Raises:
-            ValueError: `resize` exceeds the image.
+            ValueError: `resize` exceeds the image, or `patches` is no whole number.
         """
-        patches = index(patches)
+        patches = index(whole(patches, "patches"))
         if self.resize is None:
             return patches
         resized, side = self.resize[0] * self.resize[1], round(patches**0.5)
@@ -194,8 +203,9 @@ class TokenCounts:
             layers: up to the feature layer.
 
         Raises:
-            ValueError: more tokens than patches, or not one ratio per layer.
+            ValueError: more tokens than patches, not one ratio per layer, or an argument is no whole number.
         """
+        patches, layers = whole(patches, "patches"), whole(layers, "layers")
         tokens = self._budget(patches, layers)
         if tokens is not None and tokens > patches:
             raise ValueError(
@@ -219,8 +229,9 @@ class TokenCounts:
             layers: as for `lengths`.
 
         Raises:
-            ValueError: `prefix` exceeds the tokens.
+            ValueError: `prefix` exceeds the tokens, or an argument is no whole number.
         """
+        tokens, patches, layers = whole(tokens, "tokens"), whole(patches, "patches"), whole(layers, "layers")
         if self.prefix is not None:
             return kept_tokens(tokens, self.prefix, "prefix")
         return min(self._budget(patches, layers), tokens) if self.prefix_share else tokens
@@ -237,8 +248,10 @@ class TokenCounts:
         """Returns the image tokens before the first and after each of the language model's layers.
 
         Raises:
-            ValueError: `decoder` names a layer that the model lacks, or its last one, or exceeds the tokens.
+            ValueError: `decoder` names a layer that the model lacks, or its last one, or exceeds the tokens,
+                or an argument is no whole number.
         """
+        tokens, layers = whole(tokens, "tokens"), whole(layers, "layers")
         if wrong := [i for i in self.decoder if i > layers - 2]:
             raise ValueError(
                 f"decoder names layer {wrong[0]}; the language model has {layers} layers, and a layer that "

@@ -23,7 +23,7 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
     "image_size": SIDE, "patch_size": PATCH,
 }  # fmt: skip
-collect_ignore = [  # run by scripts/test_{triton,training,trl,compile,vllm,web,docs}.sh, which name these files
+collect_ignore = [  # run by other scripts/test_*.sh, which name these files
     "test_kernels_triton.py", "test_lora_processes.py", "test_vllm_offline.py", "test_vllm_server.py",
     "test_vllm_docs.py", "test_web_page.py", "test_docs.py", "test_trl.py", "test_compile.py",
 ]  # fmt: skip

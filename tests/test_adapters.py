@@ -258,12 +258,34 @@ def test_a_model_card_without_the_tag_says_nothing(adapter, card):
     assert applied(load(str(folder))[0]) == CONFIGS[1]
 
 
-@pytest.mark.parametrize("tag", ['token_merging:{"rato": 0.9}', "token_merging:{", "token_merging:"])
+UNREADABLE = ("", "{", "null", "3", "[1]", "true", '"ratio"', '{"rato": 0.9}', '{"ratio": 2}')
+
+
+@pytest.mark.parametrize("tag", [f"token_merging:{text}" for text in UNREADABLE])
 def test_a_tag_that_cannot_be_read_is_refused(adapter, tag):
     folder = adapter(CONFIGS[0])
     (folder / "README.md").write_text(f"---\ntags: ['{tag}']\n---\n")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=str(folder)):
         load(str(folder))
+
+
+def test_a_folder_in_place_of_a_model_card_says_nothing(adapter):
+    folder = adapter(CONFIGS[0])
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    with pytest.raises(ValueError, match="does not say how it merged"):
+        load(str(folder))
+
+
+HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+
+
+@pytest.mark.parametrize("name", [*HUB_ARGUMENTS, None])
+def test_a_hub_argument_of_none_is_as_not_given(adapter, saved, name):
+    none = dict.fromkeys([name] if name else HUB_ARGUMENTS)
+    assert applied(load(str(adapter(CONFIGS[0])), **none)[0]) == CONFIGS[0]
+    assert applied(load(str(saved), **none)[0]) is None
+    assert checkpoints.saved_merge_config(str(saved), **none) is None
 
 
 def test_the_card_of_a_full_model_is_not_read(saved):

@@ -3,11 +3,15 @@ import dataclasses
 import json
 import math
 import pickle
+import re
 
+import numpy as np
 import pytest
+import torch
 
 from llava_pitome import METHODS, MergeConfig
-from llava_pitome.config import RECIPES
+from llava_pitome.config import RECIPES, requested
+from llava_pitome.models import adapters
 
 
 @pytest.mark.parametrize(
@@ -259,3 +263,71 @@ def test_changes_are_what_makes_a_config(config):
 
 def test_a_plain_config_changes_nothing_else():
     assert MergeConfig(ratio=0.9).changes() == {"ratio": 0.9}
+
+
+@pytest.mark.parametrize("key", [1, None, 0.9, True, (), ("ratio",), b"ratio", ""])
+def test_a_key_that_is_no_name_is_refused_with_the_nearest(key):
+    with pytest.raises(ValueError, match=rf"no field {re.escape(repr(key))}; the nearest is "):
+        MergeConfig.from_dict({key: 0.9})
+    with pytest.raises(
+        ValueError, match=rf"no parameter {re.escape(repr(key))}; it takes .*; the nearest is"
+    ):
+        MergeConfig(ratio=0.9, parameters={key: 0.7})
+    with pytest.raises(ValueError, match=rf"no field {re.escape(repr(key))}"):
+        requested("paper", {"ratio": 0.9}, {key: 0.9})
+
+
+@pytest.mark.parametrize("name", [["best"], {"best": 1}, {"best"}, None, 1, ("best",), "Best"])
+def test_a_recipe_of_another_type_raises_with_the_ones_there_are(name):
+    with pytest.raises(ValueError, match=rf"recipe={re.escape(repr(name))} is unknown; allowed are paper"):
+        MergeConfig.recipe(name, ratio=0.9)
+
+
+@pytest.mark.parametrize("values", [None, [1], [["ratio", 0.9]], "ratio", 0.9, True])
+def test_a_config_that_is_no_dict_is_refused(values):
+    with pytest.raises(ValueError, match=rf"cannot be {re.escape(repr(values))}: it must be a dict"):
+        MergeConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("version", [True, None, "2", [2], 0, 3, np.int64(3), np.array([1, 2])])
+def test_a_version_that_is_not_known_raises(version):
+    with pytest.raises(ValueError, match=r"token_merging has version .* reads versions 1 to 2"):
+        MergeConfig.from_dict({"version": version, "ratio": 0.9})
+
+
+@pytest.mark.parametrize("one", [1, np.int64(1), np.uint8(1), np.array(1), torch.tensor(1)], ids=repr)
+@pytest.mark.parametrize("version", [1, np.int64(1)], ids=repr)
+def test_the_1_of_version_1_is_one_token_whatever_its_type(version, one):
+    config = MergeConfig.from_dict({"version": version, "prefix": one, "decoder": {"8": one, 4: 0.5}})
+    assert config == MergeConfig.from_dict({"version": 1, "prefix": 1, "decoder": {"8": 1, "4": 0.5}})
+    kept = MergeConfig.from_dict({"version": version, "prefix": np.float64(1), "decoder": {"8": np.int64(9)}})
+    assert kept == MergeConfig(prefix=1.0, decoder={8: 9})
+
+
+RECORDS = ("token_merging.json", "config.json", "adapter_config.json")
+NO_DICTS = ["null", "[1]", "3", '"ratio"', "", "{", "\udcff\udcfe", "[" * 10**5, None]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("content", NO_DICTS, ids=lambda content: str(content)[:9].encode(errors="replace"))
+def test_a_file_that_holds_no_config_is_named(name, content, tmp_path):
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    read = adapters.base_model if name == "adapter_config.json" else MergeConfig.from_pretrained
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))} (holds|is no file)"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize("values", [[1], 3, "ratio", {"ratoi": 0.9}, {"ratio": 2}])
+def test_a_config_in_config_json_that_cannot_be_read_is_named(values, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"token_merging": values}))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        MergeConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("subfolder", [None, "", "inner"])
+def test_a_config_is_read_from_a_subfolder_or_none(subfolder, tmp_path):
+    MergeConfig(ratio=0.9).save_pretrained(tmp_path / (subfolder or ""))
+    assert MergeConfig.from_pretrained(tmp_path, subfolder=subfolder) == MergeConfig(ratio=0.9)

@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,9 +14,20 @@ from conftest import make_model
 from llava_pitome import METHODS, MergeConfig, apply, parents, remove
 from llava_pitome.flops import closed_form
 from llava_pitome.plain_values import plain
-from llava_pitome.token_schedule import kept_by_ratio, kept_tokens, lengths
+from llava_pitome.token_schedule import (
+    common_ratio,
+    kept_by_ratio,
+    kept_tokens,
+    lengths,
+    lengths_for,
+    tokens_between,
+)
 
 FLOATS = {
+    "Fraction": lambda x: Fraction(str(x)) if np.isfinite(x) else np.float64(x),  # has no infinity
+    "Decimal": lambda x: Decimal(str(x)),
+    "object array": lambda x: np.array(x, dtype=object),
+    "float32 in an object array": lambda x: np.array(np.float32(x), dtype=object),
     **{t.__name__: t for t in (np.float64, np.float32, np.float16, np.longdouble)},
     "array": np.array,
     "array32": lambda x: np.array(x, dtype=np.float32),
@@ -26,6 +39,8 @@ FLOATS = {
 INTEGERS = {
     **{t.__name__: t for t in (np.int64, np.int32, np.uint8, np.int8)},
     "array": np.array,
+    "object array": lambda x: np.array(x, dtype=object),
+    "int64 in an object array": lambda x: np.array(np.int64(x), dtype=object),
     **{str(t): lambda x, t=t: torch.tensor(x, dtype=t) for t in (torch.int64, torch.uint8)},
 }  # fmt: skip
 FLAGS = {"bool_": np.bool_, "array": np.array, "tensor": torch.tensor}
@@ -137,6 +152,15 @@ def test_foreign_numbers_out_of_range_raise(field, kind, value):
         {"ratio": torch.tensor(0.9, device="meta")},
         {"tokens": np.float64(64)},
         {"tokens": np.bool_(True)},
+        {"tokens": Fraction(64)},
+        {"tokens": Decimal(64)},
+        {"prefix": Decimal(64)},
+        {"resize": (Fraction(4), 4)},
+        {"ratio": Fraction(10**400)},
+        {"ratio": Decimal("sNaN")},
+        {"ratio": Fraction(3, 2)},
+        {"ratio": np.array("0.9", dtype=object)},
+        {"ratio": np.array(object(), dtype=object)},
         {"tokens": np.array([64])},
         {"tokens": torch.tensor([64])},
         {"prefix": torch.tensor([0.5])},
@@ -194,3 +218,56 @@ def test_token_counts_of_foreign_sizes_are_plain():
             assert types(found) == {int}
     both = [closed_form(model, config.lengths(n, 7), text=np.int64(5)) for n in (np.int64(36), 36)]
     assert both[0] == both[1]
+
+
+BEST, HALF = MergeConfig.recipe("best", tokens=9), MergeConfig(ratio=0.5)
+COUNTS = {  # functions of counts, each of which an argument of another type replaces
+    "kept_by_ratio": (lambda n: kept_by_ratio(n, 0.9), (200,)),
+    "kept_tokens of a share": (lambda n: kept_tokens(n, 0.9, "prefix"), (200,)),
+    "kept_tokens of a number": (lambda n, m: kept_tokens(n, m, "prefix"), (120, 9)),
+    "lengths": (lambda n: lengths(n, (0.9, 0.8)), (200,)),
+    "lengths_for": (lambda n, m: lengths_for(n, (True,) * 5, m), (120, 9)),
+    "lengths_for of all": (lambda n, m: lengths_for(n, (True,) * 5, m), (120, 120)),
+    "common_ratio": (common_ratio, (120, 7, 9)),
+    "tokens_between": (lambda n, m: tokens_between(n, m, 0.5), (120, 9)),
+    "tokens_at": (BEST.tokens_at, (121, 7)),
+    "tokens_of": (BEST.tokens_of, (121, 7)),
+    "MergeConfig.lengths": (BEST.lengths, (121, 7)),
+    "patches_at": (HALF.patches_at, (121,)),
+    "patches_at of a resize": (MergeConfig(resize=(4, 4)).patches_at, (121,)),
+    "prefix_length": (HALF.prefix_length, (20, 36, 7)),
+    "prefix_length of a share": (MergeConfig(ratio=0.9, prefix_share=0.5).prefix_length, (20, 36, 7)),
+    "llm_lengths": (MergeConfig(decoder={0: 0.5, 1: 9}).llm_lengths, (60, 4)),
+    "llm_lengths of no merge": (HALF.llm_lengths, (60, 4)),
+}
+NARROW = {**{t.__name__: t for t in (np.int8, np.uint8, np.int16, np.int64)}, "tensor": torch.tensor}
+
+
+def calls(of):
+    """Every function of counts, with the arguments of one place at a time, and of all, made by `of`."""
+    for name, (call, counts) in COUNTS.items():
+        for chosen in [{i} for i in range(len(counts))] + [set(range(len(counts)))]:
+            made = [of(x) if i in chosen else x for i, x in enumerate(counts)]
+            yield f"{name} {sorted(chosen)}", call, counts, made
+
+
+@pytest.mark.parametrize("kind", NARROW.values(), ids=NARROW)
+def test_counts_of_narrow_integers_neither_overflow_nor_leak(kind):
+    def narrow(x):
+        return x if kind is np.int8 and x > 127 else kind(x)
+
+    for name, call, counts, made in calls(narrow):
+        found = call(*made)
+        assert found == call(*counts), name
+        assert types(found) <= {int, float}, name
+
+
+FLOAT_LIKE = (float, np.float32, lambda x: torch.tensor(float(x)), Fraction, Decimal)  # an amount: a share
+
+
+@pytest.mark.parametrize("of", [*FLOAT_LIKE, str, bool, lambda _: None, lambda x: [x]])
+def test_counts_that_are_no_whole_numbers_are_refused(of):
+    for name, call, _, made in calls(of):
+        if name != "kept_tokens of a number [1]" or of not in FLOAT_LIKE:
+            with pytest.raises(ValueError, match="is not allowed: it must be a whole number"):
+                call(*made)

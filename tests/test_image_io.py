@@ -1,9 +1,12 @@
 """Image files: which are opened, how they are converted, and which are refused with a reason."""
 
 import io
+import os
 import random
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +180,28 @@ def test_values_that_are_no_colours_are_refused():
         open_image(saved(Image.new("F", (4, 4)), "TIFF"))
     with pytest.raises(ValueError, match="values from 70000 to 70000; greys may have 8 or 16 bits"):
         open_image(saved(Image.new("I", (4, 4), 70000), "TIFF"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\0", "a\ud800b.png"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_what_cannot_be_a_file_name_is_refused_by_its_name(name, kind):
+    with pytest.raises(ValueError, match=re.escape(f"{name!r} is no file name")):
+        open_image(kind(name))
+
+
+@pytest.mark.parametrize(
+    "source", [None, 5, 0.5, ["a.png"], {"path": "a.png"}, COLOURED, np.zeros((4, 4, 3))]
+)
+def test_a_source_of_another_type_is_refused(source):
+    with pytest.raises(
+        ValueError, match=f"is a {type(source).__name__}; give the path of a file, or its bytes"
+    ):
+        open_image(source)
+
+
+def test_a_source_may_be_any_path_or_bytes(tmp_path):
+    data = saved(COLOURED)
+    (tmp_path / "image.png").write_bytes(data)
+    (entry,), (encoded,) = os.scandir(tmp_path), os.scandir(os.fsencode(tmp_path))
+    for source in (bytearray(data), memoryview(data), entry, encoded):
+        assert open_image(source).tobytes() == COLOURED.tobytes()

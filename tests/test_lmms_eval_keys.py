@@ -88,3 +88,52 @@ def test_every_field_is_a_key(text, config, loads):
     ((path, found, options),) = loads
     assert (path, found, options["attn_implementation"]) == ("folder", config, "eager")
     assert not set(options) - {"attn_implementation", "device_map", "dtype", "quantization"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("device_map=auto", {"device_map": "auto"}),
+        ("device_map=auto,quantization=4bit", {"device_map": "auto", "quantization": "4bit"}),
+        ('device_map={"":"cpu"}', {"device_map": {"": "cpu"}}),
+        (
+            'device_map=balanced,max_memory={"0":"2GiB","cpu":"9GiB"}',
+            {"device_map": "balanced", "max_memory": {0: "2GiB", "cpu": "9GiB"}},
+        ),
+        (
+            "device_map=sequential,offload_folder=out,offload_buffers=True",
+            {"device_map": "sequential", "offload_folder": "out", "offload_buffers": True},
+        ),
+        (
+            'device_map={"":"disk"},offload_folder=out',
+            {"device_map": {"": "disk"}, "offload_folder": "out"},
+        ),
+        ("device=cpu", {"device_map": "cpu"}),
+        ("device=cpu,quantization=8bit", {"device_map": "cpu", "quantization": "8bit"}),
+        ("device=cuda:1,quantization=8bit", {"device_map": "cuda:1", "quantization": "8bit"}),
+    ],
+)
+def test_what_places_the_model_reaches_the_loading(text, expected, loads):
+    with pytest.raises(Loaded):
+        make(text)
+    assert loads[0][2] == {"dtype": "auto", "quantization": None} | expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("device=cpu,device_map=auto", "device='cpu' and device_map='auto' both place the model"),
+        ('device_map={"":"cpu"},device=cpu', "both place the model"),
+        ('max_memory={"0":"2GiB"}', "max_memory=.* has no effect with device_map=None; allowed are auto"),
+        ('device_map=cpu,max_memory={"0":"2GiB"}', "has no effect with device_map='cpu'"),
+        ('device_map={"":"cpu"},max_memory={"0":"2GiB"}', "has no effect with device_map={'': 'cpu'}"),
+        ("offload_folder=out", "offload_folder='out' has no effect with device_map=None; .*or a dict"),
+        ("device=cpu,offload_buffers=True", "offload_buffers=True has no effect"),
+        ("device_map=auto,max_memory=2GiB", "max_memory='2GiB' is not allowed: it must be a dict"),
+        ("device_map={auto}", "device_map='{auto}' is not JSON"),
+    ],
+)
+def test_places_that_contradict_or_have_no_effect_are_refused(text, message, loads):
+    with pytest.raises(ValueError, match=message):
+        make(text)
+    assert not loads

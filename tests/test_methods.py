@@ -456,3 +456,25 @@ def test_parents_of_float64_are_computed_in_float64(method):
     inputs = given(method, 2, 36, 8, dtype=EXACT)
     decided = choose(x, 9, method, **inputs).parent
     assert torch.equal(parents(x, 9, method, **inputs), decided)
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("dtype", [*FLOAT8, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("method", METHODS)
+def test_parents_of_8_bits_are_computed_in_float32(method, dtype):
+    x = tokens(2, 36, 8).to(dtype)
+    inputs = mapped(given(method, 2, 36, 8), lambda v: v.to(dtype) if v.is_floating_point() else v)
+    wide = mapped(inputs, lambda v: v.float() if v.is_floating_point() else v)
+    expected = parents(x.float(), 9, method, **wide)
+    assert torch.equal(parents(x, 9, method, **inputs), expected)
+    assert torch.equal(parents(x.float(), 9, method, **inputs), expected)
+
+
+def test_a_dtype_of_packed_numbers_is_refused():
+    packed = torch.zeros(1, 4, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(ValueError, match=r"metric has dtype torch\.float4_e2m1fn_x2; it must be floating"):
+        parents(packed, 1)
+    with pytest.raises(ValueError, match=r"class_attention has dtype torch\.float4_e2m1fn_x2"):
+        parents(torch.zeros(1, 4, 8), 1, "visionzip", class_attention=packed[..., 0])

@@ -17,6 +17,7 @@ from llava_pitome.cli.chat.conversation import Conversation
 from llava_pitome.cli.chat.terminal import Terminal
 from llava_pitome.cli.draw import command as draw
 from llava_pitome.image_io import is_changed_by_convert, open_image, to_rgb
+from llava_pitome.integrations.lmms_eval import _as_rgb
 from llava_pitome.integrations.serve.images import open_images
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.tracing import trace_image
@@ -238,6 +239,73 @@ def test_images_in_memory_of_every_mode_become_rgb(mode):
     assert found.mode == "RGB" and found.size == (4, 3)
     if mode in ("RGBa", "La", "PA"):  # transparent everywhere
         assert (np.asarray(found) == 255).all()
+
+
+EIGHT_BITS = np.arange(64, dtype=np.int32).reshape(8, 8) * 4
+
+
+def int32(values, kind=None, **info):
+    """A grey image of pillow's mode "I", in memory or opened from a file of some format."""
+    image = Image.fromarray(np.asarray(values, np.int32))
+    if kind is None:
+        image.info |= info
+        return image
+    return Image.open(io.BytesIO(saved(image, kind, **info)))
+
+
+@pytest.mark.parametrize(
+    "values", [EIGHT_BITS, EIGHT_BITS // 9, EIGHT_BITS * 0, EIGHT_BITS * 0 + 255], ids=str
+)
+@pytest.mark.parametrize("kind", [None, "TIFF"])
+def test_greys_of_8_bits_in_32_keep_their_values(values, kind):
+    image = int32(values, kind)
+    assert image.mode == "I" and not is_changed_by_convert(image)
+    for found in (to_rgb(image), image.convert("RGB")):
+        assert np.array_equal(np.asarray(found), np.repeat(values[..., None], 3, -1))
+
+
+def test_greys_of_8_bits_in_32_are_turned_and_their_transparent_one_is_white():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter clockwise
+    turned = int32(EIGHT_BITS, "TIFF", exif=exif)
+    assert is_changed_by_convert(turned)
+    assert np.array_equal(np.asarray(to_rgb(turned))[..., 0], np.rot90(EIGHT_BITS, -1))
+    clear = int32(EIGHT_BITS, transparency=8)
+    assert is_changed_by_convert(clear)
+    assert np.array_equal(np.asarray(to_rgb(clear))[..., 0], np.where(EIGHT_BITS == 8, 255, EIGHT_BITS))
+
+
+@pytest.mark.parametrize("image", [
+    int32([[0, 255, 256]]), int32([[0, 255, 256]], "TIFF"), int32([[3, 512, 65535]]),
+    int32(EIGHT_BITS, "PPM"), int32(EIGHT_BITS, "PNG"), int32([[3, 512, 65535]], "PPM"),
+], ids=lambda image: f"{image.format} {image.mode}")  # fmt: skip
+def test_greys_of_16_bits_in_32_are_scaled(image):
+    assert is_changed_by_convert(image)
+    assert np.array_equal(np.asarray(to_rgb(image))[..., 0], np.asarray(image).astype(int) >> 8)
+
+
+@pytest.mark.parametrize("values", [[[-1, 9]], [[-70000, 9]], [[0, 65536]]], ids=str)
+def test_greys_that_do_not_fit_16_bits_are_refused(values):
+    assert is_changed_by_convert(int32(values))
+    with pytest.raises(ValueError, match=f"values from {values[0][0]} to {values[0][1]}; greys may have"):
+        to_rgb(int32(values))
+
+
+@pytest.mark.parametrize("image", [int32(EIGHT_BITS), int32(EIGHT_BITS, "TIFF")], ids=["memory", "file"])
+@pytest.mark.parametrize("converts", [True, False])
+def test_a_task_sees_greys_of_8_bits_in_32(image, converts):
+    (found,) = _as_rgb([image], "an image")
+    seen = found.convert("RGB") if converts else to_rgb(found)
+    assert found is image  # tasks read masks as numbers
+    assert np.asarray(seen).max() == 252
+
+
+def test_a_truncated_file_of_32_bits_is_left_to_to_rgb(monkeypatch):
+    data = saved(Image.fromarray(RNG.integers(0, 256, (64, 64), dtype=np.int32)), "TIFF")
+    assert is_changed_by_convert(Image.open(io.BytesIO(data[:9000])))
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES is on"):
+        _as_rgb(Image.open(io.BytesIO(data[:9000])), "an image")
 
 
 def test_a_transparent_grey_of_16_bits_is_white():

@@ -39,6 +39,8 @@ LOADING = (  # what `load` passes to `from_pretrained`
     *HUB, "attn_implementation", "device_map", "max_memory", "offload_folder", "offload_buffers", "variant",
     "use_safetensors", "trust_remote_code", "use_kernels",
 )  # fmt: skip
+PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")  # values of device_map that plan a placement
+MAPPED = ("max_memory", "offload_folder", "offload_buffers")  # read for such a placement only
 UNSUPPORTED = "llava_pitome answers generate_until tasks only; this task needs {}"
 
 
@@ -72,14 +74,15 @@ class LlavaPitome(lmms):
             method: which tokens merge into which, a name in METHODS.
             merging: further fields of MergeConfig, as a dict or as JSON.
             batch_size: questions per batch.
-            device: "cpu", "cuda", "cuda:1", ...; by default the process's own GPU where there is one.
+            device: "cpu", "cuda", "cuda:1", ...; by default the process's own GPU where there is one. With
+                device_map, which is given instead, inputs go to the model's first device.
             dtype: a key of DTYPES; "auto" is that of the checkpoint.
             quantization: "4bit", "8bit" or None.
             blank: replace each image by a grey one, to measure what the questions alone reveal.
             journal: a file for JSON lines: the FLOPs of the first prompt of a task, then the samples and
                 seconds of every batch. The process's rank is appended to its name.
-            **options: further fields of MergeConfig, in which a dict or list may be JSON, and names in
-                LOADING.
+            **options: further fields of MergeConfig and names in LOADING; a dict or list may be JSON. None is
+                as not given.
 
         Raises:
             ValueError: an unknown key (the nearest one is named), or a value that is not allowed; before
@@ -87,7 +90,8 @@ class LlavaPitome(lmms):
         """
         super().__init__()
         _check_keys(options)
-        fields = {k: _from_json(k, options.pop(k)) for k in FIELDS if k in options}
+        options = {k: _from_json(k, v) for k, v in options.items() if v is not None}
+        fields = {k: options.pop(k) for k in FIELDS if k in options}
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it, and so scores half-grey images
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
@@ -99,9 +103,9 @@ class LlavaPitome(lmms):
         self.merging = requested(recipe, fields, _from_json("merging", merging))
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        _check_placement(device, options)
         self.device = torch.device(device or gpu)
-        if quantization is None or self.device.type == "cuda":
-            options["device_map"] = str(self.device)
+        has_map = options.setdefault("device_map", str(self.device)) != str(self.device)
         self.model, self.processor = load(
             pretrained,
             self.merging or MergeConfig(ratio=1.0),  # however it was saved to merge
@@ -109,6 +113,8 @@ class LlavaPitome(lmms):
             dtype=dtype,
             **options,
         )
+        if has_map and self.model.device.type != "meta":  # as where the first weights are offloaded
+            self.device = self.model.device
         if self.merging is None:
             remove(self.model)
         self.blank, self.journal = blank, Path(f"{journal}.{self._rank}") if journal else None
@@ -228,6 +234,31 @@ def _check_keys(options: dict[str, Any]) -> None:
             raise ValueError(
                 f"model_args has no key {key!r}; the nearest is {near!r}. Keys: {', '.join(known)}"
             )
+
+
+def _check_placement(device: str | None, options: dict[str, Any]) -> None:
+    """Checks the options that place the model on devices, and makes indices of the keys of `max_memory`.
+
+    Raises:
+        ValueError: device and device_map are both given, or an option that only applies to a device_map.
+    """
+    device_map = options.get("device_map")
+    if device_map is not None and device is not None:
+        raise ValueError(f"device={device!r} and device_map={device_map!r} both place the model: give one")
+    if isinstance(device_map, str) and device_map in PLANNED:
+        known = MAPPED
+    else:
+        known = [key for key in MAPPED if key != "max_memory" and isinstance(device_map, dict)]
+    if unused := [key for key in MAPPED if key in options and key not in known]:
+        raise ValueError(
+            f"{unused[0]}={options[unused[0]]!r} has no effect with device_map={device_map!r}; allowed are "
+            f"{', '.join(PLANNED)}" + ("" if unused[0] == "max_memory" else ", or a dict")
+        )
+    if "max_memory" in options:
+        limits = options["max_memory"]
+        if not isinstance(limits, dict):
+            raise ValueError(f"max_memory={limits!r} is not allowed: it must be a dict, device to limit")
+        options["max_memory"] = {int(k) if str(k).isdecimal() else k: v for k, v in limits.items()}
 
 
 def _from_json(key: str, value: Any) -> Any:

@@ -21,6 +21,7 @@ from llava_pitome.merge.reduce import MergeResult, full_precision, reduce_tokens
 from llava_pitome.plain_values import plain
 
 PLACES = ("tower", "prefix", "decoder")
+PACKED = (torch.float4_e2m1fn_x2,)  # dtypes of several numbers in one element
 METHOD_INPUTS = {  # what a place can provide to a method besides the metric
     "sizes": "(B, N) patches that each token stands for",
     "class_attention": "(B, N) attention of the class token, the mean over heads",
@@ -190,7 +191,7 @@ def parents(
 
     Raises:
         ValueError: an unknown method or parameter, a missing input, a metric of another shape than (B, N, D)
-            or not of floating point, or `remove` out of range.
+            or of a dtype that holds no single numbers of floating point, or `remove` out of range.
     """
     inputs = {name: value for name, value in parameters.items() if name in METHOD_INPUTS}
     check(method, {name: value for name, value in parameters.items() if name not in METHOD_INPUTS})
@@ -201,21 +202,23 @@ def parents(
         )
     if metric.ndim != 3:
         raise ValueError(f"metric has shape {tuple(metric.shape)}; it must be (images, tokens, channels)")
-    if not metric.is_floating_point():
+    if not metric.is_floating_point() or metric.dtype in PACKED:
         raise ValueError(f"metric has dtype {metric.dtype}; it must be floating point")
     count, remove, depth = metric.shape[1], plain(remove), plain(depth)
     if not isinstance(remove, int) or not 0 <= remove < max(count, 1):
         raise ValueError(f"remove={remove} does not fit {count} tokens; allowed is 0 to {max(count - 1, 0)}")
     if missing := [name for name in needs if name not in inputs]:
         raise ValueError(f"method {method!r} needs {', '.join(missing)}")
+    if packed := [k for k, v in inputs.items() if isinstance(v, Tensor) and v.dtype in PACKED]:
+        raise ValueError(f"{packed[0]} has dtype {inputs[packed[0]].dtype}; it must hold single numbers")
     wide = {k: _wide(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     with full_precision(metric.device.type):
         return choose(_wide(metric), remove, method, depth=depth, **parameters | wide).parent
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Returns a tensor in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Returns a tensor in float32 at least; torch promotes no type of 8 bits."""
+    return x if x.dtype.itemsize >= torch.float32.itemsize else x.float()
 
 
 def choose(
@@ -296,7 +299,7 @@ def check(method: str, parameters: dict[str, Any]) -> None:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
     own = parameters_of(method)
     if unknown := [name for name in parameters if name not in own]:
-        near = difflib.get_close_matches(unknown[0], list(own), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(unknown[0]), list(own), n=1, cutoff=0.0)
         raise ValueError(
             f"method {method!r} has no parameter {unknown[0]!r}; it takes {', '.join(own) or 'none'}"
             + (f"; the nearest is {near[0]!r}" if near else "")

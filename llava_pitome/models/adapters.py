@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from llava_pitome.config import MergeConfig, saved
-from llava_pitome.saved_config import ADAPTER_CONFIG, CARD, FILE, hub_file, without_configs
+from llava_pitome.saved_config import ADAPTER_CONFIG, CARD, FILE, hub_file, read_dict, without_configs
 
 BASE = "base_model_name_or_path"  # peft's key
 DEFAULT = "default"  # the name of the adapter that peft saves in the folder itself
@@ -49,7 +49,7 @@ def save_merge_config(model: nn.Module, config: MergeConfig, folder: Path) -> No
 def save_base_model(folder: Path, base: str) -> None:
     """Writes into an adapter's folder its base model as `load` takes it."""
     file = folder / ADAPTER_CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()) | {BASE: base}, indent=1) + "\n")
+    file.write_text(json.dumps(read_dict(file) | {BASE: base}, indent=1) + "\n")
 
 
 def base_model(path: str, **hub: Any) -> str | None:
@@ -60,12 +60,12 @@ def base_model(path: str, **hub: Any) -> str | None:
         **hub: hub arguments for its files: revision, token, ...
 
     Raises:
-        ValueError: the adapter does not record its base model.
+        ValueError: the adapter does not record its base model, or its config cannot be read.
     """
     file = hub_file(path, ADAPTER_CONFIG, **hub)
     if file is None:
         return None
-    base = json.loads(file.read_text()).get(BASE)
+    base = read_dict(file).get(BASE)
     if not base:
         raise ValueError(f"{ADAPTER_CONFIG} of the adapter {path} has no {BASE}")
     return base

@@ -49,7 +49,8 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
             its language model head.
     """
     check_quantization(quantization)
-    hub = model_hub = {k: v for k, v in options.items() if k in HUB}
+    hub = model_hub = _hub(options)
+    options = {k: v for k, v in options.items() if k not in HUB} | hub
     base = model_path(path, **hub)
     is_adapter = path not in (base, embedded.NAME)
     if is_adapter:
@@ -137,7 +138,7 @@ def saved_merge_config(path: str, **options: Any) -> MergeConfig | None:
         ValueError: an adapter that does not say how it merged, a path that does not exist or holds no LLaVA,
             or a config that cannot be read.
     """
-    hub = {k: v for k, v in options.items() if k in HUB}
+    hub = _hub(options)
     base = model_path(path, **hub)
     if path not in (base, embedded.NAME):
         return adapters.merge_config(path, **hub)
@@ -183,6 +184,11 @@ def _read_config(path: str, hub: dict[str, Any]) -> tuple[Any, dict[str, Any] | 
     if config.model_type != "llava":
         raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {llava.SUPPORTED}.")
     return config, None
+
+
+def _hub(options: dict[str, Any]) -> dict[str, Any]:
+    """The hub arguments among the options; None stands for one that is not given."""
+    return {k: v for k, v in options.items() if k in HUB and v is not None}
 
 
 def _shared(hub: dict[str, Any]) -> dict[str, Any]:
