@@ -1,6 +1,9 @@
 """What a merging model is called with: what contradicts the config is refused."""
 
 import copy
+import gc
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from conftest import PATCH, PATCHES, make_model, make_processor
 from precise import answer, padded, precise
 from prompts import PROMPTS, single
 from test_tower import images, state
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_pitome import MergeConfig, apply, merge_tokens, remove
 from llava_pitome.api import applied
@@ -253,8 +257,6 @@ def test_models_that_share_a_processor_stop_in_any_order(processor, pictures):
 
 @pytest.mark.parametrize("inner", [MergeConfig(tokens=5), None])
 def test_a_processor_outlives_a_model_that_was_never_removed(inner, processor, pictures):
-    import gc
-
     model, other = make_model(), make_model(seed=1)
     apply(other, MergeConfig(tokens=9), processor)
     apply(model, MergeConfig(tokens=7), processor)
@@ -287,3 +289,80 @@ def test_the_outer_handle_goes_on_after_an_inner_block(config, model, processor,
 def test_numbers_of_numpy_name_layers(model, processor, pictures):
     with merge_tokens(model, MergeConfig(decoder={np.int64(0): 0.5}), processor), torch.no_grad():
         assert model(**single(processor, PROMPTS[0], pictures)).logits.isfinite().all()
+
+
+# Stages that do not follow each other at once
+
+
+@pytest.mark.parametrize("config", [MergeConfig(ratio=0.9, prefix=9), BEST])
+def test_features_of_many_passes_are_projected_in_any_order_and_again(config):
+    model = make_model()
+    pixels = [images(batch=1, seed=i) for i in range(12)]
+    with merge_tokens(model, config), torch.no_grad():
+        alone = [model.model.multi_modal_projector(encode(model, x)) for x in pixels]
+        features = [encode(model, x) for x in pixels]
+        for _ in range(2):
+            assert all(torch.equal(model.model.multi_modal_projector(x), y) for x, y in zip(features, alone))
+
+
+@pytest.mark.parametrize("config", [BEST, MergeConfig(ratio=0.8, llm_proportional=True)])
+def test_prompts_whose_images_were_encoded_in_turn_are_answered_in_any_order(config, processor, pictures):
+    model = make_model()
+    with merge_tokens(model, config, processor), torch.no_grad():
+        prompts = [single(processor, PROMPTS[0], pictures[i:]) for i in range(4)]
+        alone = [model(**inputs).logits for inputs in prompts]
+        encoded = [model.get_image_features(pixel_values=inputs.pop("pixel_values")) for inputs in prompts]
+        for i in (2, 0, 3, 1):
+            found = model(**prompts[i], mm_encoder_outputs={"image": encoded[i]}).logits
+            assert torch.equal(found, alone[i])
+
+
+@pytest.mark.parametrize("config", [BEST, MergeConfig(ratio=0.8, positions="original")])
+def test_features_that_another_thread_computed_raise_where_sizes_count(config, processor, pictures):
+    model, inputs = make_model(), single(processor, PROMPTS[0], pictures)
+    with merge_tokens(model, config, processor), torch.no_grad():
+        inputs = single(processor, PROMPTS[0], pictures)
+        with ThreadPoolExecutor(1) as pool:
+            features = pool.submit(torch.no_grad()(encode), model, inputs.pop("pixel_values")).result()
+        encoded = BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(features)))
+        with pytest.raises(RuntimeError, match="encoded last"):
+            model(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+def test_a_block_without_a_config_takes_up_the_one_in_force(model, processor, pictures):
+    apply(model, MergeConfig(tokens=7))
+    with merge_tokens(model, processor=processor):
+        assert applied(model).tokens == count(processor, pictures) == 7
+    assert applied(model).tokens == 7 and count(processor, pictures) == PATCHES
+
+
+# Processors of models that are gone, and their copies
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_processor_and_its_copies_outlive_a_model_that_ran(copied, processor, pictures):
+    model = make_model()
+    apply(model, MergeConfig(tokens=7), processor)
+    with torch.no_grad():
+        model(**single(processor, PROMPTS[0], pictures))
+    own = copied(processor)
+    assert count(own, pictures) == 7
+    del model
+    gc.collect()
+    assert count(processor, pictures) == PATCHES == count(copied(processor), pictures)
+
+
+def test_a_shallow_copy_of_a_processor_writes_its_own_placeholders_after_remove(model, processor, pictures):
+    apply(model, MergeConfig(tokens=7), processor)
+    own = copy.copy(processor)
+    remove(model)
+    assert count(own, pictures) == count(processor, pictures) == PATCHES
+
+
+def test_removing_a_copy_of_a_model_that_is_gone_gives_the_processor_back(processor, pictures):
+    model = make_model()
+    apply(model, MergeConfig(tokens=7), processor)
+    model = copy.deepcopy(model)
+    gc.collect()
+    remove(model)
+    assert count(processor, pictures) == PATCHES

@@ -4,13 +4,15 @@ Backends other than "eager" see sizes as symbols, and so find what does not work
 """
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from conftest import make_model
+from test_copies import logits, logits_of_wrapped_layers
 from transformers import LlavaForConditionalGeneration
 
-from llava_pitome import METHODS, MergeConfig, apply
+from llava_pitome import METHODS, MergeConfig, apply, merge_tokens
 
 PLACES = {"tower": {"ratio": 0.8}, "prefix": {"prefix": 0.5}, "decoder": {"decoder": {0: 0.5}}}
 SIDE, PATCH = 48, 8
@@ -193,3 +195,14 @@ def test_a_tower_exports(config, strict):
         Tower(model)(pixels(2))  # transformers adds hooks of its own at the first use
         program = torch.export.export(Tower(model), (pixels(2),), strict=strict)
         torch.testing.assert_close(program.module()(pixels(2)), Tower(model)(pixels(2)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_single_layers_may_be_compiled(first, processor, pictures):
+    config, plain = MergeConfig.recipe("best", tokens=6), make_model()
+    dense = logits(plain, processor, pictures)
+    with merge_tokens(plain, config, processor):
+        expected = logits(plain, processor, pictures)
+    compiled = partial(torch.compile, backend="eager")
+    found = logits_of_wrapped_layers(make_model(), config, first, compiled, processor, pictures)
+    torch.testing.assert_close(found, (expected, dense), rtol=0, atol=1e-5)

@@ -332,3 +332,89 @@ def test_a_batch_after_an_exponential_average_is_that_of_its_weights(model, proc
     assert torch.equal(
         logits(mean.module.eval(), processor, pictures), logits(plain.eval(), processor, pictures)
     )
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector", "layer_norm2", "lm_head"])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], BEST])
+def test_a_model_whose_adapter_is_disabled_merges_as_the_plain_one(config, part, processor, pictures):
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*o_proj", modules_to_save=[part])
+    plain, model = make_model(), get_peft_model(make_model(), lora).eval()
+    apply(plain, config, processor)
+    apply(model, config, processor)
+    expected = logits(plain, processor, pictures)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, processor, pictures), expected)
+    assert torch.equal(logits(model, processor, pictures), expected)
+    remove(model)
+    with model.disable_adapter():
+        assert torch.equal(
+            logits(model, make_processor(), pictures), logits(make_model(), make_processor(), pictures)
+        )
+
+
+def checkpointed(layer):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(layer)
+
+
+def logits_of_wrapped_layers(model, config, first, wrap, processor, pictures):
+    """What a model computes that merges before or after each layer is wrapped, and then without merging."""
+    if not first:
+        apply(model, config, processor)
+    for layers in (model.model.vision_tower.encoder.layers, model.model.language_model.layers):
+        for i in range(len(layers)):
+            layers[i] = wrap(layers[i])
+    if first:
+        apply(model, config, processor)
+    found = logits(model, processor, pictures)
+    remove(model)
+    return found, logits(model, processor, pictures)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], BEST, CONFIGS[7]])
+def test_layers_may_be_wrapped(config, first, processor, pictures):
+    plain = make_model()
+    dense = logits(plain, processor, pictures)
+    with merge_tokens(plain, config, processor):
+        expected = logits(plain, processor, pictures)
+    found = logits_of_wrapped_layers(make_model(), config, first, checkpointed, processor, pictures)
+    assert torch.equal(found[0], expected) and torch.equal(found[1], dense)
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "language_model"])
+@pytest.mark.parametrize("config", [BEST, MergeConfig(ratio=0.9, prefix=9), MergeConfig(decoder={0: 0.5})])
+def test_a_whole_stage_that_is_replaced_raises_and_is_given_back(config, part, processor, pictures):
+    model = make_model()
+    before = sorted(vars(model)), model.config.to_dict()
+    apply(model, config, processor)
+    setattr(model.model, part, make_model(seed=1).model.get_submodule(part))
+    changes = config.merges_in_tower if part == "vision_tower" else config.reaches_llm
+    if changes:
+        with pytest.raises(RuntimeError, match="replaced after apply"):
+            logits(model, processor, pictures)
+    assert applied(model) == config
+    remove(model)
+    assert applied(model) is None
+    assert (sorted(vars(model)), model.config.to_dict()) == before
+    assert logits(model, processor, pictures).isfinite().all()
+
+
+def test_a_copys_passes_and_end_are_not_those_of_the_model(processor, pictures):
+    model = make_model()
+    handle = apply(model, BEST, processor)
+    other = copy.deepcopy(model)
+    logits(model, processor, pictures)
+    plans = handle.plans()
+    remove(other)
+    assert all(torch.equal(x.slot, y.slot) for x, y in zip(handle.plans(), plans, strict=True))
+
+
+def test_an_average_says_how_it_merges(processor):
+    model = make_model()
+    apply(model, BEST, processor)
+    mean = torch.optim.swa_utils.AveragedModel(model)
+    assert applied(mean) == BEST
+    remove(mean)
+    assert applied(mean) is None and applied(model) == BEST

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks import kv_cache
+from llava_pitome.hooks.block_merge import REPLACED
 from llava_pitome.hooks.current_pass import keep, kept
 from llava_pitome.hooks.hook_owner import HookOwner
 from llava_pitome.methods import METHODS
@@ -54,10 +56,15 @@ class CallChecks(HookOwner):
             check_feature_layer(layer, self._num_layers, self._num_blocks)
         if strategy not in (None, self._strategy):
             self._refuse_strategy(strategy)
+        if kwargs.get("pixel_values") is not None and not is_compiling():
+            keep("call", self.handle, (kept("tower_pass", self.handle),))
 
     def _check_features(self, _module: nn.Module, args: tuple) -> None:
-        """Before the projector: raises ValueError where the first token was selected against the config."""
-        last = kept("tower_pass", self.handle)
+        """Before the projector: raises an error for features that are not those of the tower and config."""
+        last, call = kept("tower_pass", self.handle), kept("call", self.handle)
+        keep("call", self.handle, None)
+        if call is not None and call[0] is last:  # no pass through the tower since
+            raise RuntimeError(REPLACED.format("the vision tower"))
         if last is None or not args or not isinstance(args[0], Tensor) or self._prefix == 0:
             return
         count, patches = args[0].shape[1], last.tokens[-1].patch_sizes.shape[1]
