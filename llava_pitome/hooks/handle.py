@@ -18,7 +18,8 @@ from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.language_model import LanguageModelHooks
 from llava_pitome.hooks.merge_step import MergeRecord
 from llava_pitome.hooks.projector import ProjectorHooks, ProjectorPass, feature_keys
-from llava_pitome.hooks.vision_tower import TowerPass, VisionTowerHooks
+from llava_pitome.hooks.tower_state import TowerPass
+from llava_pitome.hooks.vision_tower import VisionTowerHooks
 from llava_pitome.merge.plan import MergePlan
 from llava_pitome.models.parts import LanguageModelParts, ModelParts
 

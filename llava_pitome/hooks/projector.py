@@ -18,7 +18,7 @@ from llava_pitome.hooks.current_pass import encoded, keep, kept
 from llava_pitome.hooks.hook_owner import HookOwner
 from llava_pitome.hooks.image_features import ImageRecord, is_same, record_images
 from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
-from llava_pitome.hooks.vision_tower import EncodedImages, TowerPass
+from llava_pitome.hooks.tower_state import EncodedImages, TowerPass
 from llava_pitome.merge.plan import MergePlan
 from llava_pitome.methods import METHODS
 
