@@ -111,10 +111,8 @@ def _uninstall(model: nn.Module, handle: MergeHandle, keeps_place: bool = False)
         handle: whose hooks are on it.
         keeps_place: it will be installed again, and its processor is not to write for it meanwhile.
     """
-    owns_processor = handle.model in (
-        model,
-        None,
-    )  # a copy shares the processor with the model that it is a copy of
+    # a copy leaves the processor to the model that it is a copy of, while that is there
+    owns_processor = handle.model is None or handle.model is model
     handle.remove(model, hf_llava.vision_tower(model))
     if handle.processor is not None and owns_processor:
         if keeps_place:
@@ -173,7 +171,7 @@ def remove(model: nn.Module) -> None:
 
 
 def applied(model: nn.Module) -> MergeConfig | None:
-    """How a model merges now; None where it does not."""
+    """How a model, or the first one in a module around it, merges now; None where it does not."""
     for module in model.modules():
         tower = hf_llava.vision_tower(module)
         if tower is not None:

@@ -34,9 +34,8 @@ class _Known:
         """Starts outside of any; as attributes of the instance, on whose set torch.compile guards."""
         self.state: Any = None
         self.attention: Any = None  # the attention module that was entered last
-        self.encoded: tuple[
-            tuple[Any, Any, int], ...
-        ] = ()  # owners, what their towers computed, of how many images
+        # owners, what their towers computed, and of how many images
+        self.encoded: tuple[tuple[Any, Any, int], ...] = ()
         for slot in SLOTS:
             setattr(self, slot, None)
 
