@@ -1,5 +1,6 @@
 """Training in several processes, with DeepSpeed, quantized, and killed: scripts/test_training.sh runs it."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,14 @@ def assert_resumes(whole: Path, words: list[str], last: int, rel: float, train=t
     assert losses(cut) == pytest.approx(losses(whole), rel=rel)
 
 
+def is_written(file):
+    """Whether a file of JSON is there, and whole."""
+    try:
+        return bool(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
 def test_killed_run_resumes_with_the_same_losses(tmp_path):
     words = ("max_steps=6", "ratio=0.8,0.9", "distill=true", "tower=lora", "save_steps=2", "lora_dropout=0.1",
              "group_by_length=true")  # fmt: skip
@@ -61,7 +70,7 @@ def test_killed_run_resumes_with_the_same_losses(tmp_path):
     command = [*PYTHON, "train.run", *arguments(cut, *words)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (cut / "checkpoint-2" / "trainer_state.json").exists() and time.monotonic() < deadline:
+    while not is_written(cut / "checkpoint-2" / "trainer_state.json") and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
