@@ -9,6 +9,7 @@ from precise import ENCODES_FIRST, precise
 from prompts import IMAGE, PROMPTS, batch, generate, single
 
 from llava_pitome import MergeConfig, merge_tokens
+from llava_pitome.hooks.projector import RECORDS
 
 PRUNED = MergeConfig(prefix=7, method="divprune", positions="original")
 
@@ -126,11 +127,16 @@ def test_features_are_known_again_in_any_order(model, processor, pictures):
 
 
 @pytest.mark.skipif(not ENCODES_FIRST, reason="transformers 5.17 takes no pictures that are encoded already")
-def test_features_of_other_pictures_than_the_last_raise(model, processor, pictures):
+def test_features_of_pictures_that_were_encoded_too_long_ago_raise(model, processor, pictures):
     config = MergeConfig(tokens=6, llm_proportional=True)
     with merge_tokens(model, config, processor), torch.no_grad():
         inputs = single(processor, "<image> what", pictures).to(torch.float64)
+        expected = model(**inputs).logits
         encoded = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
-        model.get_image_features(single(processor, "<image>", pictures[1:]).pixel_values.double())
+        other = single(processor, "<image>", pictures[1:]).pixel_values.double()
+        for _ in range(RECORDS - 1):
+            model.get_image_features(other)
+        assert torch.equal(model(**inputs, mm_encoder_outputs={"image": encoded}).logits, expected)
+        model.get_image_features(other)
         with pytest.raises(RuntimeError, match="not those of the images that were encoded last"):
             model(**inputs, mm_encoder_outputs={"image": encoded})
