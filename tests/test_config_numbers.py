@@ -160,7 +160,7 @@ def test_foreign_numbers_out_of_range_raise(field, kind, value):
         {"ratio": Decimal("sNaN")},
         {"ratio": Fraction(3, 2)},
         {"ratio": np.array("0.9", dtype=object)},
-        {"ratio": np.array(object(), dtype=object)},
+        {"ratio": np.array(print, dtype=object)},
         {"tokens": np.array([64])},
         {"tokens": torch.tensor([64])},
         {"prefix": torch.tensor([0.5])},
