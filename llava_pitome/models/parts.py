@@ -141,9 +141,8 @@ def without_wrapper(layer: nn.Module) -> nn.Module:
     transformers records the output of the layer itself.
     """
     while True:
-        inner = next(
-            (vars(layer)["_modules"][name] for name in WRAPPERS if name in vars(layer)["_modules"]), None
-        )
+        children = dict(layer.named_children())
+        inner = next((children[name] for name in WRAPPERS if name in children), None)
         if inner is None:
             return layer
         layer = inner
