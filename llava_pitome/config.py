@@ -22,6 +22,8 @@ PrefixMetric = Literal["features", "keys"]
 Site = Literal["attention", "block"]
 Order = Literal["raster", "method"]
 Positions = Literal["packed", "original"]
+Newlines = Literal["rows", "scaled", "none"]
+TileShares = Literal["area", "equal", "joint", "attention", "thumbnail"]
 Recipe = Literal["paper", "released", "best"]
 
 RECIPES: dict[str, dict[str, Any]] = {  # what a config holds besides how far it merges
@@ -85,8 +87,21 @@ class MergeConfig(TokenCounts):
         None,
         "count",
         "how far",
-        "image tokens at the input of the language model, instead of ratio, which is then solved for each "
-        "image size",
+        "tokens of an image at the input of the language model, instead of ratio, which is then solved for "
+        "each image size; of all its tiles and newline tokens together, where a model has those",
+    )
+    tokens_per_tile: int | None = _field(
+        None,
+        "count",
+        "how far",
+        "tokens of each whole tile of an image, for models that cut images into tiles; newline tokens are not "
+        "counted",
+    )
+    tokens_per_frame: int | None = _field(
+        None, "count", "how far", "tokens of each frame of a video; a newline token is not counted"
+    )
+    tokens_per_video: int | None = _field(
+        None, "count", "how far", "tokens of a whole video at the input of the language model"
     )
     prefix: float | int | None = _field(
         None,
@@ -174,6 +189,36 @@ class MergeConfig(TokenCounts):
         "tower's last layer; by default what the method's paper uses",
         PrefixMetric,
     )
+    newlines: Newlines = _field(
+        "rows",
+        "choice",
+        "tiles and frames",
+        "newline tokens that stay where a model puts one after each row of an image: one a row (rows), as many "
+        "as rows of fewer tokens would have (scaled), or none",
+        Newlines,
+    )
+    tile_shares: TileShares = _field(
+        "area",
+        "choice",
+        "tiles and frames",
+        "how a budget is divided among thumbnail and tiles: by the patches that show the image (area), to all "
+        "tiles alike (equal), by one merge over all of them (joint), by the thumbnail's class attention "
+        "(attention), or to the thumbnail alone (thumbnail)",
+        TileShares,
+    )
+    across_tiles: bool = _field(
+        True,
+        "flag",
+        "tiles and frames",
+        "after the projector, tokens of different tiles of an image may merge",
+    )
+    temporal: bool = _field(
+        False,
+        "flag",
+        "tiles and frames",
+        "after the projector, tokens of different frames of a video may merge, those at the same place in "
+        "neighbouring frames first",
+    )
     llm_proportional: bool = _field(
         False,
         "flag",
@@ -219,7 +264,9 @@ class MergeConfig(TokenCounts):
         other = changes.get("method", cls.method) != RECIPES[name].get("method", cls.method)
         if other and "parameters" not in changes:
             fields.pop("parameters", None)  # they are another method's
-        divides = "tokens" in changes or not isinstance(changes.get("ratio", ()), tuple | list)
+        divides = bool(changes.keys() & set(validation.BUDGETS)) or not isinstance(
+            changes.get("ratio", ()), tuple | list
+        )
         if not divides or "prefix" in changes:
             fields |= {"prefix_share": changes.get("prefix_share", 0.0)}  # nothing is left to divide
         return cls.from_dict(fields)

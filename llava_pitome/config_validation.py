@@ -97,7 +97,8 @@ KINDS: dict[str, Kind] = {
     "layers": Kind(lambda x: isinstance(x, dict), "a share or a number of tokens for each layer"),
     "json": Kind(lambda x: isinstance(x, dict), "a dict"),
 }
-AMOUNTS = ("ratio", "tokens", "prefix", "decoder", "resize")  # fields that say how far to merge
+BUDGETS = ("tokens", "tokens_per_tile", "tokens_per_frame", "tokens_per_video")
+AMOUNTS = ("ratio", *BUDGETS, "prefix", "decoder", "resize")  # fields that say how far to merge
 
 
 def check(config: Any) -> None:
@@ -158,21 +159,25 @@ def layers(decoder: dict[Any, Any]) -> dict[int, float | int]:
 
 def _amounts(config: Any) -> None:
     """How far tokens merge."""
-    ratio, tokens = config.ratio, config.tokens
-    if ratio is not None and tokens is not None:
-        raise ValueError(f"give ratio or tokens, and not both: ratio={ratio!r}, tokens={tokens!r}")
+    ratio = config.ratio
+    for names in (("ratio", "tokens", "tokens_per_tile"), ("tokens_per_frame", "tokens_per_video")):
+        if len(given := [name for name in names if getattr(config, name) is not None]) > 1:
+            both = ", ".join(f"{name}={getattr(config, name)!r}" for name in given)
+            raise ValueError(f"give {' or '.join(given)}, and not both: {both}")
     if all(getattr(config, name) in (None, {}) for name in AMOUNTS):
         raise ValueError(f"nothing says how far to merge: give one of {', '.join(AMOUNTS)}")
-    if tokens is not None and config.prefix is not None:
+    budgets = {name: getattr(config, name) for name in BUDGETS if getattr(config, name) is not None}
+    of_image = [f"{name}={budgets[name]}" for name in ("tokens", "tokens_per_tile") if name in budgets]
+    if of_image and config.prefix is not None:
         raise ValueError(
-            f"tokens={tokens} says how many tokens reach the language model, and so does "
+            f"{of_image[0]} says how many tokens reach the language model, and so does "
             f"prefix={config.prefix}: give ratio with prefix, or tokens with prefix_share"
         )
-    single = tokens is not None or (ratio is not None and not isinstance(ratio, tuple))
+    single = bool(budgets) or (ratio is not None and not isinstance(ratio, tuple))
     if config.prefix_share and (not single or config.prefix is not None):
         raise ValueError(
             f"prefix_share={config.prefix_share} divides what tokens, or a single ratio, leaves; given are "
-            f"tokens={tokens}, ratio={ratio}, prefix={config.prefix}"
+            f"tokens={config.tokens}, ratio={ratio}, prefix={config.prefix}"
         )
     if config.depths != (0, 1) and isinstance(ratio, tuple):
         raise ValueError(f"ratio gives one share per layer, so depths={config.depths} must stay (0, 1)")

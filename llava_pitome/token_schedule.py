@@ -151,6 +151,9 @@ class TokenCounts:
 
     ratio: float | tuple[float, ...] | None
     tokens: int | None
+    tokens_per_tile: int | None
+    tokens_per_frame: int | None
+    tokens_per_video: int | None
     depths: tuple[float, float]
     prefix: float | int | None
     prefix_share: float
@@ -162,8 +165,15 @@ class TokenCounts:
     @property
     def merges_in_tower(self) -> bool:
         """Whether the config merges in the vision tower; how much depends on the image's size."""
+        budgets = self.tokens, self.tokens_per_tile, self.tokens_per_frame, self.tokens_per_video
+        has_budget = any(budget is not None for budget in budgets)
+        return self.prefix_share < 1 and (has_budget or self.merges_by_ratio)
+
+    @property
+    def merges_by_ratio(self) -> bool:
+        """Whether the ratio says that tokens merge."""
         ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio or 1,)
-        return self.prefix_share < 1 and (self.tokens is not None or any(ratio < 1 for ratio in ratios))
+        return any(ratio < 1 for ratio in ratios)
 
     @property
     def merges_in_prefix(self) -> bool:
@@ -213,7 +223,15 @@ class TokenCounts:
             )
         if tokens is not None:
             after_tower = tokens_between(patches, tokens, self.prefix_share)
-            return lengths_for(patches, self._is_merging(layers), after_tower)
+            return lengths_for(patches, self.is_merging_layer(layers), after_tower)
+        return self.ratio_lengths(patches, layers)
+
+    def ratio_lengths(self, patches: int, layers: int) -> tuple[int, ...]:
+        """Returns `lengths` as the ratio alone says, without budgets.
+
+        Raises:
+            ValueError: not one ratio per layer.
+        """
         if isinstance(self.ratio, tuple) and len(self.ratio) != layers:
             raise ValueError(
                 f"ratio holds {len(self.ratio)} shares; the tower has {layers} layers that can merge"
@@ -264,11 +282,12 @@ class TokenCounts:
 
     def _budget(self, patches: int, layers: int) -> int | None:
         """Returns the tokens left by tower and prefix together; None where the ratio alone decides."""
-        if self.tokens is not None or not self.prefix_share:
-            return self.tokens
+        tokens = self.tokens if self.tokens is not None else self.tokens_per_tile  # the image is one tile
+        if tokens is not None or not self.prefix_share:
+            return tokens
         return lengths(patches, self._ratios(layers))[-1]
 
-    def _is_merging(self, layers: int) -> tuple[bool, ...]:
+    def is_merging_layer(self, layers: int) -> tuple[bool, ...]:
         """Returns which tower layers lie within `depths`."""
         return tuple(self.depths[0] <= i / layers < self.depths[1] for i in range(layers))
 
@@ -276,7 +295,7 @@ class TokenCounts:
         """Returns the ratio of each tower layer."""
         if isinstance(self.ratio, tuple):
             return self.ratio
-        is_merging = self._is_merging(layers)
+        is_merging = self.is_merging_layer(layers)
         if self.ratio not in (None, 1) and not any(is_merging):
             raise ValueError(f"depths={self.depths} holds none of the {layers} layers that can merge")
         return tuple(self.ratio if merges and self.ratio else 1.0 for merges in is_merging)

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 STATE = "token_merging"  # the keyword argument that carries a forward pass's state to the layers
 SLOTS = (
     "images",  # records of the images that were encoded last
+    "tiles",  # the images that are encoded, of models that cut them into tiles
     "call",  # the last pass through the tower before a call that is given pixels, until its projector runs
     "prompt",  # where the images of a prompt are, until the language model takes it
     "uncached",  # the prompt of the last forward pass without a KV cache

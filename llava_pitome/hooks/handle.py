@@ -14,9 +14,10 @@ from llava_pitome.hooks.call_checks import CallChecks
 from llava_pitome.hooks.current_pass import encoded, forget, kept, push_encoded
 from llava_pitome.hooks.hook_owner import HookOwner, remove_hooks
 from llava_pitome.hooks.image_features import probe
+from llava_pitome.hooks.image_packing import ImagePacking, restore_methods
 from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.language_model import LanguageModelHooks
-from llava_pitome.hooks.merge_step import MergeRecord
+from llava_pitome.hooks.merge_step import MergeRecord, MergeStep
 from llava_pitome.hooks.projector import ProjectorHooks, ProjectorPass, feature_keys
 from llava_pitome.hooks.tower_state import TowerPass
 from llava_pitome.hooks.vision_tower import VisionTowerHooks
@@ -37,6 +38,7 @@ class MergeHandle(HookOwner):
         kernels: which kernels may compute, as given to `apply`.
         tower: the hooks on the vision tower.
         projector: the hooks on the projector; None where nothing needs them.
+        packing: the merge after the projector of a model that cuts images into tiles; None for others.
         language_model: the hooks on the language model; None where nothing changes there.
         is_whole: whether the model is a LLaVA, and not a vision tower alone.
         model_class: the name of the model's class.
@@ -65,14 +67,20 @@ class MergeHandle(HookOwner):
         triton = kernels == "triton"
         self.projector: ProjectorHooks | None = None
         self.language_model: LanguageModelHooks | None = None
-        feeds_projector = config.merges_in_prefix or llm is not None
-        self.tower = VisionTowerHooks(self, parts, config, kernels, feature_keys(config), feeds_projector)
+        tiling = None if parts.llava is None else parts.llava.tiling
+        feeds_projector = config.merges_in_prefix or llm is not None or tiling is not None
+        self.tower = VisionTowerHooks(
+            self, parts, config, kernels, feature_keys(config, tiling is not None), feeds_projector
+        )
         if feeds_projector:
             self.projector = ProjectorHooks(
                 self, self.tower.num_layers, parts.num_feature_prefix_tokens, config, triton, llm is not None
             )
         if llm is not None:
             self.language_model = LanguageModelHooks(self, llm, config, self.projector, triton)
+        self.packing: ImagePacking | None = None
+        if tiling is not None:
+            self.packing = ImagePacking(self, parts, config, triton, llm is not None)
         self._checks = CallChecks(self, parts, config) if self.is_whole else None
         self._removable: list[RemovableHandle] = []
         self._model: Callable[[], nn.Module | None] = _no_model
@@ -84,6 +92,11 @@ class MergeHandle(HookOwner):
     @property
     def _hooks(self) -> list[VisionTowerHooks | ProjectorHooks | LanguageModelHooks]:
         return [hooks for hooks in (self.tower, self.projector, self.language_model) if hooks is not None]
+
+    @property
+    def _steps(self) -> list[MergeStep]:
+        """What merges, in every place."""
+        return [hooks.step for hooks in self._hooks] + [self.packing.step] * (self.packing is not None)
 
     def install(self, parts: ModelParts, llm: LanguageModelParts | None = None) -> None:
         """Registers all hooks on a model; where one cannot be registered, none is left.
@@ -101,7 +114,9 @@ class MergeHandle(HookOwner):
             for copied in (parts, *parts.other_towers):
                 setattr(copied.tower, HANDLE, self)
                 self.tower.install(copied, self._removable)
-            if self.projector is not None:
+            if self.packing is not None:
+                self.packing.install(parts, self._removable)
+            elif self.projector is not None:
                 self.projector.install(parts.llava.projector, self._removable)
             if self.language_model is not None:
                 self.language_model.install(llm, self._removable)
@@ -128,6 +143,7 @@ class MergeHandle(HookOwner):
             restore_attention(root)
             for module in root.modules():
                 vars(module).pop(HANDLE, None)
+                restore_methods(module)
         if self.model is model:
             for hooks in self._hooks:
                 hooks.forget()
@@ -159,8 +175,8 @@ class MergeHandle(HookOwner):
         """
         if callback is not None and self.tower.step.record is not None:
             raise RuntimeError("merges are being recorded already; end that first with record(None)")
-        for hooks in self._hooks:
-            hooks.step.record = callback
+        for step in self._steps:
+            step.record = callback
 
     def resized(self, pixels: Tensor) -> Tensor:
         """Images (I, 3, H, W) at the size at which the tower sees them."""

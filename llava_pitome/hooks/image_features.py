@@ -110,6 +110,18 @@ def record_images(
     return ImageRecord(probes, features.shape[1], num_prefix_tokens, patches, sizes if plans else None, kept)
 
 
+def record_packed(features: Tensor, sizes: Tensor | None, kept: Tensor | None, patches: int) -> ImageRecord:
+    """The record of images of a model that packs several tiles, of one layout.
+
+    Args:
+        features: (P, n, D) as they reach the language model.
+        sizes: (P, n) tokens that each token stands for, as for ImageRecord.
+        kept: (P, n) positions in the sequence that the model packs without merging.
+        patches: tokens of that sequence.
+    """
+    return ImageRecord(probe(features.detach()), features.shape[1], 0, patches, sizes, kept)
+
+
 def probe(x: Tensor) -> Tensor:
     """Evenly spread tokens of each image: (I, n, ...) to (I, PROBES or less, ...)."""
     return x[:, _spread(x.shape[1])]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
+from llava_pitome.hooks.tile_groups import TileGroup, choose_in_groups
 from llava_pitome.merge.plan import (
     MergePlan,
     add_prefix_tokens,
@@ -35,11 +36,13 @@ class TokenState(NamedTuple):
         sizes: (B, T) patches that each token stands for, 1 for a prefix token.
         merge: the merge of all T tokens that led there; None where none did.
         num_prefix_tokens: tokens before the patches, which never merge.
+        padding: (B, N) True for tokens without prefix tokens that show padding; None where no tile does.
     """
 
     sizes: Tensor
     merge: MergePlan | None = None
     num_prefix_tokens: int = 0
+    padding: Tensor | None = None
 
     @property
     def patch_sizes(self) -> Tensor:
@@ -121,6 +124,7 @@ class MergeStep:
         point: MergePoint,
         inputs: InputProviders,
         previous: TokenState | None = None,
+        groups: tuple[TileGroup, ...] = (),
     ) -> tuple[Tensor, TokenState]:
         """Merges once.
 
@@ -133,6 +137,7 @@ class MergeStep:
             inputs: what the method may need besides the metric.
             previous: what an earlier run of this merge left in the same forward pass, where gradient
                 checkpointing recomputes it.
+            groups: of tiles that show padding, where `before` says which tokens do.
 
         Returns:
             The merged hidden states (B, prefix + M, D), prefix tokens first, and the tokens after the merge.
@@ -141,18 +146,28 @@ class MergeStep:
             RuntimeError: gradient checkpointing recomputes a layer, and other tokens would merge.
         """
         sizes = before.sizes.to(x.device)
-        result, plan = self._choose(metric.detach(), length, sizes, point, inputs)
+        padding = None if before.padding is None else before.padding.to(x.device)
+        result, plan = self._choose(metric.detach(), length, sizes, point, inputs, padding, groups)
         recomputes = previous is not None and previous.merge is not None
         if recomputes and not torch.equal(previous.merge.slot, plan.slot):
             raise RuntimeError(ANOTHER_PASS)
         if self.record is not None and not recomputes:
             self.record(self._recorded(metric.detach(), result, plan, point))
         merged, sizes = reduce_tokens(x, sizes, plan, result, self.config.size_weighted, self._uses_triton)
-        return merged, TokenState(sizes, plan, self.num_prefix_tokens)
+        if padding is not None:
+            padding = padding.gather(1, without_prefix_tokens(plan, self.num_prefix_tokens).kept)
+        return merged, TokenState(sizes, plan, self.num_prefix_tokens, padding)
 
     @torch.no_grad()
     def _choose(
-        self, metric: Tensor, length: int, sizes: Tensor, point: MergePoint, inputs: InputProviders
+        self,
+        metric: Tensor,
+        length: int,
+        sizes: Tensor,
+        point: MergePoint,
+        inputs: InputProviders,
+        padding: Tensor | None,
+        groups: tuple[TileGroup, ...],
     ) -> tuple[MergeResult, MergePlan]:
         """What the method chooses, prefix tokens included.
 
@@ -160,12 +175,12 @@ class MergeStep:
         """
         prefix, length = self.num_prefix_tokens, index(length)
         inputs = {"sizes": lambda: sizes[:, prefix:], **inputs}
-        given = {name: inputs[name]() for name in METHODS[point.method].needs}
         metric = self._without_prefix(metric)
-        with full_precision(metric.device.type):
-            result = choose(
+
+        def decide(metric: Tensor, remove: int, given: dict[str, Any]) -> MergeResult:
+            return choose(
                 metric,
-                index(metric.shape[1]) - length,
+                remove,
                 point.method,
                 ordered=self.config.order == "method",
                 triton=self._uses_triton,
@@ -173,6 +188,15 @@ class MergeStep:
                 **given,
                 **point.parameters,
             )
+
+        needs = METHODS[point.method].needs
+        with full_precision(metric.device.type):
+            if padding is None:
+                given = {name: inputs[name]() for name in needs}
+                result = decide(metric, index(metric.shape[1]) - length, given)
+            else:  # the grid is the group's own
+                given = {name: None if name == "grid" else inputs[name]() for name in needs}
+                result = choose_in_groups(metric, padding, length, groups, point.layer, given, decide)
         result = _with_prefix(result, prefix)
         return result, make_plan(result.parent, length + prefix, result.order)
 

@@ -4,6 +4,7 @@ Shapes: I images, N tokens that the projector makes without prefix tokens, M aft
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,7 @@ class ProjectorHooks(HookOwner):
         handle: the MergeHandle that it belongs to.
         step: what merges.
         newest: the last forward pass of any thread; None before there was one.
-        newest_images: the record of the images that any thread encoded last.
+        newest_images: the records of the images that any thread encoded last.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class ProjectorHooks(HookOwner):
         self._num_tower_layers = num_tower_layers
         self._point = MergePoint("prefix", 0, DEPTH, config.method, config.parameters)
         self.newest: ProjectorPass | None = None
-        self.newest_images: ImageRecord | None = None
+        self.newest_images: tuple[ImageRecord, ...] | None = None
 
     def install(self, projector: nn.Module, handles: list[RemovableHandle]) -> None:
         """Registers the hook on a projector, from (I, prefix + N, channels) to (I, prefix + N, D)."""
@@ -102,8 +103,15 @@ class ProjectorHooks(HookOwner):
 
     def images(self) -> list[ImageRecord]:
         """Records of the images that this thread encoded in its last calls, and any thread in the last."""
-        own, newest = kept("images", self.handle) or (), self.newest_images
-        return [*own, *([newest] if newest is not None and not any(newest is x for x in own) else [])]
+        own = kept("images", self.handle) or ()
+        calls = own if self.newest_images is None or self.newest_images in own else (*own, self.newest_images)
+        return [record for call in calls for record in call]
+
+    def add_records(self, records: Sequence[ImageRecord]) -> None:
+        """Keeps the records of one call's images, for the language model to recognise them."""
+        before = () if is_compiling() else (kept("images", self.handle) or ())
+        self.newest_images = tuple(records)
+        keep("images", self.handle, (self.newest_images, *before[: RECORDS - 1]))
 
     def _after_projector(self, _module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """Merges the projected features where the config says so."""
@@ -115,9 +123,7 @@ class ProjectorHooks(HookOwner):
             count = features.shape[1] - self.num_prefix_tokens
             patches = count if known is None else known.tower.patches
             record = record_images(output, self.num_prefix_tokens, patches, tokens.patch_sizes, last.plans())
-            before = () if is_compiling() else (kept("images", self.handle) or ())
-            keep("images", self.handle, (record, *before[: RECORDS - 1]))
-            self.newest_images = record
+            self.add_records([record])
         self.newest = last
         keep("projector_pass", self.handle, last)
         return output
@@ -189,11 +195,16 @@ def uses_keys(config: MergeConfig) -> bool:
     return (config.prefix_metric or METHODS[config.method].prefix_metric) == "keys"
 
 
-def feature_keys(config: MergeConfig) -> str | None:
-    """What the merge after the projector needs of the feature layer's attention (VisionTowerHooks)."""
-    if not config.merges_in_prefix:
+def feature_keys(config: MergeConfig, has_tiles: bool = False) -> str | None:
+    """What the merge after the projector needs of the feature layer's attention (VisionTowerHooks).
+
+    Args:
+        config: how to merge.
+        has_tiles: whether the model cuts images into tiles, whose budget a merge after the projector meets.
+    """
+    if not config.merges_in_prefix and not has_tiles:
         return None
-    if needs_attention(config.method):
+    if needs_attention(config.method) or config.tile_shares == "attention":
         return "attention"
     return "keys" if uses_keys(config) else None
 

@@ -59,6 +59,7 @@ class TowerState:
     Attributes:
         owner: the VisionTowerHooks that made it.
         patches: of an image, before the first layer.
+        call: the TileCall whose tiles are encoded; None where an image is one tile.
         lengths: patches before the first layer and after each, up to the feature layer.
         tokens: the tokens before each of these layers, and after the last.
         captured: what the attention of a layer computed, until the merge that needs it.
@@ -66,9 +67,16 @@ class TowerState:
         probes: of the features, once the feature layer has run.
     """
 
-    def __init__(self, owner: Any, patches: int):
-        """Starts a forward pass."""
-        self.owner, self.patches, self.lengths = owner, patches, owner.lengths(patches)
+    def __init__(self, owner: Any, patches: int, call: Any = None):
+        """Starts a forward pass.
+
+        Args:
+            owner: the VisionTowerHooks that makes it.
+            patches: of an image, before the first layer.
+            call: the TileCall whose tiles are encoded; None where an image is one tile.
+        """
+        self.owner, self.patches, self.call = owner, patches, call
+        self.lengths = owner.lengths(patches) if call is None else call.schedule.lengths
         self.tokens: list[TokenState | None] = [None] * len(self.lengths)
         self.captured: dict[int, CapturedAttention] = {}
         self.pending: dict[str, Tensor] = {}
@@ -101,7 +109,8 @@ class TowerState:
         self.layer = layer
         if layer == 0:  # and not where the pass starts, which torch.compile would make a graph of its own
             ones = torch.ones(len(query), query.shape[2], device=query.device)
-            self.tokens[0] = TokenState(ones, num_prefix_tokens=self.owner.num_prefix_tokens)
+            padding = None if self.call is None else self.call.padding(query.device)
+            self.tokens[0] = TokenState(ones, num_prefix_tokens=self.owner.num_prefix_tokens, padding=padding)
         if self.tokens[layer] is None:
             raise RuntimeError(REPLACED.format(f"layer {layer - 1} of the vision tower"))
         if not self.merges_at(layer):

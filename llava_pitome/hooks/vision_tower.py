@@ -36,6 +36,7 @@ from llava_pitome.hooks.hook_owner import HookOwner
 from llava_pitome.hooks.image_features import probe
 from llava_pitome.hooks.input_resize import resize_images
 from llava_pitome.hooks.merge_step import MergePoint, MergeStep
+from llava_pitome.hooks.tile_call import TileCall
 from llava_pitome.hooks.tower_state import EncodedImages, TowerPass, TowerState
 from llava_pitome.merge.plan import MergePlan, gather_tokens
 from llava_pitome.models.hf_llava import check_tower_attention
@@ -85,8 +86,9 @@ class VisionTowerHooks(HookOwner):
         self._blocks = [
             BlockMerge(config.site, partial(self._state, i), self._merge) for i in range(self.num_layers)
         ]
-        seen = config.patches_at(parts.patches)
-        self._lengths = {seen: config.lengths(seen, self.num_layers)}  # known before anything is compiled
+        self._lengths: dict[int, tuple[int, ...]] = {}
+        if parts.llava is None or parts.llava.tiling is None:
+            self.lengths(config.patches_at(parts.patches))  # known before anything is compiled
         self.newest: TowerPass | None = None
 
     def install(self, parts: ModelParts, handles: list[RemovableHandle]) -> None:
@@ -154,7 +156,10 @@ class VisionTowerHooks(HookOwner):
             kwargs = kwargs | {"interpolate_pos_encoding": True}
         size = self.patch_size  # counts depend on the sides: `index` makes them constants of a graph
         patches = (index(pixels.shape[-2]) // size) * (index(pixels.shape[-1]) // size)
-        kwargs = kwargs | {STATE: TowerState(self, patches)}
+        call: TileCall | None = kept("tiles", self.handle)
+        if call is not None:
+            pixels = call.tiles_to_encode(pixels)
+        kwargs = kwargs | {STATE: TowerState(self, patches, call)}
         return ((pixels, *args[1:]), kwargs) if args else (args, kwargs | {"pixel_values": pixels})
 
     def _probe(self, _layer: nn.Module, _args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -208,8 +213,9 @@ class VisionTowerHooks(HookOwner):
         inputs = {"class_attention": lambda: captured.class_attention(prefix, sizes)}
         before, after = state.tokens[i], state.tokens[i + 1]
         merged, state.tokens[i + 1] = self.step.merge(
-            x, metric, state.lengths[i + 1], before, self._points[i], inputs, after
-        )
+            x, metric, state.lengths[i + 1], before, self._points[i], inputs, after,
+            () if state.call is None else state.call.groups,
+        )  # fmt: skip
         if i < self.num_layers - 1:
             state.captured.pop(i, None)
         return merged

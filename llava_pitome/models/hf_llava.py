@@ -1,23 +1,41 @@
 """LLaVA in transformers: where the parts of its models are, and which configs they support."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
-from llava_pitome.models import hf_language_model, original_llava
+from llava_pitome.methods import METHODS
+from llava_pitome.models import (
+    hf_language_model,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+    original_llava,
+)
 from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts, trained_copies, without_wrapper
+from llava_pitome.token_schedule import LIMIT
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration or LlavaModel with a CLIPVisionModel or SiglipVisionModel tower "
-    "(LLaVA-1.5 and kin), or the original package's LlavaLlamaForCausalLM; also wrapped by peft, "
+    "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, LlavaNextVideoForConditionalGeneration or "
+    "LlavaOnevisionForConditionalGeneration, or one of these without its head (LlavaModel, ...), with a "
+    "CLIPVisionModel or SiglipVisionModel tower; the original package's LlavaLlamaForCausalLM; also wrapped by peft, "
     "torch.compile, DataParallel or DistributedDataParallel; or such a tower alone or in a "
     "CLIPVisionModelWithProjection, CLIPModel or SiglipModel"
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.
 TOWERS = {"CLIPVisionModel": (1, True), "SiglipVisionModel": (0, False)}
-LLAVAS = ("LlavaForConditionalGeneration", "LlavaModel")  # the second has no language modeling head
+LLAVA = ("LlavaForConditionalGeneration", "LlavaModel")  # the second has no language modeling head
+TILED = {
+    name: family for family in (llava_next, llava_next_video, llava_onevision) for name in family.CLASSES
+}
+LLAVAS = (*LLAVA, *TILED)
 AROUND_TOWER = ("CLIPVisionModelWithProjection", "CLIPModel", "SiglipModel")  # their tower is `vision_model`
+
+
+OF_VIDEOS = ("tokens_per_frame", "tokens_per_video", "temporal")  # fields of MergeConfig
+OF_TILES = ("newlines", "tile_shares", "across_tiles")
 
 
 class UnsupportedModelError(ValueError):
@@ -80,6 +98,7 @@ def _llava(model: nn.Module) -> LlavaParts | None:
     if not set(LLAVAS) & set(names):
         return None
     inner, config = getattr(model, "model", model), model.config
+    family = next((TILED[name] for name in names if name in TILED), None)
     return LlavaParts(
         tower=inner.vision_tower,
         feature_layer=config.vision_feature_layer,
@@ -88,6 +107,9 @@ def _llava(model: nn.Module) -> LlavaParts | None:
         llm=inner.language_model,
         multimodal=inner,
         image_token=config.image_token_id,
+        video_token=getattr(config, "video_token_id", None),
+        tiling=None if family is None else family.tiling(config),
+        pooling=getattr(inner, "vision_resampler", None),
     )
 
 
@@ -129,7 +151,13 @@ def vision_tower(model: nn.Module) -> nn.Module | None:
 
 def check(parts: ModelParts, config: MergeConfig) -> None:
     """Raises ValueError for a config that the model does not support."""
-    tokens = config.tokens_at(parts.patches, parts.num_feature_layers)
+    tiling = None if parts.llava is None else parts.llava.tiling
+    if tiling is None:
+        check_without_tiles(parts.model, config)
+        tokens = config.tokens_at(parts.patches, parts.num_feature_layers)
+    else:
+        check_tiles(parts, config)
+        tokens = None
     check_tower_attention(parts.tower, config)
     in_llm = config.decoder or config.reaches_llm
     if parts.llava is None:
@@ -143,9 +171,57 @@ def check(parts: ModelParts, config: MergeConfig) -> None:
     if not in_llm:
         return
     llm = parts.llava.llm
-    config.llm_lengths(tokens, llm.config.num_hidden_layers)
+    config.llm_lengths(LIMIT if tokens is None else tokens, llm.config.num_hidden_layers)
     hf_language_model.check_attention(llm)
     hf_language_model.check_model(parts.model, llm)
+
+
+def check_without_tiles(model: nn.Module, config: MergeConfig) -> None:
+    """Raises ValueError for fields that a model whose images are one tile each has no use for."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in (*OF_VIDEOS, *OF_TILES):
+        if getattr(config, name) != defaults[name]:
+            what = "no videos" if name in OF_VIDEOS else "no images that are cut into tiles"
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not allowed: a {type(model).__name__} takes {what}"
+            )
+
+
+def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
+    """Raises ValueError for a config that a model which cuts images into tiles does not support."""
+    llava, name = parts.llava, type(parts.model).__name__
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    if llava.tiling.frame_side is None:
+        for field in OF_VIDEOS:
+            if getattr(config, field) != defaults[field]:
+                raise ValueError(
+                    f"{field}={getattr(config, field)!r} is not allowed: a {name} takes no videos"
+                )
+    if llava.reads_first_token != (parts.num_prefix_tokens == 0):
+        raise ValueError(
+            f"vision_feature_select_strategy={'full' if llava.reads_first_token else 'default'!r} does not fit a "
+            f"{type(parts.tower).__name__} in a {name}: its features must be the patches alone"
+        )
+    if config.resize is not None:
+        raise ValueError(f"resize={config.resize} is not supported for a {name}: its tiles have one size")
+    if config.tile_shares == "attention" and not parts.num_prefix_tokens:
+        raise ValueError(
+            f"tile_shares='attention' needs a class token, which a {type(parts.tower).__name__} has not"
+        )
+    method = METHODS[config.method]
+    after_projector = config.prefix is not None or config.prefix_share or not config.merges_by_ratio
+    if config.merges_in_tower and config.prefix_share < 1:
+        if method.needs_grid and after_projector:
+            raise ValueError(
+                f"method {config.method!r} works on the grid of patches, which only the first merge has; on a "
+                f"{name} give ratio, or prefix"
+            )
+        if "prefix" not in method.places and after_projector:
+            raise ValueError(
+                f"a budget of tokens on a {name} needs a merge after the projector, for which method "
+                f"{config.method!r} is not defined; give ratio"
+            )
+    config.ratio_lengths(parts.patches, parts.num_feature_layers)
 
 
 def check_tower_attention(tower: nn.Module, config: MergeConfig) -> None:

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from llava_pitome.models.tiling import Tiling
+
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # where they hold a layer
 WRAPPED = "token_merging_"  # what precedes the name of an attention implementation that merging wraps
 
@@ -46,6 +48,9 @@ class LlavaParts(NamedTuple):
     llm: nn.Module | None
     multimodal: nn.Module | None
     image_token: int | None
+    video_token: int | None = None
+    tiling: Tiling | None = None
+    pooling: nn.Module | None = None
 
 
 class ModelParts(NamedTuple):

@@ -1,0 +1,53 @@
+"""Images of one layout that a model encodes together: what the hooks on tower and projector know of them.
+
+Shapes: I images, T tiles of each, N patches of a tile, n tokens of a tile after the tower, D channels.
+"""
+
+import torch
+from torch import Tensor
+
+from llava_pitome.hooks.tile_groups import TileGroup, groups_of, padding_of
+from llava_pitome.image_layout import ImageLayout
+from llava_pitome.image_schedule import ImageSchedule
+
+
+class TileCall:
+    """Images of one layout on their way through tower and projector.
+
+    Attributes:
+        layout: of each image.
+        schedule: its token counts.
+        images: I.
+        tiles: tiles of an image that are encoded; those after them do not reach the language model.
+        groups: of the tiles by the padding that they show; none where no tile does.
+        projected: (I * tiles, n, D) the tokens of the tiles after the projector; None until then, and where
+            the model pools tiles before the projector.
+        is_pooled: whether it did.
+    """
+
+    def __init__(self, layout: ImageLayout, schedule: ImageSchedule, images: int):
+        """Finds which tiles are encoded."""
+        self.layout, self.schedule, self.images = layout, schedule, images
+        used = [r for r, kept in zip(layout.regions, schedule.regions) if kept or not r.tokens]
+        self.tiles = layout.tiles if len(used) == len(layout.regions) else used[-1].first + used[-1].tiles
+        is_part = self.tiles < layout.tiles
+        self.groups: tuple[TileGroup, ...] = () if is_part else groups_of(layout, images, schedule.lengths)
+        self.projected: Tensor | None = None
+        self.is_pooled = False
+
+    def padding(self, device: torch.device) -> Tensor | None:
+        """Which patches (I * T, N) show padding; None where none do."""
+        return padding_of(self.layout).to(device).repeat(self.images, 1) if self.groups else None
+
+    def tiles_to_encode(self, pixels: Tensor) -> Tensor:
+        """The pixels (I * tiles, C, H, W) of the tiles that are encoded, of those of all."""
+        if self.tiles == self.layout.tiles:
+            return pixels
+        return pixels.unflatten(0, (self.images, self.layout.tiles))[:, : self.tiles].flatten(0, 1)
+
+    def all_tiles(self, x: Tensor) -> Tensor:
+        """Values (I * T, ...) of all tiles, where those that are not encoded repeat the last that is."""
+        if self.tiles == self.layout.tiles:
+            return x
+        tile = torch.arange(self.layout.tiles, device=x.device).clamp_max(self.tiles - 1)
+        return x.unflatten(0, (self.images, self.tiles))[:, tile].flatten(0, 1)

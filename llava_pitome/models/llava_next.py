@@ -1,0 +1,14 @@
+"""LLaVA-NeXT (LLaVA-1.6): images as a thumbnail and a grid of tiles, with a newline after each row of patches."""
+
+from typing import Any
+
+from llava_pitome.models.tiling import Tiling
+
+CLASSES = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
+
+
+def tiling(config: Any) -> Tiling:
+    """How a LlavaNextConfig says that images are cut."""
+    vision = config.vision_config
+    pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+    return Tiling(vision.image_size // vision.patch_size, vision.image_size, pinpoints)
