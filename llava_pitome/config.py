@@ -94,8 +94,8 @@ class MergeConfig(TokenCounts):
         None,
         "count",
         "how far",
-        "tokens of each whole tile of an image, for models that cut images into tiles; newline tokens are not "
-        "counted",
+        "tokens of each whole tile of an image, for models that cut images into tiles; newline tokens are "
+        "not counted",
     )
     tokens_per_frame: int | None = _field(
         None, "count", "how far", "tokens of each frame of a video; a newline token is not counted"
@@ -193,16 +193,16 @@ class MergeConfig(TokenCounts):
         "rows",
         "choice",
         "tiles and frames",
-        "newline tokens that stay where a model puts one after each row of an image: one a row (rows), as many "
-        "as rows of fewer tokens would have (scaled), or none",
+        "newline tokens that stay where a model puts one after each row of an image: one a row (rows), as "
+        "many as rows of fewer tokens would have (scaled), or none",
         Newlines,
     )
     tile_shares: TileShares = _field(
         "area",
         "choice",
         "tiles and frames",
-        "how a budget is divided among thumbnail and tiles: by the patches that show the image (area), to all "
-        "tiles alike (equal), by one merge over all of them (joint), by the thumbnail's class attention "
+        "how a budget is divided among thumbnail and tiles: by the patches that show the image (area), to "
+        "all tiles alike (equal), by one merge over all of them (joint), by the thumbnail's class attention "
         "(attention), or to the thumbnail alone (thumbnail)",
         TileShares,
     )

@@ -1,8 +1,8 @@
 """How a model cuts an image into tiles, and which of their patches reach the language model: numbers alone.
 
 LLaVA-NeXT and its kin encode a thumbnail and a grid of tiles of one image (anyres), and the frames of a
-video. After the projector they leave out the patches that only show padding (unpad), pool large grids, and put
-a newline token after each row.
+video. After the projector they leave out the patches that only show padding (unpad), pool large grids, and
+put a newline token after each row.
 """
 
 import math

@@ -1,8 +1,8 @@
 """How many tokens each tile and each region of an image keeps, for models that cut images into tiles.
 
-Like token_schedule.py, from numbers alone. A budget for a whole image is divided among its regions; the vision
-tower merges every tile by one schedule, and a merge after the projector leaves exactly the budget. A tile that
-shows padding keeps a part of the schedule's tokens in proportion to the patches that show the image.
+Like token_schedule.py, from numbers alone. A budget for a whole image is divided among its regions; the
+vision tower merges every tile by one schedule, and a merge after the projector leaves exactly the budget. A
+tile that shows padding keeps a part of the schedule's tokens in proportion to the patches that show the image.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class ImageSchedule(NamedTuple):
     """The token counts of one image or video.
 
     Attributes:
-        lengths: tokens of a whole tile before the tower's first layer and after each, up to the feature layer.
+        lengths: tokens of a whole tile before the tower's first layer and after each that may merge.
         arrived: tokens of each region after the projector: those of its tiles that show the image.
         regions: tokens that each region keeps, newlines not counted.
         newlines: newline tokens that each region keeps.
@@ -62,6 +62,11 @@ def schedule(config: Any, layout: ImageLayout, layers: int) -> ImageSchedule:
             the config does not say how far it merges.
     """
     return _Scheduler(config, layout, layers).schedule()
+
+
+def tokens_of_image(config: Any, layers: int, layout: ImageLayout) -> int:
+    """The tokens of an image or video at the input of the language model; arguments as for `schedule`."""
+    return schedule(config, layout, layers).tokens
 
 
 def tokens_of_tile(patches: int, of: int, tokens: int) -> int:
@@ -122,8 +127,8 @@ class _Scheduler:
         for region, kept, most in zip(self.used, regions, arrived):
             if kept > (region.tokens if region.is_pooled else most):
                 raise ValueError(
-                    f"{self.field}={getattr(self.config, self.field)} does not fit: a region was to keep {kept} "
-                    f"tokens, and the vision tower leaves {most}"
+                    f"{self.field}={getattr(self.config, self.field)} does not fit: a region was to keep "
+                    f"{kept} tokens, and the vision tower leaves {most}"
                 )
         unused = (0,) * (len(layout.regions) - len(self.used))
         return ImageSchedule(

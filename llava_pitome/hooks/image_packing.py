@@ -1,10 +1,10 @@
 """Merging after the projector in models that cut images into tiles, around the model's own packing.
 
-Every patch is given its token's features again before the model packs them (unpad, pooling, newlines), so that
-its code runs unchanged. Here tokens are then taken from what was packed, merged to the exact budget, and put in
-order with the newlines that stay.
-Shapes: I images of one layout, T tiles of each, P packed tokens of an image without merging, A tokens before a
-merge, M after it, D channels.
+Every patch is given its token's features again before the model packs them (unpad, pooling, newlines), so
+that its code runs unchanged. Tokens are then taken from what was packed, merged to the exact budget, and put
+in order with the newlines that stay.
+Shapes: I images of one layout, T tiles of each, P packed tokens of an image without merging, A tokens before
+a merge, M after it, D channels.
 """
 
 import inspect

@@ -1,8 +1,8 @@
 """Merging tiles in the vision tower of which some show padding: patches of the image and padding never merge.
 
-All tiles of a call follow one schedule. A tile that shows padding keeps fewer tokens of the image, and tokens of
-padding in the places that are left, so that all tiles have equally many. Padding merges by position alone.
-Shapes: B tiles, N tokens without prefix tokens, M after the merge, R tokens of the image in a tile, S after it.
+All tiles of a call follow one schedule. A tile that shows padding keeps fewer tokens of the image, and tokens
+of padding in the places that are left, so that all tiles have equally many. Padding merges by position alone.
+Shapes: B tiles, N tokens without prefix tokens, M after the merge, R tokens of the image in a tile, S after.
 """
 
 from collections.abc import Callable
@@ -109,7 +109,7 @@ def choose_in_groups(
 
 
 def _padding_parents(rest: Tensor, shown: Tensor, kept: int) -> tuple[Tensor, bool]:
-    """Parents (b, P) of tokens of padding at positions `rest`, of which `kept` stay; whether all are dropped."""
+    """Parents (b, P) of tokens of padding at positions `rest`, `kept` of which stay; whether none does."""
     count = rest.shape[1]
     if not count or kept == count:
         return rest, False

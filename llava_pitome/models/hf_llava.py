@@ -18,9 +18,10 @@ from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts, traine
 from llava_pitome.token_schedule import LIMIT
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, LlavaNextVideoForConditionalGeneration or "
-    "LlavaOnevisionForConditionalGeneration, or one of these without its head (LlavaModel, ...), with a "
-    "CLIPVisionModel or SiglipVisionModel tower; the original package's LlavaLlamaForCausalLM; also wrapped by peft, "
+    "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, "
+    "LlavaNextVideoForConditionalGeneration or LlavaOnevisionForConditionalGeneration, or one of these without "
+    "its head (LlavaModel, ...), with a CLIPVisionModel or SiglipVisionModel tower; the original package's "
+    "LlavaLlamaForCausalLM; also wrapped by peft, "
     "torch.compile, DataParallel or DistributedDataParallel; or such a tower alone or in a "
     "CLIPVisionModelWithProjection, CLIPModel or SiglipModel"
 )
@@ -199,8 +200,8 @@ def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
                 )
     if llava.reads_first_token != (parts.num_prefix_tokens == 0):
         raise ValueError(
-            f"vision_feature_select_strategy={'full' if llava.reads_first_token else 'default'!r} does not fit a "
-            f"{type(parts.tower).__name__} in a {name}: its features must be the patches alone"
+            f"vision_feature_select_strategy={'full' if llava.reads_first_token else 'default'!r} does not "
+            f"fit a {type(parts.tower).__name__} in a {name}: its features must be the patches alone"
         )
     if config.resize is not None:
         raise ValueError(f"resize={config.resize} is not supported for a {name}: its tiles have one size")
@@ -213,8 +214,8 @@ def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
     if config.merges_in_tower and config.prefix_share < 1:
         if method.needs_grid and after_projector:
             raise ValueError(
-                f"method {config.method!r} works on the grid of patches, which only the first merge has; on a "
-                f"{name} give ratio, or prefix"
+                f"method {config.method!r} works on the grid of patches, which only the first merge has; "
+                f"on a {name} give ratio, or prefix"
             )
         if "prefix" not in method.places and after_projector:
             raise ValueError(

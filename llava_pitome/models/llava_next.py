@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (LLaVA-1.6): images as a thumbnail and a grid of tiles, with a newline after each row of patches."""
+"""LLaVA-NeXT (LLaVA-1.6): images as a thumbnail and a grid of tiles, a newline after each row of patches."""
 
 from typing import Any
 

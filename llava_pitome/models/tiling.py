@@ -62,7 +62,8 @@ class Tiling(NamedTuple):
             alone = [n == 1 for n in _plain(counts) for _ in range(n)]
             if len(alone) != len(sizes):
                 raise ValueError(
-                    f"batch_num_images={_plain(counts)} names {len(alone)} images; image_sizes holds {len(sizes)}"
+                    f"batch_num_images={_plain(counts)} names {len(alone)} images; image_sizes holds "
+                    f"{len(sizes)}"
                 )
         return [self.image(*size, is_alone) for size, is_alone in zip(sizes, alone)]
 
@@ -97,7 +98,8 @@ def _tiled(tiling: Tiling, height: int, width: int) -> ImageLayout:
     best = select_best_resolution((height, width), [list(pinpoint) for pinpoint in tiling.pinpoints])
     if best is None:  # an image so narrow that it vanishes in every grid
         raise ValueError(
-            f"an image of {height} x {width} pixels fits none of image_grid_pinpoints={list(tiling.pinpoints)}"
+            f"an image of {height} x {width} pixels fits none of image_grid_pinpoints="
+            f"{list(tiling.pinpoints)}"
         )
     rows, columns = (pixels // tiling.tile for pixels in best)
     return tiled(tiling.side, rows, columns, height, width, tiling.max_tiles)
