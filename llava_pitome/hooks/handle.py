@@ -96,7 +96,7 @@ class MergeHandle(HookOwner):
     @property
     def _steps(self) -> list[MergeStep]:
         """What merges, in every place."""
-        return [hooks.step for hooks in self._hooks] + [self.packing.step] * (self.packing is not None)
+        return [hooks.step for hooks in (*self._hooks, self.packing) if hooks is not None]
 
     def install(self, parts: ModelParts, llm: LanguageModelParts | None = None) -> None:
         """Registers all hooks on a model; where one cannot be registered, none is left.

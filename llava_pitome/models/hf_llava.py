@@ -19,10 +19,10 @@ from llava_pitome.token_schedule import LIMIT
 
 SUPPORTED = (
     "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, "
-    "LlavaNextVideoForConditionalGeneration or LlavaOnevisionForConditionalGeneration, or one of these without "
-    "its head (LlavaModel, ...), with a CLIPVisionModel or SiglipVisionModel tower; the original package's "
-    "LlavaLlamaForCausalLM; also wrapped by peft, "
-    "torch.compile, DataParallel or DistributedDataParallel; or such a tower alone or in a "
+    "LlavaNextVideoForConditionalGeneration or LlavaOnevisionForConditionalGeneration, or one of these "
+    "without its head (LlavaModel, ...), with a CLIPVisionModel or SiglipVisionModel tower; the original "
+    "package's LlavaLlamaForCausalLM; also wrapped by peft, torch.compile, DataParallel or "
+    "DistributedDataParallel; or such a tower alone or in a "
     "CLIPVisionModelWithProjection, CLIPModel or SiglipModel"
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.

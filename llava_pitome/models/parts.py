@@ -92,6 +92,10 @@ class LanguageModelAdapter(Protocol):
     """What differs between families of language models; see `models.hf_language_model.LlamaLike`."""
 
     num_heads: tuple[int, int]
+    tiling: Tiling | None
+
+    def image_tokens(self, inputs: dict[str, Any]) -> list[list[int]]:
+        """Tokens of each image, and of each video, in a call of a model that cuts images into tiles."""
 
     def tokens_per_image(self, inputs: dict[str, Any]) -> int | None:
         """Tokens of each image in a call of the multimodal module that encodes them itself."""
@@ -120,6 +124,7 @@ class LanguageModelParts(NamedTuple):
         rotary: from hidden states and position_ids (B or 1, T) to cosine and sine of the rotary embedding.
         image_token: the id of the image placeholder; None where prompts reach the model without ids, and
             images are recognised by their features.
+        video_token: the id of the video placeholder; None where the model takes no videos.
         num_feature_prefix_tokens: tokens before each image's patches that never merge.
         adapter: what differs between families of language models.
     """
@@ -130,6 +135,7 @@ class LanguageModelParts(NamedTuple):
     norm: nn.Module
     rotary: nn.Module
     image_token: int | None
+    video_token: int | None
     num_feature_prefix_tokens: int
     adapter: LanguageModelAdapter
 
