@@ -35,11 +35,13 @@ class TokenState(NamedTuple):
         sizes: (B, T) patches that each token stands for, 1 for a prefix token.
         merge: the merge of all T tokens that led there; None where none did.
         num_prefix_tokens: tokens before the patches, which never merge.
+        result: how that merge combined the T tokens; None where nothing has to be merged like them.
     """
 
     sizes: Tensor
     merge: MergePlan | None = None
     num_prefix_tokens: int = 0
+    result: MergeResult | None = None
 
     @property
     def patch_sizes(self) -> Tensor:
@@ -99,17 +101,22 @@ class MergeStep:
 
     Attributes:
         record: called with a MergeRecord after every merge; None records nothing.
+        keeps_results: whether a TokenState holds how its tokens were combined, for `repeat`.
     """
 
-    def __init__(self, config: MergeConfig, num_prefix_tokens: int, triton: bool):
+    def __init__(
+        self, config: MergeConfig, num_prefix_tokens: int, triton: bool, keeps_results: bool = False
+    ):
         """Keeps how to merge.
 
         Args:
             config: how to merge.
             num_prefix_tokens: tokens before the patches that never merge.
             triton: prefer kernels written in Triton.
+            keeps_results: as the attribute.
         """
         self.config, self.num_prefix_tokens, self.triton = config, num_prefix_tokens, triton
+        self.keeps_results = keeps_results
         self.record: Callable[[MergeRecord], None] | None = None
 
     def merge(
@@ -148,7 +155,21 @@ class MergeStep:
         if self.record is not None and not recomputes:
             self.record(self._recorded(metric.detach(), result, plan, point))
         merged, sizes = reduce_tokens(x, sizes, plan, result, self.config.size_weighted, self._uses_triton)
-        return merged, TokenState(sizes, plan, self.num_prefix_tokens)
+        return merged, TokenState(sizes, plan, self.num_prefix_tokens, result if self.keeps_results else None)
+
+    def repeat(self, x: Tensor, before: TokenState, after: TokenState) -> Tensor:
+        """Merges other hidden states (B, T, D) of the same tokens as an earlier merge did, to (B, M, D).
+
+        Args:
+            x: the hidden states.
+            before: the tokens before that merge.
+            after: what it returned, with its result.
+        """
+        device = after.merge.slot.device
+        x, sizes = x.to(device), before.sizes.to(device)
+        return reduce_tokens(
+            x, sizes, after.merge, after.result, self.config.size_weighted, self._uses_triton
+        )[0]
 
     @torch.no_grad()
     def _choose(

@@ -1,5 +1,6 @@
 """LLaVA in transformers: where the parts of its models are, and which configs they support."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -9,14 +10,17 @@ from llava_pitome.models import hf_language_model, original_llava
 from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts, trained_copies, without_wrapper
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration or LlavaModel with a CLIPVisionModel or SiglipVisionModel tower "
-    "(LLaVA-1.5 and kin), or the original package's LlavaLlamaForCausalLM; also wrapped by peft, "
+    "LlavaForConditionalGeneration or LlavaModel (LLaVA-1.5 and kin), VipLlavaForConditionalGeneration or "
+    "VipLlavaModel, with a CLIPVisionModel or SiglipVisionModel tower and features of one or several of its "
+    "layers, or the original package's LlavaLlamaForCausalLM; also wrapped by peft, "
     "torch.compile, DataParallel or DistributedDataParallel; or such a tower alone or in a "
     "CLIPVisionModelWithProjection, CLIPModel or SiglipModel"
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.
 TOWERS = {"CLIPVisionModel": (1, True), "SiglipVisionModel": (0, False)}
-LLAVAS = ("LlavaForConditionalGeneration", "LlavaModel")  # the second has no language modeling head
+VIP_LLAVAS = ("VipLlavaForConditionalGeneration", "VipLlavaModel")  # never read the first token
+HEADLESS = ("LlavaModel", "VipLlavaModel")  # without a language modeling head
+LLAVAS = ("LlavaForConditionalGeneration", "LlavaModel", *VIP_LLAVAS)
 AROUND_TOWER = ("CLIPVisionModelWithProjection", "CLIPModel", "SiglipModel")  # their tower is `vision_model`
 
 
@@ -29,7 +33,7 @@ def find(model: nn.Module) -> ModelParts:
 
     Raises:
         UnsupportedModelError: the model is not supported.
-        ValueError: it reads features from several layers.
+        ValueError: it reads features from a layer that its tower does not have.
     """
     model = unwrap(model)
     llava = _llava(model)
@@ -56,7 +60,7 @@ def _parts(model: nn.Module, llava: LlavaParts | None, tower: nn.Module) -> Mode
         model=model,
         tower=tower,
         blocks=tuple(BlockParts(x, x.self_attn, x.layer_norm2, x.mlp) for x in layers),
-        num_feature_layers=len(layers) if llava is None else feature_layers(llava.feature_layer, len(layers)),
+        feature_layers=feature_layers(-1 if llava is None else llava.feature_layer, len(layers)),
         num_prefix_tokens=num_prefix,
         num_feature_prefix_tokens=num_prefix if llava is not None and llava.reads_first_token else 0,
         patch_size=patch,
@@ -82,8 +86,8 @@ def _llava(model: nn.Module) -> LlavaParts | None:
     inner, config = getattr(model, "model", model), model.config
     return LlavaParts(
         tower=inner.vision_tower,
-        feature_layer=config.vision_feature_layer,
-        reads_first_token=config.vision_feature_select_strategy == "full",
+        feature_layer=feature_layer(config),
+        reads_first_token=not set(VIP_LLAVAS) & set(names) and config.vision_feature_select_strategy == "full",
         projector=inner.multi_modal_projector,
         llm=inner.language_model,
         multimodal=inner,
@@ -169,24 +173,35 @@ def check_first_token(config: MergeConfig, reads_first_token: bool, num_prefix_t
         )
 
 
-def feature_layers(index: int | list[int], count: int) -> int:
-    """Blocks before hidden_states[index], of which the first is the embeddings.
+def feature_layer(config: Any) -> int | Sequence[int]:
+    """The index, or indices, of the hidden states that a LLaVA's config names as features."""
+    old = "vision_feature_layers"  # VipLlavaConfig's name in transformers before 5.23
+    is_old = config.model_type == "vipllava" and hasattr(config, old)
+    return getattr(config, old) if is_old else config.vision_feature_layer
+
+
+def feature_layers(index: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Blocks before each hidden_states[index], of which the first is the embeddings.
 
     Raises:
-        ValueError: several layers, or one that the tower does not have.
+        ValueError: no layer, one that the tower does not have, or the embeddings alone.
     """
-    if not isinstance(index, int):
+    several = isinstance(index, list | tuple)
+    given = tuple(index) if several else (index,)
+    if not given or not all(isinstance(i, int) for i in given):
+        raise ValueError(f"vision_feature_layer={index!r} is not allowed: it must be a layer or a list of them")
+    found = tuple(i if i >= 0 else count + 1 + i for i in given)
+    if several and not all(0 <= i <= count for i in found):
         raise ValueError(
-            f"vision_feature_layer={index!r} joins several layers, whose lengths differ once tokens merge; "
-            "allowed is a single layer"
+            f"vision_feature_layer={index!r} is not allowed: the tower has {count} layers, so each must be in "
+            f"0 (the embeddings) to {count} or in {-count - 1} to -1"
         )
-    feature = index if index >= 0 else count + 1 + index
-    if not 1 <= feature <= count:
+    if not 1 <= max(found) <= count:
         raise ValueError(
-            f"vision_feature_layer={index} is not allowed: the tower has {count} layers, "
+            f"vision_feature_layer={index!r} is not allowed: the tower has {count} layers, "
             f"so it must be in 1 to {count} or in {-count} to -1"
         )
-    return feature
+    return found
 
 
 def stages(model: nn.Module) -> dict[str, nn.Module]:
@@ -215,6 +230,7 @@ class Shapes(NamedTuple):
         tower_layers: blocks of the tower, those after the feature layer included.
         tower_width: channels of the tower.
         tower_mlp: channels inside its MLPs.
+        features: channels that the projector is given, those of all feature layers.
         llm_layers: blocks of the language model.
         llm_width: its channels.
         llm_kv: channels of its keys, over all heads.
@@ -227,6 +243,7 @@ class Shapes(NamedTuple):
     tower_layers: int
     tower_width: int
     tower_mlp: int
+    features: int
     llm_layers: int
     llm_width: int
     llm_kv: int
@@ -241,6 +258,6 @@ def shapes(model: nn.Module) -> Shapes:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shapes(
         parts.num_prefix_tokens, 3 * parts.patch_size**2, vision.num_hidden_layers, vision.hidden_size,
-        vision.intermediate_size, text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
+        vision.intermediate_size, len(parts.feature_layers) * vision.hidden_size, text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
         text.intermediate_size, text.vocab_size if hasattr(parts.model, "lm_head") else 0,
     )  # fmt: skip
