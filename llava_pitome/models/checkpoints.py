@@ -152,7 +152,7 @@ def vision_counts(config: Any) -> VisionCounts:
     """The numbers of patches, vision tower layers and class tokens of a LlavaConfig.
 
     Raises:
-        ValueError: the vision tower is not supported, or features are read from a layer that it does not have.
+        ValueError: the vision tower is not supported, or has no such feature layer.
     """
     vision = config.vision_config
     if vision.model_type not in PREFIX_TOKENS:

@@ -83,11 +83,11 @@ def _llava(model: nn.Module) -> LlavaParts | None:
         return original_llava.llava_parts(model)
     if not set(LLAVAS) & set(names):
         return None
-    inner, config = getattr(model, "model", model), model.config
+    inner, config, is_vip = getattr(model, "model", model), model.config, bool(set(VIP_LLAVAS) & set(names))
     return LlavaParts(
         tower=inner.vision_tower,
         feature_layer=feature_layer(config),
-        reads_first_token=not set(VIP_LLAVAS) & set(names) and config.vision_feature_select_strategy == "full",
+        reads_first_token=not is_vip and config.vision_feature_select_strategy == "full",
         projector=inner.multi_modal_projector,
         llm=inner.language_model,
         multimodal=inner,
@@ -189,12 +189,14 @@ def feature_layers(index: int | Sequence[int], count: int) -> tuple[int, ...]:
     several = isinstance(index, list | tuple)
     given = tuple(index) if several else (index,)
     if not given or not all(isinstance(i, int) for i in given):
-        raise ValueError(f"vision_feature_layer={index!r} is not allowed: it must be a layer or a list of them")
+        raise ValueError(
+            f"vision_feature_layer={index!r} is not allowed: it must be a layer's index, or a list of them"
+        )
     found = tuple(i if i >= 0 else count + 1 + i for i in given)
     if several and not all(0 <= i <= count for i in found):
         raise ValueError(
-            f"vision_feature_layer={index!r} is not allowed: the tower has {count} layers, so each must be in "
-            f"0 (the embeddings) to {count} or in {-count - 1} to -1"
+            f"vision_feature_layer={index!r} is not allowed: the tower has {count} layers, so each must be "
+            f"in 0 (the embeddings) to {count} or in {-count - 1} to -1"
         )
     if not 1 <= max(found) <= count:
         raise ValueError(
@@ -258,6 +260,7 @@ def shapes(model: nn.Module) -> Shapes:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shapes(
         parts.num_prefix_tokens, 3 * parts.patch_size**2, vision.num_hidden_layers, vision.hidden_size,
-        vision.intermediate_size, len(parts.feature_layers) * vision.hidden_size, text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
+        vision.intermediate_size, len(parts.feature_layers) * vision.hidden_size,
+        text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
         text.intermediate_size, text.vocab_size if hasattr(parts.model, "lm_head") else 0,
     )  # fmt: skip

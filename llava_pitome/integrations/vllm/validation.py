@@ -31,8 +31,8 @@ def check(merging: MergeConfig, config: Any) -> None:
     patches, layers, num_prefix_tokens = vision_counts(config)
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
-            f"vision_feature_layer={config.vision_feature_layer!r} is not supported under vLLM, which reads a "
-            "single layer; serve with `llava-pitome serve`"
+            f"vision_feature_layer={config.vision_feature_layer!r} is not supported under vLLM, which reads "
+            "a single layer; serve with `llava-pitome serve`"
         )
     strategy = config.vision_feature_select_strategy
     if strategy not in STRATEGIES:
