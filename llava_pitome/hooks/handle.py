@@ -199,7 +199,8 @@ class MergeHandle(HookOwner):
         """Takes features (B, N, C) for those that the tower has just computed, as from another rank."""
         newest = next(iter(encoded(self)), None)
         if newest is not None:
-            push_encoded(self, newest._replace(probes=probe(features.detach())), len(features))
+            probes = probe(features.detach())  # of all channels
+            push_encoded(self, newest._replace(probes=probes, first_channel=0), len(features))
 
 
 def _no_model() -> None:
