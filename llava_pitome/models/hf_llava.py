@@ -19,9 +19,9 @@ from llava_pitome.token_schedule import LIMIT
 
 SUPPORTED = (
     "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, "
-    "LlavaNextVideoForConditionalGeneration or LlavaOnevisionForConditionalGeneration, or one of these without "
-    "its head (LlavaModel, ...), with a CLIPVisionModel or SiglipVisionModel tower; the original package's "
-    "LlavaLlamaForCausalLM; also wrapped by peft, "
+    "LlavaNextVideoForConditionalGeneration or LlavaOnevisionForConditionalGeneration, or one of these "
+    "without its head (LlavaModel, ...), with a CLIPVisionModel or SiglipVisionModel tower; the original "
+    "package's LlavaLlamaForCausalLM; also wrapped by peft, "
     "torch.compile, DataParallel or DistributedDataParallel; or such a tower alone or in a "
     "CLIPVisionModelWithProjection, CLIPModel or SiglipModel"
 )
