@@ -63,7 +63,7 @@ def tiling(height: int, width: int) -> Tiling:
 
 
 def best_resolution(height: int, width: int) -> tuple[int, int]:
-    """The pinpoint that keeps most of a picture's pixels, and of several the smallest; the first of equals."""
+    """The pinpoint that keeps most of a picture's pixels; of several the smallest, then the first."""
 
     def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
         scale = min(pinpoint[1] / width, pinpoint[0] / height)

@@ -1,4 +1,4 @@
-"""Scenes of `embedded-next`: pictures of many sizes, in which words and digits are legible in the tiles alone.
+"""Scenes of `embedded-next`: pictures of many sizes, whose words and digits are legible in the tiles alone.
 
 Objects have the same sizes as in `scenes`, counted in pixels of the tiles. Strokes are one pixel of the tiles
 wide, or slightly wider: half a pixel or less in the thumbnail along at least one axis.
@@ -90,7 +90,7 @@ def _thing(rng: np.random.Generator, kind: str, word: str, scale: float) -> Thin
     """An object at no position yet."""
     color = str(rng.choice(COLORS))
     if kind == "sign":
-        height, width = glyphs.extent(word.upper(), scale)
+        _, width = glyphs.extent(word.upper(), scale)
         return Thing(SIGN, color, "plain", width + 2 * round(FRAME * scale), 0, 0, word, scale, scale)
     across = int(rng.integers(*(LARGE if kind == "large" else SMALL)))
     shape = str(rng.choice(SHAPES))
@@ -103,17 +103,17 @@ def _thing(rng: np.random.Generator, kind: str, word: str, scale: float) -> Thin
 def _place(rng: np.random.Generator, thing: Thing, things: list[Thing], tiles: Tiling) -> Thing | None:
     """The object at a position inside the picture where it touches no other; None where there is none.
 
-    No border between two tiles cuts a character.
+    No border between two tiles cuts an object with a word or character.
     """
     (height, width), (half_y, half_x) = tiles.size, half_extent(thing)
     gap = max(GAP, round(GAP * thing.scale))
     if 2 * half_x >= width or 2 * half_y >= height:
         return None
-    text = glyphs.extent(thing.mark.upper(), thing.scale) if thing.mark else None
     for _ in range(TRIES):
         y, x = int(rng.integers(half_y, height - half_y)), int(rng.integers(half_x, width - half_x))
-        if text and any(
-            (abs(tiles.tile_borders(axis) - at) < text[axis] / 2 + 1).any() for axis, at in ((0, y), (1, x))
+        if thing.mark and any(
+            (abs(tiles.tile_borders(axis) - at) <= half).any()
+            for axis, (at, half) in enumerate(((y, half_y), (x, half_x)))
         ):
             continue
         others = ((t, *half_extent(t)) for t in things)
