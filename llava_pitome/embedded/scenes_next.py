@@ -43,20 +43,22 @@ WORDS = (
 )  # fmt: skip
 
 
-def scene(seed: int, size: tuple[int, int] | None = None) -> Scene:
+def scene(seed: int, size: tuple[int, int] | None = None, crowd: int = 1) -> Scene:
     """The scene of a seed: 3 to 12 objects that do not touch, among them signs with words.
 
     Args:
         seed: of everything.
         size: height and width of the picture; by default they follow from the seed.
+        crowd: multiplies the number of objects, as far as they fit.
     """
     rng = np.random.default_rng([seed, 3])
     height, width = size or sample_size(rng)
     tiles = tiling(height, width)
     scale = 1.0 if tiles.scale >= 1 else REDUCED_STROKE / tiles.scale
     count = int(rng.integers(*COUNTS))
-    signs = int(rng.integers(1, 3 if count < 6 else 5))
+    signs = crowd * int(rng.integers(1, 3 if count < 6 else 5))
     large = int(rng.integers(0, 4))
+    count *= crowd
     kinds = ["sign"] * signs + ["large"] * large + ["small"] * max(count - signs - large, 1)
     words = iter(rng.choice(WORDS, signs, replace=False))
     things: list[Thing] = []
@@ -94,7 +96,8 @@ def _thing(rng: np.random.Generator, kind: str, word: str, scale: float) -> Thin
         return Thing(SIGN, color, "plain", width + 2 * round(FRAME * scale), 0, 0, word, scale, scale)
     across = int(rng.integers(*(LARGE if kind == "large" else SMALL)))
     shape = str(rng.choice(SHAPES))
-    marked = shape in MARKABLE and across >= MARK_ROOM and rng.random() < 0.7
+    marked = shape in MARKABLE and rng.random() < 0.7
+    across = max(across, MARK_ROOM) if marked else across
     mark = str(rng.choice(list(DIGITS if rng.random() < 0.7 else LETTERS))) if marked else ""
     texture = "plain" if mark else str(rng.choice(TEXTURES, p=(0.5, 0.25, 0.25)))
     return Thing(shape, color, texture, int(across * scale), 0, 0, mark, scale, scale)

@@ -1,7 +1,7 @@
 """LLaVA checkpoints: loading them, and what their configs say without reading weights.
 
-A path is "embedded" (the model in this package), or a folder or hub id of a LLaVA, of an adapter of one, or
-of an original checkpoint.
+A path is "embedded" or "embedded-next" (the models in this package), or a folder or hub id of a LLaVA, of an
+adapter of one, or of an original checkpoint.
 """
 
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ PREFIX_TOKENS = {
 }  # of supported vision towers
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
+CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")  # hub arguments for every repository
 HUB = ("revision", "subfolder", *SHARED)
 
@@ -52,26 +53,26 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     hub = model_hub = _hub(options)
     options = {k: v for k, v in options.items() if k not in HUB} | hub
     base = model_path(path, **hub)
-    is_adapter = path not in (base, embedded.NAME)
+    is_adapter = path not in (base, *embedded.PATHS)
     if is_adapter:
         from peft import PeftModel  # a missing peft raises before weights are read
 
         model_hub = _shared(hub)  # revision and subfolder are the adapter's
         options = {k: v for k, v in options.items() if k not in HUB} | model_hub
     config, raw = _read_config(base, model_hub)
-    if "LlavaModel" in (config.architectures or ()):
+    if headless := {"LlavaModel", "LlavaNextModel"} & set(config.architectures or ()):
         raise ValueError(
-            f"{base} holds a LlavaModel, which has no language model head and cannot generate; load it "
+            f"{base} holds a {headless.pop()}, which has no language model head and cannot generate; load it "
             "with AutoModel.from_pretrained, then call apply"
         )
     options["dtype"] = _dtype(options.get("dtype"), config)
     if quantization is not None:
         options |= _quantized(quantization, options)
     if raw is None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        import transformers
 
-        model = LlavaForConditionalGeneration.from_pretrained(base, **options)
-        processor = AutoProcessor.from_pretrained(base, **model_hub)
+        model = getattr(transformers, CLASSES[config.model_type]).from_pretrained(base, **options)
+        processor = transformers.AutoProcessor.from_pretrained(base, **model_hub)
     else:
         options = {k: v for k, v in options.items() if k not in HUB}
         model, processor = conversion.load(base, raw, model_hub, _shared(model_hub), **options)
@@ -107,10 +108,14 @@ def convert(path: str, dtype: str) -> tuple[nn.Module, Any]:
 
 
 def model_path(path: str, **hub: Any) -> str:
-    """The folder or hub id of the full model: the embedded one, an adapter's base model, or the path."""
-    if path != embedded.NAME:
+    """The folder or hub id of the full model: an embedded one, an adapter's base model, or the path.
+
+    Raises:
+        ValueError: it is embedded, and its weights are missing.
+    """
+    if path not in embedded.PATHS:
         path = adapters.base_model(path, **hub) or path
-    return str(embedded.PATH) if path == embedded.NAME else path
+    return embedded.folder(path) if path in embedded.PATHS else path
 
 
 def read_config(path: str) -> Any:
@@ -140,7 +145,7 @@ def saved_merge_config(path: str, **options: Any) -> MergeConfig | None:
     """
     hub = _hub(options)
     base = model_path(path, **hub)
-    if path not in (base, embedded.NAME):
+    if path not in (base, *embedded.PATHS):
         return adapters.merge_config(path, **hub)
     _read_config(base, hub)
     return adapters.merge_config(base, **hub)
@@ -181,7 +186,7 @@ def _read_config(path: str, hub: dict[str, Any]) -> tuple[Any, dict[str, Any] | 
     if conversion.is_original(raw):
         return conversion.convert_config(raw, _shared(hub)), raw
     config = AutoConfig.from_pretrained(path, **hub)
-    if config.model_type != "llava":
+    if config.model_type not in CLASSES:
         raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {llava.SUPPORTED}.")
     return config, None
 

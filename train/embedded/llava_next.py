@@ -13,6 +13,7 @@ from train.embedded import next_model as model
 from train.embedded.next_losses import NextLosses
 from train.embedded.run import COUNT, RATE, WEIGHT, Run, common_options, loader, share_right
 
+CROWD = 4  # times as many objects in the first stage, in which nothing but patches is learned
 VALIDATION_BATCH = 8  # pictures of one size
 OPTIONS = {
     "tower_steps": Option(1000, *COUNT, "steps of the first stage"),
@@ -66,8 +67,9 @@ class Recipe:
         batch, share = self.options["batch_size"], self.options["batch_size"] // ranks
         starts = [seed + step * batch for step in range(first, steps)]
         seeds = [(start + rank * share, start) for start in starts]
-        turns = 1 if stage == "tower" else self.options["turns"]
-        return loader(data.PictureBatches(seeds, share, turns, self.processor), self.options["device"])
+        turns, crowd = (1, CROWD) if stage == "tower" else (self.options["turns"], 1)
+        batches = data.PictureBatches(seeds, share, turns, self.processor, crowd)
+        return loader(batches, self.options["device"])
 
     @torch.no_grad()
     def validate(self) -> float:

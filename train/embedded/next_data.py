@@ -88,16 +88,24 @@ def _bins(borders: np.ndarray, side: int) -> np.ndarray:
 class PictureBatches(IterableDataset):
     """Batches of consecutive scenes whose pictures have one size, so that no image token is padding."""
 
-    def __init__(self, seeds: Sequence[tuple[int, int]], batch_size: int, turns: int, processor: Any):
-        """Takes the first seed of every batch, and the seed of its size."""
+    def __init__(
+        self,
+        seeds: Sequence[tuple[int, int]],
+        batch_size: int,
+        turns: int,
+        processor: Any,
+        crowd: int = 1,
+    ):
+        """Takes the first seed of every batch with the seed of its size, and the `crowd` of the scenes."""
         self.seeds, self.batch_size, self.turns, self.processor = seeds, batch_size, turns, processor
+        self.crowd = crowd
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches; see `make_batch`."""
         worker = get_worker_info()  # workers alternate, so that batches stay in order
         for first, size_seed in self.seeds[worker.id :: worker.num_workers] if worker else self.seeds:
             size = sample_size(np.random.default_rng([size_seed, 5]))
-            scenes = [scene(seed, size) for seed in range(first, first + self.batch_size)]
+            scenes = [scene(seed, size, self.crowd) for seed in range(first, first + self.batch_size)]
             yield make_batch(scenes, self.turns, self.processor)
 
 
