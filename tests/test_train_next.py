@@ -20,7 +20,15 @@ from train.embedded.__main__ import main
 from train.embedded.next_losses import NextLosses
 
 SIZES = ((224, 224), (112, 336), (336, 112), (112, 224), (129, 333), (301, 200), (333, 336), (200, 113))
-RUN = ("model=next", "tower_steps=2", "together_steps=2", "batch_size=2", "turns=3", "validate=8")
+RUN = (
+    "model=next",
+    "heads_steps=1",
+    "tower_steps=2",
+    "together_steps=2",
+    "batch_size=2",
+    "turns=3",
+    "validate=8",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +39,12 @@ def processor():
 @pytest.fixture(scope="module")
 def model(processor):
     return next_model.grow(processor.tokenizer).eval()
+
+
+@pytest.fixture
+def quick_start(processor, monkeypatch):
+    """Runs of this test share one tokenizer."""
+    monkeypatch.setattr(next_model, "make_tokenizer", lambda: processor.tokenizer)
 
 
 def prompt(processor, question):
@@ -147,7 +161,9 @@ def test_losses_reach_every_part_of_the_model(processor, model):
     model.zero_grad(set_to_none=True)
 
 
-def test_a_run_writes_a_model_that_loads_and_resumes_from_its_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_run_writes_a_model_that_loads_and_resumes_from_its_checkpoint(
+    tmp_path, monkeypatch, capsys, quick_start
+):
     words = [*RUN, f"output={tmp_path / 'whole'}"]
     assert main(words) == 0
     folder = tmp_path / "whole"
@@ -169,7 +185,7 @@ def test_a_run_writes_a_model_that_loads_and_resumes_from_its_checkpoint(tmp_pat
     assert "was made with other options: seed=1 (was 0)" in capsys.readouterr().err
 
 
-def test_a_run_that_was_stopped_continues_with_the_same_weights(tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_continues_with_the_same_weights(tmp_path, monkeypatch, quick_start):
     monkeypatch.setattr("train.embedded.run.SAVE_STEPS", 1)
     runs = {name: [*RUN, f"output={tmp_path / name}"] for name in ("whole", "stopped")}
     assert main(runs["whole"]) == 0

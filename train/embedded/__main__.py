@@ -1,12 +1,14 @@
 """Trains an embedded model: python -m train.embedded [model=llava15|next] [key=value ...].
 
-`llava15` is trained from scratch, `next`, a LLaVA-NeXT, starts from the weights of the embedded LLaVA-1.5.
-
-In three stages, since a language model cannot learn from features without content. "tower": the vision tower
-learns to classify the content of every patch, which CLIP's training would have taught it. "language":
-projector and language model learn to answer questions about frozen features; `next` can do without.
+`llava15` is trained from scratch in three stages, since a language model cannot learn from features without
+content. "tower": the vision tower learns to classify the content of every patch, which CLIP's training would
+have taught it. "language": projector and language model learn to answer questions about frozen features.
 "together": everything is trained, with the patch labels as an auxiliary loss. Merging is off, as in training
 any other LLaVA.
+
+`next`, a LLaVA-NeXT, starts from the weights of the embedded LLaVA-1.5. "heads": classifiers learn the
+content of every patch from frozen features. "tower": so does the tower, which learns to read words.
+"together": as above.
 
 A run that was stopped continues from `output`.ckpt when it is started again. With
 `OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m train.embedded` two processes share each batch, which on two

@@ -48,6 +48,7 @@ class Recipe:
     """Model, data and losses of a run; see `train.embedded.run.Recipe`."""
 
     stages = ("tower", "language", "together")
+    validated = stages[1:]
 
     def __init__(self, options: dict[str, Any]):
         """Makes the model."""

@@ -13,19 +13,21 @@ from train.embedded import next_model as model
 from train.embedded.next_losses import NextLosses
 from train.embedded.run import COUNT, RATE, WEIGHT, Run, common_options, loader, share_right
 
-CROWD = 4  # times as many objects in the first stage, in which nothing but patches is learned
+CROWD = 4  # times as many objects where nothing but patches is learned
 VALIDATION_BATCH = 8  # pictures of one size
 OPTIONS = {
-    "tower_steps": Option(1000, *COUNT, "steps of the first stage"),
-    "together_steps": Option(2000, *COUNT, "steps of the second"),
+    "heads_steps": Option(60, *COUNT, "steps of the first stage"),
+    "tower_steps": Option(1000, *COUNT, "steps of the second"),
+    "together_steps": Option(2000, *COUNT, "steps of the third"),
     "batch_size": Option(16, *COUNT, "pictures per step, over all processes"),
     "turns": Option(16, *COUNT, "questions about a picture"),
-    "tower_lr": Option(4e-3, *RATE, "peak learning rate of the first stage"),
-    "together_lr": Option(3e-3, *RATE, "of the second"),
-    "point_loss": Option(0.3, *WEIGHT, "weight of the attention from nouns to patches; second stage"),
-    "place_loss": Option(0.1, *WEIGHT, "weight of the place of every image token; second stage"),
-    "align_loss": Option(0.3, *WEIGHT, "weight of the words for each patch; second stage"),
-    "patches_loss": Option(0.3, *WEIGHT, "weight of the patch labels; second stage"),
+    "heads_lr": Option(2e-2, *RATE, "peak learning rate of the first stage"),
+    "tower_lr": Option(2e-3, *RATE, "of the second"),
+    "together_lr": Option(2e-3, *RATE, "of the third"),
+    "point_loss": Option(0.3, *WEIGHT, "weight of the attention from nouns to patches; third stage"),
+    "place_loss": Option(0.1, *WEIGHT, "weight of the place of every image token; third stage"),
+    "align_loss": Option(0.3, *WEIGHT, "weight of the words for each patch; third stage"),
+    "patches_loss": Option(0.3, *WEIGHT, "weight of the patch labels; third stage"),
     **common_options("output/embedded-next", validate=128),
 }
 
@@ -38,6 +40,7 @@ def train(options: dict[str, Any]) -> None:
     """
     recipe = Recipe(options)
     run, trained, heads = Run(options, recipe), recipe.model, recipe.heads
+    run.train_stage("heads", heads["patches"], recipe.losses.tower)
     run.train_stage(
         "tower", nn.ModuleList([trained.model.vision_tower, heads["patches"]]), recipe.losses.tower
     )
@@ -50,7 +53,8 @@ def train(options: dict[str, Any]) -> None:
 class Recipe:
     """Model, data and losses of a run; see `train.embedded.run.Recipe`."""
 
-    stages = ("tower", "together")
+    stages = ("heads", "tower", "together")
+    validated = stages[2:]
 
     def __init__(self, options: dict[str, Any]):
         """Makes the model from the embedded LLaVA-1.5."""
@@ -67,7 +71,7 @@ class Recipe:
         batch, share = self.options["batch_size"], self.options["batch_size"] // ranks
         starts = [seed + step * batch for step in range(first, steps)]
         seeds = [(start + rank * share, start) for start in starts]
-        turns, crowd = (1, CROWD) if stage == "tower" else (self.options["turns"], 1)
+        turns, crowd = (self.options["turns"], 1) if stage in self.validated else (1, CROWD)
         batches = data.PictureBatches(seeds, share, turns, self.processor, crowd)
         return loader(batches, self.options["device"])
 

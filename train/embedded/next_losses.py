@@ -21,6 +21,14 @@ CLASSES = [*(len(values) + 1 for values in data.LABELS.values()), data.GRID, dat
 IGNORED = -1  # a label that is not learned
 
 
+def _head(classes: int) -> nn.Module:
+    """A classifier that starts without an opinion, so that its first gradients do not change the features."""
+    linear = nn.Linear(WIDTH, classes)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.LayerNorm(WIDTH, elementwise_affine=False), linear)
+
+
 class NextLosses(Losses):
     """The losses of a LLaVA-NeXT, with the classifiers that only training needs."""
 
@@ -29,9 +37,8 @@ class NextLosses(Losses):
     def __init__(self, model: LlavaNextForConditionalGeneration, tokenizer: Any, options: dict[str, Any]):
         """Takes the options `point_loss`, `align_loss`, `patches_loss`, `place_loss` and `device`."""
         self.model, self.options = model, options
-        self.heads = nn.ModuleDict(
-            {"patches": nn.Linear(WIDTH, sum(CLASSES)), "place": nn.Linear(WIDTH, 2 * data.BINS)}
-        ).to(model.device)
+        self.heads = nn.ModuleDict({"patches": _head(sum(CLASSES)), "place": _head(2 * data.BINS)})
+        self.heads.to(model.device)
         self.words = label_tokens(tokenizer, model.device, data.LABELS)
         self.sides = side_tokens(tokenizer, model.device)
         # the layer whose attention learns to attend from a noun to the patches that it refers to: its first
@@ -40,7 +47,7 @@ class NextLosses(Losses):
         self.attention = self.pointing.self_attn
 
     def tower(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """First stage: the patch loss of the tower's features."""
+        """First stages: the patch loss of the tower's features."""
         pixels = batch["pixel_values"].to(self.model.device).flatten(0, 1)
         with self.autocast():
             features = self.model.model.vision_tower(pixels).last_hidden_state
@@ -48,7 +55,7 @@ class NextLosses(Losses):
         return loss, {"loss": loss.item()} | accuracy
 
     def answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Later stages: next-token loss on the answers about each picture, plus the auxiliary losses."""
+        """Last stage: next-token loss on the answers about each picture, plus the auxiliary losses."""
         outputs: dict[str, Any] = {}
         tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
         with (

@@ -38,12 +38,14 @@ class Recipe(Protocol):
     Attributes:
         model: a LLaVA.
         heads: modules that only training needs.
-        stages: names of the stages, in order; the first one is without validation.
+        stages: names of the stages, in order.
+        validated: those in which the model answers questions.
     """
 
     model: nn.Module
     heads: nn.Module
     stages: tuple[str, ...]
+    validated: tuple[str, ...]
 
     def batches(self, stage: str, first: int, steps: int, rank: int, ranks: int) -> Iterable[dict]:
         """A process's share of the batches of the steps from `first` to `steps`, counted from 0."""
@@ -129,7 +131,7 @@ class Run:
     def report(self, stage: str, step: int, facts: dict[str, float], started: float) -> None:
         """Logs a step, with accuracy on held-out images at every checkpoint of the later stages."""
         row = {"stage": stage, "step": step, "seconds": round(time.time() - started)} | facts
-        if stage != self.stages[0] and step % SAVE_STEPS == 0:
+        if stage in self.recipe.validated and step % SAVE_STEPS == 0:
             row["held_out"] = self.recipe.validate()
         self.history.append(row)
         log.info(" ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
@@ -192,9 +194,12 @@ def _make_optimizers(modules: nn.Module, lr: float) -> list[torch.optim.Optimize
     matrices, others = [], []
     for name, parameter in modules.named_parameters():
         (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0)
-    for optimizer in (muon, adamw):
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if matrices:
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        optimizers = [muon, adamw]
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base"] = group["lr"]
-    return [muon, adamw]
+    return optimizers
