@@ -1,7 +1,7 @@
 """LLaVA checkpoints: loading them, and what their configs say without reading weights.
 
-A path is "embedded" (the model in this package), or a folder or hub id of a LLaVA, of an adapter of one, or
-of an original checkpoint.
+A path is "embedded" or "embedded-next" (the models in this package), or a folder or hub id of a LLaVA, of an
+adapter of one, or of an original checkpoint.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ PREFIX_TOKENS = {
     "clip_vision_model": 1,
     "siglip_vision_model": 0,
 }  # of supported vision towers
-MODEL_TYPES = ("llava", "vipllava")
+MODEL_TYPES = ("llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")  # hub arguments for every repository
@@ -53,7 +53,7 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     hub = model_hub = _hub(options)
     options = {k: v for k, v in options.items() if k not in HUB} | hub
     base = model_path(path, **hub)
-    is_adapter = path not in (base, embedded.NAME)
+    is_adapter = path not in (base, *embedded.PATHS)
     if is_adapter:
         from peft import PeftModel  # a missing peft raises before weights are read
 
@@ -109,10 +109,14 @@ def convert(path: str, dtype: str) -> tuple[nn.Module, Any]:
 
 
 def model_path(path: str, **hub: Any) -> str:
-    """The folder or hub id of the full model: the embedded one, an adapter's base model, or the path."""
-    if path != embedded.NAME:
+    """The folder or hub id of the full model: an embedded one, an adapter's base model, or the path.
+
+    Raises:
+        ValueError: it is embedded, and its weights are missing.
+    """
+    if path not in embedded.PATHS:
         path = adapters.base_model(path, **hub) or path
-    return str(embedded.PATH) if path == embedded.NAME else path
+    return embedded.folder(path) if path in embedded.PATHS else path
 
 
 def read_config(path: str) -> Any:
@@ -142,7 +146,7 @@ def saved_merge_config(path: str, **options: Any) -> MergeConfig | None:
     """
     hub = _hub(options)
     base = model_path(path, **hub)
-    if path not in (base, embedded.NAME):
+    if path not in (base, *embedded.PATHS):
         return adapters.merge_config(path, **hub)
     _read_config(base, hub)
     return adapters.merge_config(base, **hub)
