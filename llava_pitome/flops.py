@@ -109,7 +109,7 @@ def closed_form(
     blocks += [(rest, rest)] * (s.tower_layers - len(blocks))
     tower = 2 * s.patch_inputs * s.tower_width * lengths[0]
     tower += sum(_block(n, m, s.tower_width, s.tower_width, s.tower_mlp, 2) for n, m in blocks)
-    projector = 2 * lengths[-1] * (s.tower_width * s.llm_width + s.llm_width**2)
+    projector = 2 * lengths[-1] * (s.features * s.llm_width + s.llm_width**2)
     llm = 2 * s.llm_width * s.vocabulary
     for n, m in _tokens_by_block(llm_lengths, text, site):
         llm += _block(n, m, s.llm_width, s.llm_kv, s.llm_mlp, 3)

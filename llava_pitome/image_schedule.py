@@ -2,7 +2,7 @@
 
 Like token_schedule.py, from numbers alone. A budget for a whole image is divided among its regions; the
 vision tower merges every tile by one schedule, and a merge after the projector leaves exactly the budget. A
-tile that shows padding keeps a part of the schedule's tokens in proportion to the patches that show the image.
+tile that shows padding keeps tokens in proportion to its patches that show the image.
 """
 
 from collections.abc import Sequence

@@ -19,6 +19,7 @@ PREFIX_TOKENS = {
     "clip_vision_model": 1,
     "siglip_vision_model": 0,
 }  # of supported vision towers
+MODEL_TYPES = ("llava", "vipllava")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")  # hub arguments for every repository
@@ -30,7 +31,7 @@ class VisionCounts(NamedTuple):
 
     Attributes:
         patches: of an image.
-        layers: of the vision tower, up to the feature layer.
+        layers: of the vision tower, up to the feature layer, the last one where there are several.
         num_prefix_tokens: before the patches, 0 or 1.
     """
 
@@ -59,18 +60,19 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
         model_hub = _shared(hub)  # revision and subfolder are the adapter's
         options = {k: v for k, v in options.items() if k not in HUB} | model_hub
     config, raw = _read_config(base, model_hub)
-    if "LlavaModel" in (config.architectures or ()):
+    headless = [name for name in config.architectures or () if name in llava.HEADLESS]
+    if headless:
         raise ValueError(
-            f"{base} holds a LlavaModel, which has no language model head and cannot generate; load it "
+            f"{base} holds a {headless[0]}, which has no language model head and cannot generate; load it "
             "with AutoModel.from_pretrained, then call apply"
         )
     options["dtype"] = _dtype(options.get("dtype"), config)
     if quantization is not None:
         options |= _quantized(quantization, options)
     if raw is None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = LlavaForConditionalGeneration.from_pretrained(base, **options)
+        model = AutoModelForImageTextToText.from_pretrained(base, **options)
         processor = AutoProcessor.from_pretrained(base, **model_hub)
     else:
         options = {k: v for k, v in options.items() if k not in HUB}
@@ -150,7 +152,7 @@ def vision_counts(config: Any) -> VisionCounts:
     """The numbers of patches, vision tower layers and class tokens of a LlavaConfig.
 
     Raises:
-        ValueError: the vision tower is not supported, or features are read from several of its layers.
+        ValueError: the vision tower is not supported, or has no such feature layer.
     """
     vision = config.vision_config
     if vision.model_type not in PREFIX_TOKENS:
@@ -158,7 +160,7 @@ def vision_counts(config: Any) -> VisionCounts:
             f"a model of type {config.model_type!r} with a {vision.model_type!r} is not supported. "
             f"Supported: {llava.SUPPORTED}."
         )
-    layers = llava.feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    layers = max(llava.feature_layers(llava.feature_layer(config), vision.num_hidden_layers))
     return VisionCounts(
         (vision.image_size // vision.patch_size) ** 2, layers, PREFIX_TOKENS[vision.model_type]
     )
@@ -181,7 +183,7 @@ def _read_config(path: str, hub: dict[str, Any]) -> tuple[Any, dict[str, Any] | 
     if conversion.is_original(raw):
         return conversion.convert_config(raw, _shared(hub)), raw
     config = AutoConfig.from_pretrained(path, **hub)
-    if config.model_type != "llava":
+    if config.model_type not in MODEL_TYPES:
         raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {llava.SUPPORTED}.")
     return config, None
 
