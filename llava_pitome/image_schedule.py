@@ -69,6 +69,12 @@ def tokens_of_image(config: Any, layers: int, layout: ImageLayout) -> int:
     return schedule(config, layout, layers).tokens
 
 
+def encoded_tiles(layout: ImageLayout, counts: ImageSchedule) -> int:
+    """The tiles that are encoded, from the first on: those after them do not reach the language model."""
+    used = [r for r, kept in zip(layout.regions, counts.regions) if kept or not r.tokens]
+    return layout.tiles if len(used) == len(layout.regions) else used[-1].first + used[-1].tiles
+
+
 def tokens_of_tile(patches: int, of: int, tokens: int) -> int:
     """Tokens of a tile of which `patches` of `of` show the image, where a whole tile has `tokens`."""
     return -(-patches * tokens // of)
