@@ -120,7 +120,7 @@ def _padding_parents(rest: Tensor, first: Tensor, kept: int) -> tuple[Tensor, bo
     if not count or kept == count:
         return rest, False
     if not kept:
-        return shown[:, :1].expand(-1, count), True
+        return first.expand(-1, count), True
     places = torch.arange(kept, device=rest.device) * count // kept  # the first of as many even segments
     segment = torch.searchsorted(places, torch.arange(count, device=rest.device), right=True) - 1
     return rest[:, places[segment]], False
