@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import LAYERS, PATCHES, make_model, make_processor
+from conftest import LAYERS, PATCHES, make_model, make_processor, make_vip_llava
 
 from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.flops import closed_form, counted, literature
@@ -20,9 +20,17 @@ def text_tokens(inputs, image_tokens=PATCHES):
     return inputs.input_ids.shape[1] - image_tokens
 
 
+MODELS = {
+    "llava": make_model,
+    "several feature layers": lambda: make_model(vision_feature_layer=[-2, 0, 3]),
+    "vip": make_vip_llava,
+}
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_closed_form_equals_the_count_of_a_dense_model(attention, pictures):
-    model, inputs = make_model(), prompt(pictures[0])
+@pytest.mark.parametrize("kind", MODELS)
+def test_closed_form_equals_the_count_of_a_dense_model(kind, attention, pictures):
+    model, inputs = MODELS[kind](), prompt(pictures[0])
     model.set_attn_implementation(attention)
     assert counted(model, inputs) == closed_form(model, DENSE, text_tokens(inputs))
 
