@@ -86,10 +86,11 @@ def build(
         raise ValueError(f"patches={patches} is for {', '.join(one_tile)}; {name!r} has its own image size")
     if name not in NAMED_TARGETS:
         if shares_layers:
-            raise ValueError(f"shared layers are for {', '.join(NAMED_TARGETS)}; {name!r} has its own weights")
-        path = str(embedded.PATH) if name == "embedded" else name
-        checkpoints.patches_and_layers(path)  # a clear error for a path without a model
-        model, _ = checkpoints.load(path, None, dtype=dtype)
+            raise ValueError(
+                f"shared layers are for {', '.join(NAMED_TARGETS)}; {name!r} has its own weights"
+            )
+        checkpoints.patches_and_layers(name)  # a clear error for a path without a model
+        model, _ = checkpoints.load(name, None, dtype=dtype)
         return target_of(name, model.to(device), size)
     patches = PATCHES if patches is None else patches
     side = math.isqrt(patches)
@@ -128,21 +129,23 @@ def make_inputs(target: Target, batch: int, tokens: int, text: int) -> dict[str,
     """
     model, layout = target.model, target.layout
     generator = torch.Generator("cpu").manual_seed(0)
-    patches = target.patches if layout is None else layout.side**2
-    side = math.isqrt(patches) * llava.find(model).patch_size
+    parts = llava.find(model)
+    is_tiled = layout is not None
+    side = parts.llava.tiling.tile if is_tiled else math.isqrt(target.patches) * parts.patch_size
     image, vocabulary = model.config.image_token_id, model.config.text_config.vocab_size
-    words = torch.randint(0, vocabulary - 1, (batch, text), generator=generator, device="cpu")
-    words += words >= image  # any token but the placeholder
+    words = torch.arange(vocabulary, device="cpu")
+    words = words[(words != image) & (words != (getattr(model.config, "video_token_id", None) or image))]
+    words = words[torch.randint(0, len(words), (batch, text), generator=generator, device="cpu")]
     images = torch.full((batch, tokens), image, device="cpu")
     ids = torch.cat([words[:, :1], images, words[:, 1:]], 1).to(model.device)
-    tiles = () if layout is None else (layout.tiles,)
+    tiles = (layout.tiles,) if is_tiled else ()
     pixels = torch.randn(batch, *tiles, 3, side, side, generator=generator, device="cpu")
     inputs = {
         "pixel_values": pixels.to(model.device, model.dtype),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
     }
-    return inputs if layout is None else inputs | {"image_sizes": image_sizes(target, batch)}
+    return inputs | {"image_sizes": image_sizes(target, batch)} if is_tiled else inputs
 
 
 def image_sizes(target: Target, batch: int) -> Tensor:
