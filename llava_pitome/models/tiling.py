@@ -31,6 +31,18 @@ class Tiling(NamedTuple):
     frame_side: int | None = None
     video_newline: bool = False
 
+    @property
+    def nominal_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the image for which counts are given where no image is known.
+
+        It is the largest square grid whose tokens are not pooled: 672 x 672 for LLaVA-NeXT, whose 2,880
+        patches papers start from. Where no grid is square, the largest.
+        """
+        most = None if self.max_tiles is None else self.max_tiles * self.tile**2
+        whole = [(h, w) for h, w in self.pinpoints if most is None or h * w <= most]
+        squares = [(h, w) for h, w in whole if h == w]
+        return max(squares or whole or self.pinpoints, key=lambda sides: sides[0] * sides[1])
+
     def image(self, height: int, width: int, is_alone: bool = True) -> ImageLayout:
         """The layout of an image.
 

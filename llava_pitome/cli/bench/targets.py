@@ -73,7 +73,8 @@ def build(
         dtype: of the weights.
         device: where they are.
         patches: patches of an image, a square number; None: 576. Named targets of one tile only.
-        size: height and width of an image in pixels; None: 672 x 672. Models that cut images into tiles only.
+        size: height and width of an image in pixels, for models that cut images into tiles; None: 672 x 672,
+            for a checkpoint the nominal size of its tiling.
         shares_layers: whether the language model's layers share one layer's weights, which then take little
             memory. Named targets only.
 
@@ -97,6 +98,7 @@ def build(
     if side * side != patches:
         raise ValueError(f"patches={patches} is not allowed: it must be a square number, as 196, 576, 2304")
     model = _random_model(_config(name, side * PATCH), dtype, device, shares_layers)
+    size = SIZE if size is None and name in TILED_TARGETS else size
     return target_of(name, model, size)._replace(generates=name != "tower")
 
 
@@ -115,7 +117,7 @@ def target_of(name: str, model: nn.Module, size: tuple[int, int] | None = None) 
                 f"({', '.join(TILED_TARGETS)}); {name!r} takes images of one size"
             )
         return Target(name, model, True, parts.patches)
-    size = SIZE if size is None else size
+    size = tiling.nominal_size if size is None else size
     layout = tiling.image(*size)
     return Target(name, model, True, layout.tiles * parts.patches, size, layout)
 
