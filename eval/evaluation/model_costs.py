@@ -19,7 +19,8 @@ from llava_pitome.models import hf_llava as llava
 from llava_pitome.models.parts import ModelParts
 
 LLAMA_13B = LLAMA_7B | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
-MISTRAL_7B = LLAMA_7B | {"model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8}
+MISTRAL_7B = LLAMA_7B | {"model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8,
+                         "sliding_window": None}  # fmt: skip
 BUILT_IN = {  # what makes a config, by hub id
     "llava-hf/llava-1.5-7b-hf": partial(llava_config, LLAMA_7B, 32),
     "llava-hf/llava-1.5-13b-hf": partial(llava_config, LLAMA_13B, 40),

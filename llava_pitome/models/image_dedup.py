@@ -1,4 +1,4 @@
-"""Images and videos that come several times in a batch, encoded once: benchmarks ask many questions of each."""
+"""Images and videos that repeat in a batch, encoded once: benchmarks ask many questions of each."""
 
 import hashlib
 from collections.abc import Sequence
