@@ -1,9 +1,8 @@
 """How many tokens each tile and each region of an image keeps, for models that cut images into tiles.
 
 Like token_schedule.py, from numbers alone. A budget for a whole image is divided among its regions; the
-vision tower merges every tile by one schedule, and a merge after the projector leaves exactly the budget.
-A tile that shows padding keeps a part of the schedule's tokens, in proportion to the patches that show the
-image.
+vision tower merges every tile by one schedule, and a merge after the projector leaves exactly the budget. A
+tile that shows padding keeps tokens in proportion to its patches that show the image.
 """
 
 from collections.abc import Sequence
@@ -68,6 +67,12 @@ def schedule(config: Any, layout: ImageLayout, layers: int) -> ImageSchedule:
 def tokens_of_image(config: Any, layers: int, layout: ImageLayout) -> int:
     """The tokens of an image or video at the input of the language model; arguments as for `schedule`."""
     return schedule(config, layout, layers).tokens
+
+
+def encoded_tiles(layout: ImageLayout, counts: ImageSchedule) -> int:
+    """The tiles that are encoded, from the first on: those after them do not reach the language model."""
+    used = [r for r, kept in zip(layout.regions, counts.regions) if kept or not r.tokens]
+    return layout.tiles if len(used) == len(layout.regions) else used[-1].first + used[-1].tiles
 
 
 def tokens_of_tile(patches: int, of: int, tokens: int) -> int:

@@ -121,9 +121,9 @@ def _padding_parents(rest: Tensor, first: Tensor, kept: int) -> tuple[Tensor, bo
         return rest, False
     if not kept:
         return first.expand(-1, count), True
-    places = torch.arange(kept, device=rest.device) * count // kept  # of the tokens that stay
-    last = torch.searchsorted(places, torch.arange(count, device=rest.device), right=True) - 1
-    return rest[:, places[last]], False
+    places = torch.arange(kept, device=rest.device) * count // kept  # the first of as many even segments
+    segment = torch.searchsorted(places, torch.arange(count, device=rest.device), right=True) - 1
+    return rest[:, places[segment]], False
 
 
 def _joined(

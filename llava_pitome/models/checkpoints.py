@@ -1,7 +1,7 @@
 """LLaVA checkpoints: loading them, and what their configs say without reading weights.
 
-A path is "embedded" (the model in this package), or a folder or hub id of a LLaVA, of an adapter of one, or
-of an original checkpoint.
+A path is "embedded" or "embedded-next" (the models in this package), or a folder or hub id of a LLaVA, of an
+adapter of one, or of an original checkpoint.
 """
 
 from typing import Any, NamedTuple
@@ -21,6 +21,13 @@ PREFIX_TOKENS = {
 }  # of supported vision towers
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
+MODELS = {  # by model type
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "vipllava": "VipLlavaForConditionalGeneration",
+}
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")  # hub arguments for every repository
 HUB = ("revision", "subfolder", *SHARED)
 
@@ -29,8 +36,8 @@ class VisionCounts(NamedTuple):
     """What a LLaVA's config says about its image tokens.
 
     Attributes:
-        patches: of an image.
-        layers: of the vision tower, up to the feature layer.
+        patches: of an image, or of one of its tiles.
+        layers: of the vision tower, up to the feature layer, the last one where there are several.
         num_prefix_tokens: before the patches, 0 or 1.
     """
 
@@ -52,26 +59,29 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     hub = model_hub = _hub(options)
     options = {k: v for k, v in options.items() if k not in HUB} | hub
     base = model_path(path, **hub)
-    is_adapter = path not in (base, embedded.NAME)
+    is_adapter = path not in (base, *embedded.PATHS)
     if is_adapter:
         from peft import PeftModel  # a missing peft raises before weights are read
 
         model_hub = _shared(hub)  # revision and subfolder are the adapter's
         options = {k: v for k, v in options.items() if k not in HUB} | model_hub
     config, raw = _read_config(base, model_hub)
-    if "LlavaModel" in (config.architectures or ()):
+    headless = MODELS[config.model_type].removesuffix("ForConditionalGeneration") + "Model"
+    if headless in (config.architectures or ()):
         raise ValueError(
-            f"{base} holds a LlavaModel, which has no language model head and cannot generate; load it "
+            f"{base} holds a {headless}, which has no language model head and cannot generate; load it "
             "with AutoModel.from_pretrained, then call apply"
         )
     options["dtype"] = _dtype(options.get("dtype"), config)
     if quantization is not None:
         options |= _quantized(quantization, options)
     if raw is None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        import transformers
 
-        model = LlavaForConditionalGeneration.from_pretrained(base, **options)
-        processor = AutoProcessor.from_pretrained(base, **model_hub)
+        from llava_pitome.models.video_processor import load_processor
+
+        model = getattr(transformers, MODELS[config.model_type]).from_pretrained(base, **options)
+        processor = load_processor(base, config.model_type, **model_hub)
     else:
         options = {k: v for k, v in options.items() if k not in HUB}
         model, processor = conversion.load(base, raw, model_hub, _shared(model_hub), **options)
@@ -107,14 +117,18 @@ def convert(path: str, dtype: str) -> tuple[nn.Module, Any]:
 
 
 def model_path(path: str, **hub: Any) -> str:
-    """The folder or hub id of the full model: the embedded one, an adapter's base model, or the path."""
-    if path != embedded.NAME:
+    """The folder or hub id of the full model: an embedded one, an adapter's base model, or the path.
+
+    Raises:
+        ValueError: it is embedded, and its weights are missing.
+    """
+    if path not in embedded.PATHS:
         path = adapters.base_model(path, **hub) or path
-    return str(embedded.PATH) if path == embedded.NAME else path
+    return embedded.folder(path) if path in embedded.PATHS else path
 
 
 def read_config(path: str) -> Any:
-    """The LlavaConfig of the full model, also of an original checkpoint.
+    """The config of the full model, a LlavaConfig also for an original checkpoint.
 
     Raises:
         ValueError: the path does not exist, or holds no LLaVA.
@@ -140,17 +154,17 @@ def saved_merge_config(path: str, **options: Any) -> MergeConfig | None:
     """
     hub = _hub(options)
     base = model_path(path, **hub)
-    if path not in (base, embedded.NAME):
+    if path not in (base, *embedded.PATHS):
         return adapters.merge_config(path, **hub)
     _read_config(base, hub)
     return adapters.merge_config(base, **hub)
 
 
 def vision_counts(config: Any) -> VisionCounts:
-    """The numbers of patches, vision tower layers and class tokens of a LlavaConfig.
+    """The numbers of patches, vision tower layers and class tokens of a LLaVA's config.
 
     Raises:
-        ValueError: the vision tower is not supported, or features are read from several of its layers.
+        ValueError: the vision tower is not supported, or has no such feature layer.
     """
     vision = config.vision_config
     if vision.model_type not in PREFIX_TOKENS:
@@ -158,14 +172,14 @@ def vision_counts(config: Any) -> VisionCounts:
             f"a model of type {config.model_type!r} with a {vision.model_type!r} is not supported. "
             f"Supported: {llava.SUPPORTED}."
         )
-    layers = llava.feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    layers = max(llava.feature_layers(llava.feature_layer(config), vision.num_hidden_layers))
     return VisionCounts(
         (vision.image_size // vision.patch_size) ** 2, layers, PREFIX_TOKENS[vision.model_type]
     )
 
 
 def patches_and_layers(path: str) -> tuple[int, int]:
-    """Patches of an image, and vision tower layers that may merge, from a checkpoint's config.
+    """Patches of an image or tile, and vision tower layers that may merge, from a checkpoint's config.
 
     Raises:
         ValueError: as for `read_config` and `vision_counts`.
@@ -174,14 +188,14 @@ def patches_and_layers(path: str) -> tuple[int, int]:
 
 
 def _read_config(path: str, hub: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
-    """The LlavaConfig of a full model and, of an original checkpoint, its config.json."""
+    """The config of a full model and, of an original checkpoint, its config.json."""
     from transformers import AutoConfig
 
     raw = conversion.read_raw_config("model", path, hub)
     if conversion.is_original(raw):
         return conversion.convert_config(raw, _shared(hub)), raw
     config = AutoConfig.from_pretrained(path, **hub)
-    if config.model_type != "llava":
+    if config.model_type not in MODELS:
         raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {llava.SUPPORTED}.")
     return config, None
 
