@@ -40,6 +40,8 @@ CONFIGS = [
     {"prefix": 0.4, "temporal": True},
     {"tokens": 60, "tokens_per_frame": 3},
     {"tokens_per_tile": 60, "tokens_per_video": 8},
+    {"ratio": 1.0, "newlines": "none"},
+    {"ratio": 1.0, "newlines": "scaled"},
 ]
 
 
@@ -75,8 +77,10 @@ def test_as_many_placeholders_are_written_as_tokens_arrive(kind, fields):
             told = processor._get_num_multimodal_tokens(video_sizes=[(frames, 50, 60)])
             assert told["num_video_tokens"] == written.tolist()[:1]
             model(**inputs)
-            if kind.startswith("onevision") and MergeConfig(**fields).newlines == "rows":
-                assert (features[:, -1] == model.model.image_newline).all()
+            if kind.startswith("onevision"):
+                is_newline = (features == model.model.image_newline).all(2)
+                assert (is_newline.sum(1) == (fields.get("newlines") != "none")).all()
+                assert is_newline[:, -1].all() == is_newline.any()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
