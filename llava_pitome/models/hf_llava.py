@@ -252,7 +252,7 @@ def check_first_token(config: MergeConfig, reads_first_token: bool, num_prefix_t
     if after_tower and not reads_first_token and not num_prefix_tokens:
         raise ValueError(
             "vision_feature_select_strategy='default' drops the first patch of a tower without class token; "
-            "set it to 'full', in the processor too, to merge after the tower"
+            "set it to 'full', in the processor too, to merge after the tower (Vip-LLaVA has no such setting)"
         )
 
 
