@@ -66,9 +66,16 @@ class Tiling(NamedTuple):
             counts: images of each prompt; None: every image is alone in its prompt.
 
         Raises:
-            ValueError: counts do not add up to the number of images, or a side is below one pixel.
+            ValueError: sizes are not of this shape, counts do not add up to the number of images, or a side
+                is below one pixel.
         """
-        sizes = _plain(sizes)
+        found = [] if sizes is None else _plain(sizes)
+        if not found or any(not isinstance(size, Sequence) or len(size) != 2 for size in found):
+            raise ValueError(
+                f"image_sizes={found or sizes} is not allowed: it must be (images, 2), the height and width "
+                "of each image in pixels"
+            )
+        sizes = found
         alone = [True] * len(sizes)
         if counts is not None and self.has_single_tiles:
             alone = [n == 1 for n in _plain(counts) for _ in range(n)]
