@@ -36,7 +36,7 @@ from llava_pitome.hooks.temporal_merge import length_in_time, merge_neighbouring
 from llava_pitome.hooks.tile_call import TileCall
 from llava_pitome.hooks.tile_shares import divide_by_attention
 from llava_pitome.image_layout import ImageLayout
-from llava_pitome.image_schedule import merges, schedule
+from llava_pitome.image_schedule import merges, resized, schedule
 from llava_pitome.merge.plan import gather_tokens, trace
 from llava_pitome.models.parts import ModelParts
 
@@ -142,20 +142,23 @@ class ImagePacking(HookOwner):
         for i, layout in enumerate(layouts):
             groups.setdefault(layout, []).append(i)
         if not merges(self.config, is_video):
-            out = self._encode(original, module, given, TileCall(layouts[0], schedules[0], len(layouts)))
+            out = self._encode(
+                original, module, given, TileCall(layouts[0], layouts[0], schedules[0], len(layouts))
+            )
             records = self._unmerged_records(out.pooler_output, layouts)
         else:
             packed: list[Tensor] = [torch.empty(0)] * len(layouts)
             records = []
             for layout, images in groups.items():
-                call = TileCall(layout, schedules[images[0]], len(images))
+                encoded_as = resized(self.config, layout)
+                call = TileCall(layout, encoded_as, schedules[images[0]], len(images))
                 part = given if len(groups) == 1 else self._part(given, layouts, images)
                 out = self._encode(original, module, part, call)
                 tokens = self._merged(call, out.pooler_output)
                 for i, row in zip(images, tokens.x):
                     packed[i] = row
                 if self.records_images:
-                    records.append(record_packed(tokens.x, tokens.sizes, tokens.position, layout.tokens))
+                    records.append(record_packed(tokens.x, tokens.sizes, tokens.position, encoded_as.tokens))
             if len(groups) > 1:
                 out = type(out)()
             out.pooler_output = torch.stack(packed) if is_video else packed
@@ -267,8 +270,9 @@ class ImagePacking(HookOwner):
         tokens = unit_tokens(call, packed, found, units, by_keys, with_attention)
         merged = self._merge_units(call, units, tokens)
         newlines = newline_positions(call).to(packed.device).expand(call.images, -1)
+        last = torch.full_like(newlines, packed.shape[1] - 1)  # a newline wherever there is one
         ends = PackedTokens(
-            gather_tokens(packed, newlines), newlines, torch.ones(newlines.shape, device=packed.device)
+            gather_tokens(packed, last), newlines, torch.ones(newlines.shape, device=packed.device)
         )
         return joined([*merged, ends]).in_order()
 

@@ -206,8 +206,6 @@ def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
             f"vision_feature_select_strategy={'full' if llava.reads_first_token else 'default'!r} does not "
             f"fit a {type(parts.tower).__name__} in a {name}: its features must be the patches alone"
         )
-    if config.resize is not None:
-        raise ValueError(f"resize={config.resize} is not supported for a {name}: its tiles have one size")
     if config.tile_shares == "attention" and not parts.num_prefix_tokens:
         raise ValueError(
             f"tile_shares='attention' needs a class token, which a {type(parts.tower).__name__} has not"
