@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
+from llava_pitome.image_layout import single_tile
+from llava_pitome.image_schedule import resized
 from llava_pitome.methods import METHODS
 from llava_pitome.models import (
     hf_language_model,
@@ -230,6 +232,7 @@ def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
                 f"a budget of tokens on a {name} needs a merge after the projector, for which method "
                 f"{config.method!r} is not defined; give ratio"
             )
+    resized(config, single_tile(llava.tiling.side))
     config.ratio_lengths(parts.patches, parts.num_feature_layers)
 
 
