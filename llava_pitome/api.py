@@ -13,6 +13,7 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.handle import MergeHandle, handle_of
 from llava_pitome.hooks.hook_owner import remove_hooks
 from llava_pitome.hooks.vision_tower import KERNELS
+from llava_pitome.image_schedule import tokens_of_image
 from llava_pitome.kernels import has_triton, supports_triton
 from llava_pitome.models import adapters, checkpoints, hf_language_model, hf_llava, processors
 from llava_pitome.models.parts import ModelParts
@@ -96,8 +97,12 @@ def _install(parts: ModelParts, handle: MergeHandle) -> None:
     model, config = parts.model, handle.config
     handle.install(parts, hf_language_model.find(parts, config))
     if handle.processor is not None:
-        tokens_for = partial(config.tokens_at, layers=parts.num_feature_layers)
-        processors.set_token_counts(handle.processor, tokens_for, handle)
+        tiling, layers = None if parts.llava is None else parts.llava.tiling, parts.num_feature_layers
+        if tiling is None:
+            tokens_for = partial(config.tokens_at, layers=layers)
+        else:
+            tokens_for = partial(tokens_of_image, config, layers)
+        processors.set_token_counts(handle.processor, tokens_for, handle, tiling)
     setattr(model.config, KEY, config.to_dict())
     adapters.add_tag(model, config)
     _reset_compiled(model)
@@ -193,6 +198,9 @@ def _check_processor(parts: ModelParts, processor: Any) -> None:
             f"{type(parts.model).__name__} puts merged tokens where <image> stands, whatever their number; "
             f"leave processor={type(processor).__name__} out"
         )
+    if parts.llava is not None and parts.llava.tiling is not None:
+        processors.check_tiled(processor, parts.llava.tiling, parts.patch_size)
+        return
     extra = parts.num_prefix_tokens
     if parts.llava is not None and not parts.llava.reads_first_token:
         extra -= 1

@@ -83,19 +83,20 @@ class MergeConfig(TokenCounts):
         "share of the patches that each tower layer keeps, in (0, 1]; or one share per layer up to the "
         "feature layer. 1.0 merges nothing",
     )
-    tokens: int | None = _field(
+    tokens: int | float | None = _field(
         None,
-        "count",
+        "budget",
         "how far",
         "tokens of an image at the input of the language model, instead of ratio, which is then solved for "
-        "each image size; of all its tiles and newline tokens together, where a model has those",
+        "each image size; of all its tiles and newline tokens together, where a model has those. Below 1, "
+        "the share of the tokens that the image has without merging",
     )
     tokens_per_tile: int | None = _field(
         None,
         "count",
         "how far",
-        "tokens of each whole tile of an image, for models that cut images into tiles; newline tokens are not "
-        "counted",
+        "tokens of each whole tile of an image, for models that cut images into tiles; newline tokens are "
+        "not counted",
     )
     tokens_per_frame: int | None = _field(
         None, "count", "how far", "tokens of each frame of a video; a newline token is not counted"
@@ -193,16 +194,16 @@ class MergeConfig(TokenCounts):
         "rows",
         "choice",
         "tiles and frames",
-        "newline tokens that stay where a model puts one after each row of an image: one a row (rows), as many "
-        "as rows of fewer tokens would have (scaled), or none",
+        "newline tokens that stay where a model puts one after each row of an image: one a row (rows), as "
+        "many as rows of fewer tokens would have (scaled), or none",
         Newlines,
     )
     tile_shares: TileShares = _field(
         "area",
         "choice",
         "tiles and frames",
-        "how a budget is divided among thumbnail and tiles: by the patches that show the image (area), to all "
-        "tiles alike (equal), by one merge over all of them (joint), by the thumbnail's class attention "
+        "how a budget is divided among thumbnail and tiles: by the patches that show the image (area), to "
+        "all tiles alike (equal), by one merge over all of them (joint), by the thumbnail's class attention "
         "(attention), or to the thumbnail alone (thumbnail)",
         TileShares,
     )

@@ -1,8 +1,8 @@
 """How a model cuts an image into tiles, and which of their patches reach the language model: numbers alone.
 
 LLaVA-NeXT and its kin encode a thumbnail and a grid of tiles of one image (anyres), and the frames of a
-video. After the projector they leave out the patches that only show padding (unpad), pool large grids, and put
-a newline token after each row.
+video. After the projector they leave out the patches that only show padding (unpad), pool large grids, and
+put a newline token after each row.
 """
 
 import math
@@ -100,6 +100,16 @@ class ImageLayout(_Layout):
     def tokens(self) -> int:
         """Tokens that the language model is given without merging, newlines among them."""
         return sum(r.tokens + r.num_newlines for r in self.regions) + self.ends_with_newline
+
+    def resized(self, side: int) -> "ImageLayout":
+        """The layout where every tile has side x side patches, and no region is pooled."""
+        regions = []
+        for region in self.regions:
+            top, bottom, left, right = (round(x * side / self.side) for x in region.window)
+            height, width = max(bottom - top, 0), max(right - left, 0)
+            window = Window(top, bottom, left, right)
+            regions.append(region._replace(window=window, height=height, width=width))
+        return self._replace(side=side, regions=tuple(regions))
 
     def tile_windows(self) -> Iterator[Window]:
         """The patches of each tile that show the image."""

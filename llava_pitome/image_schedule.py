@@ -1,8 +1,8 @@
 """How many tokens each tile and each region of an image keeps, for models that cut images into tiles.
 
-Like token_schedule.py, from numbers alone. A budget for a whole image is divided among its regions; the vision
-tower merges every tile by one schedule, and a merge after the projector leaves exactly the budget. A tile that
-shows padding keeps a part of the schedule's tokens in proportion to the patches that show the image.
+Like token_schedule.py, from numbers alone. A budget for a whole image is divided among its regions; the
+vision tower merges every tile by one schedule, and a merge after the projector leaves exactly the budget. A
+tile that shows padding keeps tokens in proportion to its patches that show the image.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class ImageSchedule(NamedTuple):
     """The token counts of one image or video.
 
     Attributes:
-        lengths: tokens of a whole tile before the tower's first layer and after each, up to the feature layer.
+        lengths: tokens of a whole tile before the tower's first layer and after each that may merge.
         arrived: tokens of each region after the projector: those of its tiles that show the image.
         regions: tokens that each region keeps, newlines not counted.
         newlines: newline tokens that each region keeps.
@@ -39,12 +39,12 @@ class ImageSchedule(NamedTuple):
 def merges(config: Any, is_video: bool = False) -> bool:
     """Whether a config changes the tokens of images, or of videos, before the language model."""
     if is_video:
-        budgets = config.tokens_per_frame, config.tokens_per_video
+        budgets, others = (config.tokens_per_frame, config.tokens_per_video), config.newlines == "none"
     else:
         budgets = config.tokens_per_tile, config.tokens
-        if config.newlines != "rows" or config.tile_shares == "thumbnail":
-            return True
-    by_share = config.merges_by_ratio or config.merges_in_prefix
+        others = config.newlines != "rows" or config.tile_shares == "thumbnail"
+    others = others or config.resize is not None
+    by_share = others or config.merges_by_ratio or config.merges_in_prefix
     return by_share or any(budget is not None for budget in budgets)
 
 
@@ -62,6 +62,36 @@ def schedule(config: Any, layout: ImageLayout, layers: int) -> ImageSchedule:
             the config does not say how far it merges.
     """
     return _Scheduler(config, layout, layers).schedule()
+
+
+def resized(config: Any, layout: ImageLayout) -> ImageLayout:
+    """The layout of an image as the tower encodes it, after `resize`.
+
+    Raises:
+        ValueError: `resize` is not square, or not smaller than a tile or than what the model pools.
+    """
+    if config.resize is None:
+        return layout
+    side = config.resize[0]
+    pooled = [region.height for region in layout.regions if region.is_pooled]
+    most = min([layout.side, *pooled])
+    if config.resize != (side, side) or side > most:
+        raise ValueError(
+            f"resize={config.resize} does not fit: it is the size of each tile, a square; allowed "
+            f"is 1 x 1 to {most} x {most}"
+        )
+    return layout.resized(side)
+
+
+def tokens_of_image(config: Any, layers: int, layout: ImageLayout) -> int:
+    """The tokens of an image or video at the input of the language model; arguments as for `schedule`."""
+    return schedule(config, layout, layers).tokens
+
+
+def encoded_tiles(layout: ImageLayout, counts: ImageSchedule) -> int:
+    """The tiles that are encoded, from the first on: those after them do not reach the language model."""
+    used = [r for r, kept in zip(layout.regions, counts.regions) if kept or not r.tokens]
+    return layout.tiles if len(used) == len(layout.regions) else used[-1].first + used[-1].tiles
 
 
 def tokens_of_tile(patches: int, of: int, tokens: int) -> int:
@@ -82,7 +112,8 @@ class _Scheduler:
         """Finds which field decides."""
         if not layout.regions:
             raise ValueError("a video has 0 frames; at least 1 is needed")
-        self.config, self.layout, self.layers = config, layout, layers
+        self.config, self.layout, self.layers = config, resized(config, layout), layers
+        self.stock_tokens, layout = layout.tokens, self.layout
         self.patches = layout.side**2
         thumbnail_alone = config.tile_shares == "thumbnail" and not layout.is_video
         self.used = layout.regions[:1] if thumbnail_alone else layout.regions
@@ -90,14 +121,16 @@ class _Scheduler:
         given = [name for name in names if getattr(config, name) is not None]
         if isinstance(config.prefix, int):
             given.append("prefix")
-        if layout.is_video and not given and config.tokens is not None:
-            raise ValueError(
-                f"tokens={config.tokens} is the budget of an image; give tokens_per_frame or "
-                "tokens_per_video for videos"
-            )
+        if layout.is_video and not given:
+            for name in ("tokens", "tokens_per_tile"):
+                if getattr(config, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(config, name)} is the budget of an image; give tokens_per_frame or "
+                        "tokens_per_video for videos"
+                    )
         self.field = given[0] if given else "ratio"
         is_whole = self.field in ("tokens", "tokens_per_video", "prefix")
-        self.of_image = getattr(config, self.field) if is_whole else None
+        self.of_image: int | float | None = getattr(config, self.field) if is_whole else None
 
     def schedule(self) -> ImageSchedule:
         """See `schedule`."""
@@ -117,13 +150,14 @@ class _Scheduler:
             regions = tuple(self._scaled(region, of_tile) for region in self.used)
             shares = (n / r.tokens if r.tokens else 1.0 for n, r in zip(regions, self.used))
             newlines = tuple(map(self._newlines, self.used, shares))
-        lengths = self._lengths(regions, of_tile)
+        is_frame = self.field == "tokens_per_frame"  # of whose tokens, not patches, there are so many
+        lengths = self._lengths(regions, None if is_frame else of_tile)
         arrived = tuple(self._arrived(r, lengths[-1]) for r in self.used)
         for region, kept, most in zip(self.used, regions, arrived):
             if kept > (region.tokens if region.is_pooled else most):
                 raise ValueError(
-                    f"{self.field}={getattr(self.config, self.field)} does not fit: a region was to keep {kept} "
-                    f"tokens, and the vision tower leaves {most}"
+                    f"{self.field}={getattr(self.config, self.field)} does not fit: a region was to keep "
+                    f"{kept} tokens, and the vision tower leaves {most}"
                 )
         unused = (0,) * (len(layout.regions) - len(self.used))
         return ImageSchedule(
@@ -171,7 +205,7 @@ class _Scheduler:
             else kept
         )
 
-    def _divided(self, budget: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _divided(self, budget: int | float) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens and newlines that each region keeps under a budget for all of them.
 
         Raises:
@@ -180,18 +214,25 @@ class _Scheduler:
         ends = self._ends_with_newline
         capacity = [r.tokens for r in self.used]
         most = sum(capacity) + sum(r.num_newlines for r in self.used) + self.layout.ends_with_newline
-        newlines = [self._newlines(r, min(budget / max(most, 1), 1.0)) for r in self.used]
-        if self.config.newlines == "none":
-            most = sum(capacity)
         tiles = [min(sum(n > 0 for n in self._tiles(r)), r.tokens) for r in self.used]
-        least = sum(tiles) + sum(newlines) + ends
-        if not least <= budget <= most:
-            what = "video" if self.layout.is_video else "image"
-            stay = f", {sum(newlines) + ends} newlines stay" if sum(newlines) + ends else ""
+
+        def newlines_at(budget: int) -> list[int]:
+            return [self._newlines(r, min(budget / max(most, 1), 1.0)) for r in self.used]
+
+        least = 0
+        while (found := sum(tiles) + sum(newlines_at(least)) + ends) > least:  # newlines grow with a budget
+            least = found
+        highest = sum(capacity) if self.config.newlines == "none" else most
+        if isinstance(budget, float):  # a share is met as far as it can be
+            budget = min(max(kept_by_ratio(self.stock_tokens, budget), least), highest)
+        if not least <= budget <= highest:
+            what, of = ("video", "frames") if self.layout.is_video else ("image", "tiles")
+            stay = f", {sum(newlines_at(least)) + ends} newlines stay" if least > sum(tiles) else ""
             raise ValueError(
-                f"{self.field}={budget} does not fit: this {what} has {most} tokens of {sum(tiles)} "
-                f"{'frames' if self.layout.is_video else 'tiles'}{stay}; allowed is {least} to {most}"
+                f"{self.field}={budget} does not fit: this {what} has {highest} tokens of {sum(tiles)} {of}"
+                f"{stay}; allowed is {least} to {highest}"
             )
+        newlines = newlines_at(budget)
         left = budget - sum(newlines) - ends
         for i, region in enumerate(self.used):  # newlines take what no other token can
             more = min(max(left - sum(capacity), 0), region.num_newlines - newlines[i])
@@ -225,16 +266,28 @@ class _Scheduler:
 
     def _least_tile(self, regions: Sequence[int]) -> int:
         """The fewest tokens of a whole tile that leave every region enough before its last merge."""
-        targets = [
-            tokens_between(r.window.area, min(kept, r.window.area), self.config.prefix_share) if kept else 0
-            for r, kept in zip(self.used, regions)
-        ]
+        targets = [self._target(region, kept, sum(regions)) for region, kept in zip(self.used, regions)]
         low, high = 0, self.patches
         while high - low > 1:
             middle = (low + high) // 2
             is_enough = all(self._arrived(r, middle) >= n for r, n in zip(self.used, targets))
             low, high = (low, middle) if is_enough else (middle, high)
         return high
+
+    def _target(self, region: Region, kept: int, total: int) -> int:
+        """Tokens of a region's tiles that the tower is to leave.
+
+        Args:
+            region: where it is.
+            kept: tokens that it keeps.
+            total: tokens that all regions keep.
+        """
+        if not kept:
+            return 0
+        if self.config.temporal and self.layout.is_video:  # in a still video one frame keeps them all
+            kept = min(total, region.tokens)
+        area = region.window.area
+        return tokens_between(area, -(-area * kept // region.tokens), self.config.prefix_share)
 
 
 def divide(total: int, weights: Sequence[float], least: Sequence[int], most: Sequence[int]) -> list[int]:

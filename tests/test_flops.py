@@ -1,12 +1,13 @@
 from itertools import pairwise
 
 import pytest
+import test_kin
 import torch
-from conftest import LAYERS, PATCHES, make_model, make_processor
+from conftest import LAYERS, PATCHES, make_model, make_processor, make_vip_llava
 
 from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.flops import closed_form, counted, literature
-from llava_pitome.models.hf_llava import shapes
+from llava_pitome.models.hf_llava import find, shapes
 
 FEATURE = LAYERS - 1
 DENSE = (PATCHES,) * (FEATURE + 1)
@@ -20,11 +21,22 @@ def text_tokens(inputs, image_tokens=PATCHES):
     return inputs.input_ids.shape[1] - image_tokens
 
 
+MODELS = {
+    "llava": make_model,
+    "several feature layers": lambda: make_model(vision_feature_layer=[-2, 0, 3]),
+    "vip": make_vip_llava,
+    **test_kin.MODELS,
+}
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_closed_form_equals_the_count_of_a_dense_model(attention, pictures):
-    model, inputs = make_model(), prompt(pictures[0])
+@pytest.mark.parametrize("kind", MODELS)
+def test_closed_form_equals_the_count_of_a_dense_model(kind, attention, pictures):
+    model, processor = MODELS[kind](), make_processor("siglip" if kind == "interleave" else "clip")
+    inputs = prompt(pictures[0], processor)
     model.set_attn_implementation(attention)
-    assert counted(model, inputs) == closed_form(model, DENSE, text_tokens(inputs))
+    dense = (PATCHES,) * (find(model).num_feature_layers + 1)
+    assert counted(model, inputs) == closed_form(model, dense, text_tokens(inputs))
 
 
 def test_the_count_of_a_merging_tower_adds_matching_and_merging_to_the_closed_form(pictures):
@@ -41,6 +53,16 @@ def test_the_count_of_a_merging_tower_adds_matching_and_merging_to_the_closed_fo
     merging = sum(2 * r * r * (8 + 32) for r in removed)  # similarities of those that merge, and their sums
     assert merged.tower - formula.tower == similarities + merging
     assert merged.total < 0.6 * dense.total
+
+
+def test_a_merge_after_the_projector_counts_with_the_projector(pictures):
+    model, processor, config = make_model(), make_processor(), MergeConfig(prefix=9)
+    with merge_tokens(model, config, processor):
+        inputs = prompt(pictures[0], processor)
+        merged = counted(model, inputs)
+    formula = closed_form(model, DENSE, text_tokens(inputs, 9), (9,) * 4)
+    assert (merged.tower, merged.llm) == (formula.tower, formula.llm)
+    assert merged.projector > formula.projector
 
 
 @pytest.mark.parametrize("site", ["attention", "block"])

@@ -1,7 +1,7 @@
 """The tokens of images as a model packs them: where they are in the packed sequence, and what they stand for.
 
-Shapes: I images of one layout, T tiles of each, P packed tokens of an image without merging, A tokens of a unit,
-n tokens of a tile after the tower, D channels.
+Shapes: I images of one layout, T tiles of each, P packed tokens of an image without merging, A tokens of a
+unit, n tokens of a tile after the tower, D channels.
 """
 
 from collections.abc import Sequence

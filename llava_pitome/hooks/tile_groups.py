@@ -1,8 +1,8 @@
 """Merging tiles in the vision tower of which some show padding: patches of the image and padding never merge.
 
-All tiles of a call follow one schedule. A tile that shows padding keeps fewer tokens of the image, and tokens of
-padding in the places that are left, so that all tiles have equally many. Padding merges by position alone.
-Shapes: B tiles, N tokens without prefix tokens, M after the merge, R tokens of the image in a tile, S after it.
+All tiles of a call follow one schedule. A tile that shows padding keeps fewer tokens of the image, and tokens
+of padding in the places that are left, so that all tiles have equally many. Padding merges by position alone.
+Shapes: B tiles, N tokens without prefix tokens, M after the merge, R tokens of the image in a tile, S after.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,6 @@ from llava_pitome.image_layout import ImageLayout
 from llava_pitome.image_schedule import tokens_of_tile
 from llava_pitome.merge.plan import gather_tokens, make_plan
 from llava_pitome.merge.reduce import MergeResult
-from llava_pitome.methods._common import evenly_spaced
 
 
 class TileGroup(NamedTuple):
@@ -100,7 +99,8 @@ def choose_in_groups(
             if result.weight is not None:
                 weight[tiles] = weight[tiles].scatter(1, shown, result.weight.to(weight.dtype))
         rest = hidden.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : total - before]
-        merged, dropped = _padding_parents(rest, shown, length - after)
+        first = parent[tiles].gather(1, shown[:, :1])  # a token of the image that stays
+        merged, dropped = _padding_parents(rest, first, length - after)
         parent[tiles] = parent[tiles].scatter(1, rest, merged)
         if dropped:
             weight[tiles] = weight[tiles].scatter(1, rest, torch.zeros_like(rest, dtype=weight.dtype))
@@ -108,16 +108,22 @@ def choose_in_groups(
     return _joined(parent, weight, length, made)
 
 
-def _padding_parents(rest: Tensor, shown: Tensor, kept: int) -> tuple[Tensor, bool]:
-    """Parents (b, P) of tokens of padding at positions `rest`, of which `kept` stay; whether all are dropped."""
+def _padding_parents(rest: Tensor, first: Tensor, kept: int) -> tuple[Tensor, bool]:
+    """Parents (b, P) of tokens of padding, and whether none stays, so that they are dropped.
+
+    Args:
+        rest: (b, P) their positions.
+        first: (b, 1) a token of the image that stays.
+        kept: how many of them stay.
+    """
     count = rest.shape[1]
     if not count or kept == count:
         return rest, False
     if not kept:
-        return shown[:, :1].expand(-1, count), True
-    places = evenly_spaced(count, kept, rest.device)  # of the tokens that stay
-    nearest = torch.searchsorted(places, torch.arange(count, device=rest.device), right=True) - 1
-    return rest[:, places[nearest.clamp_min(0)]], False
+        return first.expand(-1, count), True
+    places = torch.arange(kept, device=rest.device) * count // kept  # the first of as many even segments
+    segment = torch.searchsorted(places, torch.arange(count, device=rest.device), right=True) - 1
+    return rest[:, places[segment]], False
 
 
 def _joined(

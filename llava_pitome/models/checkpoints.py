@@ -21,7 +21,13 @@ PREFIX_TOKENS = {
 }  # of supported vision towers
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
-CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+MODELS = {  # by model type
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "vipllava": "VipLlavaForConditionalGeneration",
+}
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")  # hub arguments for every repository
 HUB = ("revision", "subfolder", *SHARED)
 
@@ -30,8 +36,8 @@ class VisionCounts(NamedTuple):
     """What a LLaVA's config says about its image tokens.
 
     Attributes:
-        patches: of an image.
-        layers: of the vision tower, up to the feature layer.
+        patches: of an image, or of one of its tiles.
+        layers: of the vision tower, up to the feature layer, the last one where there are several.
         num_prefix_tokens: before the patches, 0 or 1.
     """
 
@@ -60,9 +66,10 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
         model_hub = _shared(hub)  # revision and subfolder are the adapter's
         options = {k: v for k, v in options.items() if k not in HUB} | model_hub
     config, raw = _read_config(base, model_hub)
-    if headless := {"LlavaModel", "LlavaNextModel"} & set(config.architectures or ()):
+    headless = MODELS[config.model_type].removesuffix("ForConditionalGeneration") + "Model"
+    if headless in (config.architectures or ()):
         raise ValueError(
-            f"{base} holds a {headless.pop()}, which has no language model head and cannot generate; load it "
+            f"{base} holds a {headless}, which has no language model head and cannot generate; load it "
             "with AutoModel.from_pretrained, then call apply"
         )
     options["dtype"] = _dtype(options.get("dtype"), config)
@@ -71,8 +78,10 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     if raw is None:
         import transformers
 
-        model = getattr(transformers, CLASSES[config.model_type]).from_pretrained(base, **options)
-        processor = transformers.AutoProcessor.from_pretrained(base, **model_hub)
+        from llava_pitome.models.video_processor import load_processor
+
+        model = getattr(transformers, MODELS[config.model_type]).from_pretrained(base, **options)
+        processor = load_processor(base, config.model_type, **model_hub)
     else:
         options = {k: v for k, v in options.items() if k not in HUB}
         model, processor = conversion.load(base, raw, model_hub, _shared(model_hub), **options)
@@ -119,7 +128,7 @@ def model_path(path: str, **hub: Any) -> str:
 
 
 def read_config(path: str) -> Any:
-    """The LlavaConfig of the full model, also of an original checkpoint.
+    """The config of the full model, a LlavaConfig also for an original checkpoint.
 
     Raises:
         ValueError: the path does not exist, or holds no LLaVA.
@@ -152,10 +161,10 @@ def saved_merge_config(path: str, **options: Any) -> MergeConfig | None:
 
 
 def vision_counts(config: Any) -> VisionCounts:
-    """The numbers of patches, vision tower layers and class tokens of a LlavaConfig.
+    """The numbers of patches, vision tower layers and class tokens of a LLaVA's config.
 
     Raises:
-        ValueError: the vision tower is not supported, or features are read from several of its layers.
+        ValueError: the vision tower is not supported, or has no such feature layer.
     """
     vision = config.vision_config
     if vision.model_type not in PREFIX_TOKENS:
@@ -163,14 +172,14 @@ def vision_counts(config: Any) -> VisionCounts:
             f"a model of type {config.model_type!r} with a {vision.model_type!r} is not supported. "
             f"Supported: {llava.SUPPORTED}."
         )
-    layers = llava.feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    layers = max(llava.feature_layers(llava.feature_layer(config), vision.num_hidden_layers))
     return VisionCounts(
         (vision.image_size // vision.patch_size) ** 2, layers, PREFIX_TOKENS[vision.model_type]
     )
 
 
 def patches_and_layers(path: str) -> tuple[int, int]:
-    """Patches of an image, and vision tower layers that may merge, from a checkpoint's config.
+    """Patches of an image or tile, and vision tower layers that may merge, from a checkpoint's config.
 
     Raises:
         ValueError: as for `read_config` and `vision_counts`.
@@ -179,14 +188,14 @@ def patches_and_layers(path: str) -> tuple[int, int]:
 
 
 def _read_config(path: str, hub: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
-    """The LlavaConfig of a full model and, of an original checkpoint, its config.json."""
+    """The config of a full model and, of an original checkpoint, its config.json."""
     from transformers import AutoConfig
 
     raw = conversion.read_raw_config("model", path, hub)
     if conversion.is_original(raw):
         return conversion.convert_config(raw, _shared(hub)), raw
     config = AutoConfig.from_pretrained(path, **hub)
-    if config.model_type not in CLASSES:
+    if config.model_type not in MODELS:
         raise ValueError(f"{path} holds a model of type {config.model_type!r}. Supported: {llava.SUPPORTED}.")
     return config, None
 

@@ -1,5 +1,6 @@
-"""LLaVA-OneVision: a single image as in LLaVA-NeXT with large grids pooled, several images as one tile each, and
-videos whose frames are pooled after the projector.
+"""LLaVA-OneVision: images as in LLaVA-NeXT with large grids pooled, several images, and videos.
+
+Several images of a prompt are one tile each. The frames of a video are pooled after the projector.
 """
 
 import re
