@@ -25,11 +25,17 @@ RATIO = 0.9  # where no option says how far to merge
 TEXT_TOKENS = 60  # beside the image's, about a VQAv2 prompt's
 OPTIONS = {
     "model": Option(
-        "auto", str, "auto | embedded | a hub id | a folder", "what to evaluate; a model or an adapter"
+        "auto",
+        str,
+        "auto | embedded | embedded-next | a hub id | a folder",
+        "what to evaluate; a model or an adapter",
     ),
     "tasks": Option(("vqav2_val",), listed, "names of lmms-eval tasks, with commas", "what to evaluate on"),
     "data": Option(
-        "auto", str, "auto | hub | embedded | a folder in VQAv2's form", "source of the questions"
+        "auto",
+        str,
+        "auto | hub | embedded | embedded-next | a folder in VQAv2's form",
+        "source of the questions",
     ),
     "batch_size": count(16, "questions per batch"),
     "limit": count(None, "use only the first so many questions"),
@@ -43,6 +49,7 @@ OPTIONS = {
     ),
     "baseline": switch(True, "evaluate the unmerged model too"),
     "blank": switch(False, "replace images by grey ones, to measure what the questions alone reveal"),
+    "thumbnail": switch(False, "reduce images to the detail of their thumbnail, to measure what tiles add"),
     "text": count(TEXT_TOKENS, "text tokens of a prompt, for a dry run's FLOPs", low=0),
     "dry_run": switch(False, "print what would run, with its FLOPs, and stop"),
     **merge_options(help={"ratio": f"; {RATIO}, or an adapter's own, where nothing else says how far"}),
@@ -60,7 +67,7 @@ def make_plan(options: dict[str, Any]) -> "EvaluationPlan":
     Raises:
         ValueError: values that contradict each other, or do not fit the model.
     """
-    if options["model"] == embedded.NAME:  # read by huggingface_hub when it is imported
+    if options["model"] in embedded.PATHS:  # read by huggingface_hub when it is imported
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     elif options["dry_run"]:
         from eval.evaluation.model_costs import set_offline_without_network
@@ -80,7 +87,9 @@ def merge_config(options: dict[str, Any]) -> MergeConfig:
     """
     changes = combined({name: options[name] for name in FIELDS}, options["merging"])
     if options["merging"] is None and not changes and options["recipe"] == "paper":
-        own = None if options["model"] in ("auto", embedded.NAME) else adapters.merge_config(options["model"])
+        own = (
+            None if options["model"] in ("auto", *embedded.PATHS) else adapters.merge_config(options["model"])
+        )
         return own or MergeConfig(ratio=RATIO)
     if options["merging"] is None and not changes.keys() & set(AMOUNTS):
         changes["ratio"] = RATIO

@@ -17,12 +17,11 @@ from eval.sweep.processes import Job, identity
 from llava_pitome import MergeConfig, embedded
 from llava_pitome.cli.bench.environment import machine, packages
 from llava_pitome.cli.bench.report import summarise
-from llava_pitome.cli.bench.targets import Target
+from llava_pitome.cli.bench.targets import target_of
 from llava_pitome.cli.bench.timing import Workload, measure
 from llava_pitome.cli.bench.variants import make_variant
 from llava_pitome.cli.options import Option
 from llava_pitome.models import checkpoints
-from llava_pitome.models import hf_llava as llava
 
 WARMUP = 2  # rounds
 OPTIONS = {
@@ -105,7 +104,7 @@ def _sides(inputs: dict[str, Any]) -> list:
     path = str(embedded.PATH) if inputs["model"] == embedded.NAME else inputs["model"]
     model, _ = checkpoints.load(path, None, dtype=inputs["dtype"], attn_implementation=inputs["attention"])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    target = Target(inputs["model"], model, True, llava.find(model).patches)
+    target = target_of(inputs["model"], model)
     unmerged_first = sorted(inputs["configs"].items(), key=lambda item: item[1] is not None)
     return [
         make_variant(target, None if config is None else MergeConfig.from_dict(config), name, True, "off")

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_pitome.config import Site
+from llava_pitome.config import MergeConfig, Site
+from llava_pitome.image_layout import ImageLayout
+from llava_pitome.image_schedule import encoded_tiles, schedule
 from llava_pitome.models import hf_llava as llava
 from llava_pitome.models.hf_llava import Shapes
 
@@ -21,7 +23,7 @@ QUANTIZED = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes, whose products to
 
 
 class Flops(NamedTuple):
-    """FLOPs of one forward pass by part of the model."""
+    """FLOPs of one forward pass by part of the model; what merges after the projector is in its part."""
 
     tower: float
     projector: float
@@ -62,11 +64,11 @@ def counted(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
         for hook in hooks:
             hook.remove()
     by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    tower, projector = (
+    tower, llm, head = (
         max((n for name, n in by_module.items() if name.endswith(part)), default=0)
-        for part in ("vision_tower", "multi_modal_projector")
+        for part in ("vision_tower", "language_model", "lm_head")
     )
-    return Flops(tower, projector, by_module["Global"] - tower - projector + sum(quantized))
+    return Flops(tower, by_module["Global"] - tower - llm - head, llm + head + sum(quantized))
 
 
 def closed_form(
@@ -107,11 +109,38 @@ def closed_form(
     blocks += [(rest, rest)] * (s.tower_layers - len(blocks))
     tower = 2 * s.patch_inputs * s.tower_width * lengths[0]
     tower += sum(_block(n, m, s.tower_width, s.tower_width, s.tower_mlp, 2) for n, m in blocks)
-    projector = 2 * lengths[-1] * (s.tower_width * s.llm_width + s.llm_width**2)
+    projector = 2 * lengths[-1] * (s.features * s.llm_width + s.llm_width**2)
     llm = 2 * s.llm_width * s.vocabulary
     for n, m in _tokens_by_block(llm_lengths, text, site):
         llm += _block(n, m, s.llm_width, s.llm_kv, s.llm_mlp, 3)
     return Flops(tower, projector, llm)
+
+
+def closed_form_of_layout(
+    model: nn.Module, layout: ImageLayout, text: int, config: MergeConfig | None = None
+) -> Flops:
+    """Returns the FLOPs of an image, or video, that a model cuts into tiles, and `text` further tokens.
+
+    As `closed_form`. The tower encodes whole tiles, whatever part of them shows the image.
+
+    Args:
+        model: a LLaVA that cuts images into tiles; its weights are not needed.
+        layout: of the image.
+        text: tokens of the prompt that are no image tokens.
+        config: how it merges; None: not at all.
+
+    Raises:
+        ValueError: as for `image_schedule.schedule`.
+    """
+    parts, s = llava.find(model), llava.shapes(model)
+    config = MergeConfig(ratio=1.0) if config is None else config
+    counts = schedule(config, layout, parts.num_feature_layers)
+    llm_lengths = config.llm_lengths(counts.tokens, s.llm_layers)
+    tile = closed_form(s, counts.lengths, text, llm_lengths, config.site)
+    tiles = encoded_tiles(layout, counts)
+    is_pooled_before = layout.is_video and parts.llava.pooling is not None
+    projected = sum(r.tokens for r in layout.regions) if is_pooled_before else tiles * counts.lengths[-1]
+    return Flops(tile.tower * tiles, tile.projector // counts.lengths[-1] * projected, tile.llm)
 
 
 def literature(model: nn.Module | Shapes, tokens: int) -> float:

@@ -223,3 +223,10 @@ def _to_rgb(image: "Image.Image", name: str, has_16_bits: bool) -> "Image.Image"
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, BACKGROUND), rgba).convert("RGB")
+
+
+def with_detail_of(image: "Image.Image", side: int) -> "Image.Image":
+    """The image with no more detail than a square of `side` pixels has, in its own size."""
+    from PIL import Image
+
+    return image.resize((side, side), Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)

@@ -2,7 +2,7 @@
 
 Like token_schedule.py, from numbers alone. A budget for a whole image is divided among its regions; the
 vision tower merges every tile by one schedule, and a merge after the projector leaves exactly the budget. A
-tile that shows padding keeps a part of the schedule's tokens in proportion to the patches that show the image.
+tile that shows padding keeps tokens in proportion to its patches that show the image.
 """
 
 from collections.abc import Sequence
@@ -69,6 +69,12 @@ def tokens_of_image(config: Any, layers: int, layout: ImageLayout) -> int:
     return schedule(config, layout, layers).tokens
 
 
+def encoded_tiles(layout: ImageLayout, counts: ImageSchedule) -> int:
+    """The tiles that are encoded, from the first on: those after them do not reach the language model."""
+    used = [r for r, kept in zip(layout.regions, counts.regions) if kept or not r.tokens]
+    return layout.tiles if len(used) == len(layout.regions) else used[-1].first + used[-1].tiles
+
+
 def tokens_of_tile(patches: int, of: int, tokens: int) -> int:
     """Tokens of a tile of which `patches` of `of` show the image, where a whole tile has `tokens`."""
     return -(-patches * tokens // of)
@@ -122,7 +128,8 @@ class _Scheduler:
             regions = tuple(self._scaled(region, of_tile) for region in self.used)
             shares = (n / r.tokens if r.tokens else 1.0 for n, r in zip(regions, self.used))
             newlines = tuple(map(self._newlines, self.used, shares))
-        lengths = self._lengths(regions, of_tile)
+        is_frame = self.field == "tokens_per_frame"  # of whose tokens, not patches, there are so many
+        lengths = self._lengths(regions, None if is_frame else of_tile)
         arrived = tuple(self._arrived(r, lengths[-1]) for r in self.used)
         for region, kept, most in zip(self.used, regions, arrived):
             if kept > (region.tokens if region.is_pooled else most):
@@ -185,18 +192,23 @@ class _Scheduler:
         ends = self._ends_with_newline
         capacity = [r.tokens for r in self.used]
         most = sum(capacity) + sum(r.num_newlines for r in self.used) + self.layout.ends_with_newline
-        newlines = [self._newlines(r, min(budget / max(most, 1), 1.0)) for r in self.used]
-        if self.config.newlines == "none":
-            most = sum(capacity)
         tiles = [min(sum(n > 0 for n in self._tiles(r)), r.tokens) for r in self.used]
-        least = sum(tiles) + sum(newlines) + ends
-        if not least <= budget <= most:
-            what = "video" if self.layout.is_video else "image"
-            stay = f", {sum(newlines) + ends} newlines stay" if sum(newlines) + ends else ""
+
+        def newlines_at(budget: int) -> list[int]:
+            return [self._newlines(r, min(budget / max(most, 1), 1.0)) for r in self.used]
+
+        least = 0
+        while (found := sum(tiles) + sum(newlines_at(least)) + ends) > least:  # newlines grow with a budget
+            least = found
+        highest = sum(capacity) if self.config.newlines == "none" else most
+        if not least <= budget <= highest:
+            what, of = ("video", "frames") if self.layout.is_video else ("image", "tiles")
+            stay = f", {sum(newlines_at(least)) + ends} newlines stay" if least > sum(tiles) else ""
             raise ValueError(
-                f"{self.field}={budget} does not fit: this {what} has {most} tokens of {sum(tiles)} "
-                f"{'frames' if self.layout.is_video else 'tiles'}{stay}; allowed is {least} to {most}"
+                f"{self.field}={budget} does not fit: this {what} has {highest} tokens of {sum(tiles)} {of}"
+                f"{stay}; allowed is {least} to {highest}"
             )
+        newlines = newlines_at(budget)
         left = budget - sum(newlines) - ends
         for i, region in enumerate(self.used):  # newlines take what no other token can
             more = min(max(left - sum(capacity), 0), region.num_newlines - newlines[i])
@@ -230,16 +242,28 @@ class _Scheduler:
 
     def _least_tile(self, regions: Sequence[int]) -> int:
         """The fewest tokens of a whole tile that leave every region enough before its last merge."""
-        targets = [
-            tokens_between(r.window.area, min(kept, r.window.area), self.config.prefix_share) if kept else 0
-            for r, kept in zip(self.used, regions)
-        ]
+        targets = [self._target(region, kept, sum(regions)) for region, kept in zip(self.used, regions)]
         low, high = 0, self.patches
         while high - low > 1:
             middle = (low + high) // 2
             is_enough = all(self._arrived(r, middle) >= n for r, n in zip(self.used, targets))
             low, high = (low, middle) if is_enough else (middle, high)
         return high
+
+    def _target(self, region: Region, kept: int, total: int) -> int:
+        """Tokens of a region's tiles that the tower is to leave.
+
+        Args:
+            region: where it is.
+            kept: tokens that it keeps.
+            total: tokens that all regions keep.
+        """
+        if not kept:
+            return 0
+        if self.config.temporal and self.layout.is_video:  # in a still video one frame keeps them all
+            kept = min(total, region.tokens)
+        area = region.window.area
+        return tokens_between(area, -(-area * kept // region.tokens), self.config.prefix_share)
 
 
 def divide(total: int, weights: Sequence[float], least: Sequence[int], most: Sequence[int]) -> list[int]:

@@ -47,14 +47,22 @@ def make_model(tower: str = "clip", seed: int = 0, **options):
         pad_token_id=3, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     strategy = "default" if tower == "clip" else "full"
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=4,
-        vision_feature_select_strategy=strategy,
-        **options,
-    )
+    defaults = {"text_config": text, "vision_feature_select_strategy": strategy}
+    config = LlavaConfig(vision_config=vision, image_token_index=4, **defaults | options)
     return LlavaForConditionalGeneration(config).eval()
+
+
+def make_vip_llava(layers=(-2, -5, -7, 3), tower: str = "clip", seed: int = 0):
+    """A VipLlavaForConditionalGeneration of the same shapes, with features of several layers."""
+    from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
+
+    kin, names = make_model(tower).config, VipLlavaConfig().to_dict()
+    name = next(n for n in ("vision_feature_layer", "vision_feature_layers") if n in names)
+    torch.manual_seed(seed)
+    config = VipLlavaConfig(
+        vision_config=kin.vision_config, text_config=kin.text_config, image_token_index=4, **{name: layers}
+    )
+    return VipLlavaForConditionalGeneration(config).eval()
 
 
 def make_processor(tower: str = "clip"):

@@ -4,7 +4,6 @@ import torch
 from prompts import batch, single
 from torch import nn
 from transformers import GenerationMixin
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 ENCODES_FIRST = hasattr(
@@ -13,11 +12,11 @@ ENCODES_FIRST = hasattr(
 
 
 def precise(model):
-    """Returns the model in float64 throughout; Llama's own norm computes in float32."""
+    """Returns the model in float64 throughout; norms of transformers' own compute in float32."""
     model.double()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, LlamaRMSNorm):
+            if type(child).__name__.endswith("RMSNorm") and not isinstance(child, nn.RMSNorm):
                 norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 norm.load_state_dict(child.state_dict())
                 setattr(module, name, norm)

@@ -210,12 +210,6 @@ def test_a_checkpoint_that_is_no_llava_raises_with_what_is_supported(tmp_path):
         load(str(tmp_path))
 
 
-def test_features_of_several_layers_raise():
-    model = make_model(vision_feature_layer=[-2, -3])
-    with pytest.raises(ValueError, match=r"vision_feature_layer=\[-2, -3\] joins several layers"):
-        apply(model, MergeConfig(ratio=0.9))
-
-
 @pytest.mark.parametrize("layer", [9, -10])
 def test_a_feature_layer_that_the_tower_lacks_raises(layer):
     with pytest.raises(ValueError, match=f"vision_feature_layer={layer}"):

@@ -42,7 +42,7 @@ def ran(model):
         ({"vision_feature_layer": -1}, "vision_feature_layer=-1 contradicts 7 of 8"),
         ({"vision_feature_layer": 3}, "vision_feature_layer=3 contradicts 7 of 8"),
         ({"vision_feature_layer": 99}, "vision_feature_layer=99 is not allowed"),
-        ({"vision_feature_layer": [-2, -1]}, "joins several layers"),
+        ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer=[-2, -1] contradicts 7 of 8"),
         ({"vision_feature_select_strategy": "full"}, "'full' contradicts 'default'"),
         ({"vision_feature_select_strategy": "ful"}, "'ful' contradicts 'default'"),
     ],

@@ -39,6 +39,8 @@ SHORTER = {
     r"-m train.bench$": r"\g<0> rounds=1 steps=2 scenes=32 output=output/bench",
     r"-m train.embedded$": r"\g<0> tower_steps=1 language_steps=1 together_steps=1 batch_size=4 validate=4 "
     "output=output/embedded",
+    r"-m train.embedded model=next$": r"\g<0> heads_steps=1 tower_steps=1 together_steps=1 batch_size=4 "
+    "turns=2 validate=8 output=output/embedded-next",
     r"-m eval.merge_image$": r"\g<0> output=merged.png",
     r"-m timeit": r"\g<0> -n 1 -r 1",
 }

@@ -43,6 +43,16 @@ def test_the_count_of_a_merging_tower_adds_matching_and_merging_to_the_closed_fo
     assert merged.total < 0.6 * dense.total
 
 
+def test_a_merge_after_the_projector_counts_with_the_projector(pictures):
+    model, processor, config = make_model(), make_processor(), MergeConfig(prefix=9)
+    with merge_tokens(model, config, processor):
+        inputs = prompt(pictures[0], processor)
+        merged = counted(model, inputs)
+    formula = closed_form(model, DENSE, text_tokens(inputs, 9), (9,) * 4)
+    assert (merged.tower, merged.llm) == (formula.tower, formula.llm)
+    assert merged.projector > formula.projector
+
+
 @pytest.mark.parametrize("site", ["attention", "block"])
 @pytest.mark.parametrize(
     "method, decoder", [("grid", {0: 12}), ("grid", {1: 0.5}), ("random", {0: 20, 1: 15})]

@@ -8,7 +8,10 @@ from llava_pitome.integrations import lmms_eval as integration
 from llava_pitome.integrations.lmms_eval import FIELDS, LOADING, LlavaPitome
 
 ADDED = {"batch_size": 1, "max_batch_size": None, "device": None}  # by lmms-eval
-OWN = ("pretrained", "recipe", "merging", "batch_size", "device", "dtype", "quantization", "blank", "journal")
+OWN = (
+    "pretrained", "recipe", "merging", "batch_size", "device", "dtype", "quantization", "blank",
+    "thumbnail", "journal",
+)  # fmt: skip
 
 
 class Loaded(Exception):

@@ -142,6 +142,7 @@ def evaluated(to_visual):
         split = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
         evaluator = object.__new__(LlavaPitome)  # without loading a checkpoint
         evaluator.task_dict, evaluator.blank = {"a_task": {"val": split}}, False
+        evaluator.thumbnail_side = None
         evaluator.processor, evaluator.model = processor, SimpleNamespace(dtype=torch.float32)
         evaluator.device = torch.device("cpu")
         visual = (lambda _: [str(path)]) if to_visual is Path else to_visual

@@ -15,9 +15,8 @@ import torch
 
 from eval.evaluation import results
 from eval.evaluation.plan import EvaluationPlan
-from eval.evaluation.tasks import EMBEDDED_TASK, FOLDER_TASK, write_tasks
+from eval.evaluation.tasks import FOLDER_TASK, write_tasks
 from llava_pitome.config import MergeConfig
-from llava_pitome.embedded import dataset
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -32,8 +31,7 @@ def evaluate(plan: EvaluationPlan) -> None:
         tasks = plan.output / "tasks"
         if is_main:  # of several processes, the others wait and read
             write_tasks(tasks, Path(plan.options["data"]), plan.embedded_folder)
-            if plan.tasks == (EMBEDDED_TASK,):
-                dataset.write(plan.embedded_folder)
+            plan.write_embedded_data()
         if _is_local(plan):  # the cache of the hub's data sets is shared, that of local ones is not
             import datasets
 
@@ -108,7 +106,7 @@ def _wait_for_all_processes() -> None:
 
 def _is_local(plan: EvaluationPlan) -> bool:
     """Whether all questions are on this machine, in tasks of eval/tasks."""
-    return plan.tasks in ((EMBEDDED_TASK,), (FOLDER_TASK,))
+    return plan.embedded_data is not None or plan.tasks == (FOLDER_TASK,)
 
 
 def _configure_logging() -> None:

@@ -103,11 +103,11 @@ def _llava_config(text: dict[str, int], layers: int):
 
 
 def _without_weights(config, attention: str, built_in: bool) -> ModelShapes:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), torch.device("meta"):
-        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     return ModelShapes(llava.find(model), llava.shapes(model), built_in)
 
 

@@ -12,7 +12,7 @@ import torch
 import llava_pitome
 from eval.command import FIELDS
 from eval.evaluation.model_costs import Cost, ModelShapes, model_shapes
-from eval.evaluation.tasks import tasks_for
+from eval.evaluation.tasks import EMBEDDED_TASKS, tasks_for
 from eval.naming import config_label
 from llava_pitome import embedded
 from llava_pitome.config import MergeConfig, combined
@@ -66,9 +66,9 @@ class EvaluationPlan:
         if model == "auto":
             model = HUB_MODEL if cuda else embedded.NAME
             reason = f"model=auto, CUDA {'is' if cuda else 'is not'} available: "
-        model = str(embedded.PATH) if model == embedded.NAME else model
-        is_embedded = checkpoints.model_path(model) == str(embedded.PATH)  # itself, or an adapter of it
-        data = options["data"] if options["data"] != "auto" else "embedded" if is_embedded else "hub"
+        model = embedded.folder(model) if model in embedded.PATHS else model
+        own = embedded_name(checkpoints.model_path(model))  # of itself, or of an adapter's base model
+        data = options["data"] if options["data"] != "auto" else own or "hub"
         tasks = tasks_for(options["tasks"], data)
         choice = "choose with model=embedded or model=<hub id or path>"
         try:
@@ -76,7 +76,8 @@ class EvaluationPlan:
         except ValueError as error:
             raise ValueError(f"{error}\n{choice}") from error
         shapes.cost(merging, options["text"])  # raises where the model cannot merge like this
-        name = "the embedded model" if model == str(embedded.PATH) else model
+        names = {embedded.NAME: "the embedded model", embedded.NAME_NEXT: "the embedded LLaVA-NeXT"}
+        name = names.get(embedded_name(model), model)
         announcement = f"{reason}{name} on {', '.join(tasks)} ({data}); {choice}"
         if shapes.built_in:
             announcement += f"\nthe hub cannot be reached: the shapes of {model} are those built in"
@@ -93,7 +94,7 @@ class EvaluationPlan:
     @property
     def model_name(self) -> str:
         """The model in files that are published: without this machine's paths."""
-        return embedded.NAME if self.model == str(embedded.PATH) else self.model
+        return embedded_name(self.model) or self.model
 
     def cost(self, merging: MergeConfig | None) -> Cost:
         """Tokens and FLOPs of a prompt."""
@@ -102,7 +103,7 @@ class EvaluationPlan:
     def runs(self) -> dict[str, MergeConfig | None]:
         """The config of every model to evaluate by its label, the unmerged one first."""
         o, config = self.options, self.merging
-        defaults = {"dtype": "auto", "quantization": None, "blank": False}
+        defaults = {"dtype": "auto", "quantization": None, "blank": False, "thumbnail": False}
         suffix = "".join(f", {k} {o[k]}" for k, v in defaults.items() if o[k] != v)
         runs = {f"unmerged{suffix}": None} if o["baseline"] or self.is_unmerged else {}
         if self.is_unmerged:
@@ -119,7 +120,8 @@ class EvaluationPlan:
             "pretrained": self.model,
             "merging": None if merging is None else merging.to_dict(),
             "dtype": o["dtype"], "quantization": o["quantization"], "batch_size": o["batch_size"],
-            "attn_implementation": o["attention"], "blank": o["blank"], "fingerprint": self.fingerprint,
+            "attn_implementation": o["attention"], "blank": o["blank"], "thumbnail": o["thumbnail"],
+            "fingerprint": self.fingerprint,
         }  # fmt: skip
 
     def describe(self) -> str:
@@ -136,7 +138,18 @@ class EvaluationPlan:
     @property
     def embedded_folder(self) -> Path:
         """Where the embedded questions are stored, by their version."""
-        return self.data_folder / f"embedded-{dataset.VERSION}"
+        name = self.embedded_data or embedded.NAME
+        return self.data_folder / f"{name}-{dataset.VERSIONS[name]}"
+
+    @property
+    def embedded_data(self) -> str | None:
+        """The embedded model whose questions are evaluated; None for other questions."""
+        return next((name for name, task in EMBEDDED_TASKS.items() if self.tasks == (task,)), None)
+
+    def write_embedded_data(self) -> None:
+        """Writes the embedded questions, if they are evaluated."""
+        if self.embedded_data is not None:
+            dataset.write(self.embedded_folder, model=self.embedded_data)
 
     def journal(self, merging: MergeConfig | None) -> Path:
         """The file for the timings of one model's batches; each process appends its rank to the name."""
@@ -146,6 +159,11 @@ class EvaluationPlan:
         """A hash of the model, the config and the tasks."""
         work = json.dumps([self.model_args(merging), self.tasks], sort_keys=True)
         return hashlib.sha256(work.encode()).hexdigest()[:16]
+
+
+def embedded_name(folder: str) -> str | None:
+    """The name of the embedded model in a folder; None for another model."""
+    return next((name for name, path in embedded.PATHS.items() if folder == str(path)), None)
 
 
 @cache

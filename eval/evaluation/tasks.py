@@ -6,8 +6,11 @@ from functools import cache
 from pathlib import Path
 from string import Template
 
+from llava_pitome import embedded
+
 TEMPLATES = Path(__file__).parents[1] / "tasks"
-EMBEDDED_TASK, FOLDER_TASK = "embedded_vqa", "vqav2_val_folder"
+EMBEDDED_TASKS = {embedded.NAME: "embedded_vqa", embedded.NAME_NEXT: "embedded_next_vqa"}  # by data
+FOLDER_TASK = "vqav2_val_folder"
 
 
 def tasks_for(names: tuple[str, ...], data: str) -> tuple[str, ...]:
@@ -27,8 +30,8 @@ def tasks_for(names: tuple[str, ...], data: str) -> tuple[str, ...]:
         raise ValueError(
             f"data={data} holds questions in VQAv2's form; tasks={','.join(names)} needs data=hub"
         )
-    if data == "embedded":
-        return (EMBEDDED_TASK,)
+    if data in EMBEDDED_TASKS:
+        return (EMBEDDED_TASKS[data],)
     check_folder(Path(data))
     return (FOLDER_TASK,)
 
@@ -52,7 +55,8 @@ def check_folder(folder: Path) -> None:
     files = sorted(folder.glob("**/validation*.parquet"))
     if not files:
         raise ValueError(
-            f"data={folder} holds no validation*.parquet; allowed: auto | hub | embedded | such a folder"
+            f"data={folder} holds no validation*.parquet; "
+            f"allowed: auto | hub | {' | '.join(EMBEDDED_TASKS)} | such a folder"
         )
     for file in files:
         try:
@@ -61,13 +65,13 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"{file} is damaged or incomplete: {error}") from error
 
 
-def write_tasks(folder: Path, data: Path, embedded: Path) -> None:
+def write_tasks(folder: Path, data: Path, questions: Path) -> None:
     """Writes the task files of eval/tasks with their paths filled in.
 
     Args:
         folder: to write to.
         data: the user's folder with questions.
-        embedded: the folder with the embedded questions.
+        questions: the folder with the embedded questions of the task that is run.
     """
     import lmms_eval.tasks
 
@@ -75,7 +79,7 @@ def write_tasks(folder: Path, data: Path, embedded: Path) -> None:
     paths = {
         "LMMS_EVAL_TASKS": Path(lmms_eval.tasks.__file__).parent,
         "DATA": data.resolve(),
-        "EMBEDDED": embedded,
+        "EMBEDDED": questions,
     }
     for template in TEMPLATES.glob("*.yaml"):
         (folder / template.name).write_text(Template(template.read_text()).substitute(paths))

@@ -12,10 +12,8 @@ from rich.table import Table
 from eval import timing
 from eval.command import count, switch, write_whole
 from eval.evaluation.plan import EvaluationPlan
-from eval.evaluation.tasks import EMBEDDED_TASK
 from eval.sweep.combinations import Combination
 from eval.sweep.processes import Job, identity, run_jobs
-from llava_pitome.embedded import dataset
 
 SWEEP_FILE = "sweep.json"
 EXECUTION_OPTIONS = {
@@ -52,8 +50,7 @@ def run_all(
     folder.mkdir(parents=True, exist_ok=True)
     active = [run for run in runs if run.plan is not None]
     _write_list(folder, runs, active[0].plan)
-    if any(run.plan.tasks == (EMBEDDED_TASK,) for run in active):
-        dataset.write(active[0].plan.embedded_folder)  # once for all
+    active[0].plan.write_embedded_data()  # once for all
     jobs = [
         Job(
             run.combination.name,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_pitome.embedded.scenes import COLORS, DIGITS, SHAPES, SIDE, TEXTURES, Scene, Thing
+from llava_pitome.embedded.scenes import COLORS, DIGITS, SHAPES, TEXTURES, Scene, Thing
 
 HINT = "\nAnswer the question using a single word or phrase."  # after a question, as in LLaVA's training data
 CLEAR = 8  # least pixels between two centres of which one is left of the other
@@ -31,19 +31,32 @@ class Question:
     question_type: str
 
 
-def ask(scene: Scene, count: int, salt: int = 0) -> list[Question]:
+Kinds = dict[str, tuple[Callable[[Scene], Iterator[Question]], float]]
+
+
+def ask(scene: Scene, count: int, salt: int = 0, kinds: Kinds | None = None) -> list[Question]:
     """`count` different questions about a scene, determined by its seed and `salt`.
 
     About 39 % yes/no, 22 % number, 39 % other, as far as the scene allows these kinds.
+
+    Args:
+        scene: what is asked about.
+        count: of questions; fewer where the scene allows no more.
+        salt: changes the questions.
+        kinds: the functions that write questions, and their weights; `KINDS` by default.
     """
     rng = np.random.default_rng([scene.seed, 2, salt])
     chosen: dict[str, Question] = {}
-    kinds, weights = tuple(KINDS), np.array([w for _, w in KINDS.values()])
+    kinds = KINDS if kinds is None else kinds
+    names, weights = tuple(kinds), np.array([w for _, w in kinds.values()])
+    found: dict[str, list[Question]] = {}  # by kind
     for _ in range(20 * count):
         if len(chosen) == count:
             break
-        kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
-        options = list(KINDS[kind][0](scene))
+        kind = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+        if kind not in found:
+            found[kind] = list(kinds[kind][0](scene))
+        options = found[kind]
         if options:
             answers = sorted({o.answer for o in options})
             answer = answers[int(rng.integers(len(answers)))]
@@ -132,10 +145,10 @@ def _what(attribute: str) -> Callable[[Scene], Iterator[Question]]:
 
 
 def _where(scene: Scene) -> Iterator[Question]:
-    middle = SIDE / 2
+    x, y = scene.width / 2, scene.height / 2
     for thing in scene.things:
-        if min(abs(thing.x - middle), abs(thing.y - middle)) >= CLEAR:
-            answer = ("top" if thing.y < middle else "bottom") + (" left" if thing.x < middle else " right")
+        if min(abs(thing.x - x), abs(thing.y - y)) >= CLEAR * scene.scale:
+            answer = ("top" if thing.y < y else "bottom") + (" left" if thing.x < x else " right")
             for name in _names(thing, scene):
                 yield Question(f"Where is the {name}?", answer, "other", "where is the")
 
@@ -145,8 +158,9 @@ def _neighbour(scene: Scene) -> Iterator[Question]:
     for b in scene.things:
         for side, distance in SIDES.items():
             others = [t for t in scene.things if t is not b]
-            beside = [t for t in others if distance(t, b) > -CLEAR]
-            if len(beside) == 1 and distance(beside[0], b) >= CLEAR:
+            clear = CLEAR * scene.scale
+            beside = [t for t in others if distance(t, b) > -clear]
+            if len(beside) == 1 and distance(beside[0], b) >= clear:
                 for name in _names(b, scene):
                     yield Question(
                         f"What shape is {side} the {name}?", beside[0].shape, "other", "what shape is"
@@ -158,7 +172,7 @@ def _neighbour(scene: Scene) -> Iterator[Question]:
 
 def _read(scene: Scene) -> Iterator[Question]:
     for thing in scene.things:
-        if thing.mark:
+        if len(thing.mark) == 1:
             noun = "digit" if thing.mark in DIGITS else "letter"
             for name in _names(thing, scene):
                 yield Question(
@@ -166,7 +180,7 @@ def _read(scene: Scene) -> Iterator[Question]:
                 )
 
 
-KINDS: dict[str, tuple[Callable[[Scene], Iterator[Question]], float]] = {
+KINDS: Kinds = {
     "exists": (_exists, 0.28),
     "exists both": (_exists_both, 0.06),
     "more": (_more, 0.05),

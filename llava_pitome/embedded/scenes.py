@@ -25,7 +25,11 @@ TRIES = 200  # positions sampled for an object before it is left out
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: `x`, `y` its centre and `across` its width, in pixels; `mark` a character or ''."""
+    """One object: `x`, `y` its centre and `across` its width, in pixels; `mark` a character, a word or ''.
+
+    `scale` is the number of pixels that the widths SMALL and LARGE and stripes count as one, `stroke` the
+    width of a character's strokes in pixels; 0 is one in a small object, two in a large one.
+    """
 
     shape: str
     color: str
@@ -34,20 +38,25 @@ class Thing:
     x: int
     y: int
     mark: str = ""
+    scale: float = 1.0
+    stroke: float = 0.0
 
     @property
     def size(self) -> str:
         """'small' or 'large'; no width is in between."""
-        return "small" if self.across < SMALL[1] else "large"
+        return "small" if self.across < SMALL[1] * self.scale else "large"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects, background, and the seed of the rendering."""
+    """Objects, background, the seed of the rendering, and the image's sides in pixels."""
 
     seed: int
     background: str
     things: tuple[Thing, ...]
+    height: int = SIDE
+    width: int = SIDE
+    scale: float = 1.0  # of its objects
 
 
 def scene(seed: int) -> Scene:

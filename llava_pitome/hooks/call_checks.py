@@ -33,7 +33,7 @@ class CallChecks(HookOwner):
             config: how to merge.
         """
         self.handle, self.config = handle, config
-        self._num_blocks, self._num_layers = len(parts.blocks), parts.num_feature_layers
+        self._num_blocks, self._feature_layers = len(parts.blocks), parts.feature_layers
         self._strategy = "full" if parts.llava.reads_first_token else "default"
         self._feature_prefix, self._prefix = parts.num_feature_prefix_tokens, parts.num_prefix_tokens
 
@@ -51,9 +51,10 @@ class CallChecks(HookOwner):
 
     def _check_selection(self, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
         """Before the multimodal module: raises ValueError for other features than those that merge."""
-        layer, strategy = (kwargs.get(f"vision_feature_{name}") for name in ("layer", "select_strategy"))
-        if layer is not None:
-            check_feature_layer(layer, self._num_layers, self._num_blocks)
+        for name in ("vision_feature_layer", "vision_feature_layers"):  # VipLlava's before transformers 5.23
+            if (layer := kwargs.get(name)) is not None:
+                check_feature_layer(layer, self._feature_layers, self._num_blocks)
+        strategy = kwargs.get("vision_feature_select_strategy")
         if strategy not in (None, self._strategy):
             self._refuse_strategy(strategy)
         if kwargs.get("pixel_values") is not None and not is_compiling():
@@ -110,16 +111,17 @@ def _goes_on(before: Tensor, ids: Tensor) -> bool:
     return before.shape == ids[:, :-1].shape and torch.equal(before, ids[:, :-1])
 
 
-def check_feature_layer(index: Any, num_layers: int, num_blocks: int) -> None:
-    """Raises ValueError for another feature layer than the one that merging was applied with.
+def check_feature_layer(index: Any, layers: tuple[int, ...], num_blocks: int) -> None:
+    """Raises ValueError for other feature layers than those that merging was applied with.
 
     Args:
         index: of hidden states, or several.
-        num_layers: blocks up to the feature layer.
+        layers: blocks before each of the model's own.
         num_blocks: of the tower.
     """
-    if feature_layers(index, num_blocks) != num_layers:
+    if feature_layers(index, num_blocks) != layers:
+        own = layers[0] if len(layers) == 1 else list(layers)
         raise ValueError(
-            f"vision_feature_layer={index} contradicts {num_layers} of {num_blocks}, with which merging was "
+            f"vision_feature_layer={index} contradicts {own} of {num_blocks}, with which merging was "
             "applied; set it in the model's config, and apply again"
         )

@@ -5,6 +5,7 @@ with the same values where a layer runs again (gradient checkpointing).
 Shapes: B prompts, T tokens, P tokens in the cache, I images over all prompts, n tokens an image.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,14 +29,14 @@ class ForwardState:
         owner: the hooks that made it.
         ran: the hooks that must run in every forward pass and have: indices of layers, and names of others.
         layouts: the prompts in each segment; None in a forward pass without images.
-        tokens: the images' tokens (I, n) there.
+        tokens: the images' tokens there, of each group of images; None before the segment is reached.
         past: what the cache holds in each segment from earlier passes; None where nothing has ever merged.
         attention: what each layer that merges computed, while it is needed.
         projections: the query and key projections of the layer that runs.
         projected: queries (segment, 0) and keys (segment, 1) of these layers.
         pending: values that the hooks of a block pass to each other.
         segment: of the layer that runs.
-        patches: of an image, in the vision tower.
+        patches: of an image, in the vision tower, where all have equally many.
     """
 
     uses_kernel = False  # this package's attention kernel has no causal mask
@@ -62,7 +63,7 @@ class ForwardState:
         self._is_causal_without_mask = attention != "eager"
         self.ran: set[int | str] = set()
         self.layouts: list[PromptLayout | None] = [None] * segments
-        self.tokens: list[TokenState | None] = [None] * segments
+        self.tokens: list[tuple[TokenState, ...] | None] = [None] * segments
         self.past = None if cache is None else cache.segments
         self.attention: list[LayerAttention | None] = [None] * segments
         self.projections: tuple[Any, Any] = (None, None)
@@ -71,7 +72,8 @@ class ForwardState:
         self.segment = 0
         self._croppable = 0 if cache is None else cache.croppable + length
         self._previous_shift = self._shift = None if cache is None else cache.shift
-        self._kept: Tensor | None = None
+        self._kept: Sequence[Tensor] | None = None
+        self._patches: Sequence[Tensor] = ()
         self.patches = 0
         self._now: list[SegmentCache | None] = [None] * segments
         self._masks: list[Tensor | None] = [None] * segments
@@ -85,42 +87,52 @@ class ForwardState:
     def start_with_images(
         self,
         layout: PromptLayout,
-        sizes: Tensor | None,
+        sizes: Sequence[Tensor | None],
         before: SegmentCache,
-        patches: int,
+        patches: Sequence[Tensor],
         weighted: bool,
     ) -> None:
         """Adds the images of the prompts.
 
         Args:
             layout: where they are.
-            sizes: (I, n) patches that their tokens stand for; None: one each.
+            sizes: of each group of images, (I, n) patches that tokens stand for; None: one each.
             before: what is in the cache, where nothing has merged in it.
-            patches: of an image, in the vision tower.
+            patches: of each group, (I,) the patches of its images in the vision tower.
             weighted: add log sizes to the scores of their tokens.
         """
-        self._croppable, self.patches = prompt_layout.tokens_after_images(layout), patches
-        given = torch.ones(layout.images.shape, device=layout.images.device) if sizes is None else sizes
+        self._croppable, self._patches = prompt_layout.tokens_after_images(layout), patches
+        self.patches = int(patches[0][0])
+        tokens = tuple(
+            TokenState(
+                (torch.ones(images.shape, device=images.device) if given is None else given).to(images.device)
+            )
+            for images, given in zip(layout.images, sizes)
+        )
         if self.past is None:
             self.past = (before,) * len(self.layouts)
-        self.enter_segment(
-            0, layout, TokenState(given.to(layout.images.device)), weighted and sizes is not None
-        )
+        has_sizes = any(given is not None for given in sizes)
+        self.enter_segment(0, layout, tokens, weighted and has_sizes)
 
     def start_without_images(self, length: int, real: Tensor | None) -> None:
         """Adds `length` more tokens, padding where `real` (B, T) is False."""
         if self.past is not None:
             self._now = [past.extended(length, real, None) for past in self.past]
 
-    def set_original_positions(self, kept: Tensor) -> None:
-        """Gives the images' tokens the positions of their patches, raster index `kept` (I, n)."""
+    def set_original_positions(self, kept: Sequence[Tensor]) -> None:
+        """Gives the images' tokens the positions of their patches, raster index (I, n) in each group."""
         layout = self.layouts[0]
         self._kept = kept
-        missing = self.patches - layout.images.shape[1]
-        more = missing * torch.tensor(layout.counts, device=layout.images.device).unsqueeze(1)
+        device = layout.images[0].device
+        more = torch.zeros(layout.shape[0], dtype=torch.long, device=device)
+        for g, (images, patches) in enumerate(zip(layout.images, self._patches)):
+            more.index_add_(0, layout.row(g), patches.to(device) - images.shape[1])
+        more = more.unsqueeze(1)
         self._shift = more if self._previous_shift is None else self._previous_shift + more
 
-    def enter_segment(self, s: int, layout: PromptLayout, tokens: TokenState, weighted: bool) -> None:
+    def enter_segment(
+        self, s: int, layout: PromptLayout, tokens: tuple[TokenState, ...], weighted: bool
+    ) -> None:
         """Sets what segment s is given: the prompts as they are there, and their images' tokens."""
         self.layouts[s], self.tokens[s] = layout, tokens
         bias = _log_sizes(layout, tokens) if weighted else None
@@ -132,7 +144,9 @@ class ForwardState:
         if self._previous_shift is not None:
             positions = positions + self._previous_shift.to(positions.device)
         if self._kept is not None:
-            positions = prompt_layout.original_positions(self.layouts[0], positions, self._kept, self.patches)
+            positions = prompt_layout.original_positions(
+                self.layouts[0], positions, self._kept, self._patches
+            )
         return positions
 
     def mask(self, s: int, given: Tensor | None, like: Tensor) -> Tensor | None:
@@ -203,8 +217,9 @@ class ForwardState:
         return CacheState(settings, segments, self._croppable, self._shift, identity)
 
 
-def _log_sizes(layout: PromptLayout, tokens: TokenState) -> Tensor:
+def _log_sizes(layout: PromptLayout, tokens: Sequence[TokenState]) -> Tensor:
     """Log sizes (B, T) of the images' tokens, 0 for text."""
-    bias = torch.zeros(layout.shape, device=layout.images.device)
-    bias.view(-1)[layout.images.flatten()] = tokens.sizes.log().flatten()
+    bias = torch.zeros(layout.shape, device=layout.images[0].device)
+    for images, own in zip(layout.images, tokens):
+        bias.view(-1)[images.flatten()] = own.sizes.log().flatten()
     return bias

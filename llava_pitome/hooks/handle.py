@@ -96,7 +96,7 @@ class MergeHandle(HookOwner):
     @property
     def _steps(self) -> list[MergeStep]:
         """What merges, in every place."""
-        return [hooks.step for hooks in self._hooks] + [self.packing.step] * (self.packing is not None)
+        return [hooks.step for hooks in (*self._hooks, self.packing) if hooks is not None]
 
     def install(self, parts: ModelParts, llm: LanguageModelParts | None = None) -> None:
         """Registers all hooks on a model; where one cannot be registered, none is left.
@@ -199,7 +199,8 @@ class MergeHandle(HookOwner):
         """Takes features (B, N, C) for those that the tower has just computed, as from another rank."""
         newest = next(iter(encoded(self)), None)
         if newest is not None:
-            push_encoded(self, newest._replace(probes=probe(features.detach())), len(features))
+            probes = probe(features.detach())  # of all channels
+            push_encoded(self, newest._replace(probes=probes, first_channel=0), len(features))
 
 
 def _no_model() -> None:

@@ -90,6 +90,54 @@ class ImageRecord(NamedTuple):
         same = _equal(probed.unsqueeze(1), known.unsqueeze(0)).flatten(2).all(2)  # (I, P)
         return same.to(torch.uint8).argmax(1) if bool(same.any(1).all()) else None
 
+    def images_at(self, which: Tensor) -> "RecordedImages":
+        """What is known of some of the images, `which` (I,)."""
+        sizes, kept = (None if x is None else x[which.to(x.device)] for x in (self.sizes, self.kept))
+        return RecordedImages(sizes, kept, torch.full_like(which, self.patches))
+
+
+class RecordedImages(NamedTuple):
+    """What is known of images of equally many tokens in some prompts.
+
+    Attributes:
+        sizes: (I, n) patches that each token stands for; None where none merged.
+        kept: (I, n) the position of each token in the raster of the patches; None as for `sizes`.
+        patches: (I,) of each image.
+    """
+
+    sizes: Tensor | None
+    kept: Tensor | None
+    patches: Tensor
+
+
+def find_images(records: Sequence[ImageRecord], hidden: Tensor, images: Tensor) -> RecordedImages | None:
+    """What is known of images in prompts; None where one of them is in no record.
+
+    Args:
+        records: of images that were encoded, the last first.
+        hidden: (B, T, D) the prompts.
+        images: (I, n) positions of the images' tokens, counted over all prompts.
+    """
+    for record in records:  # most often all images are of one record
+        which = record.which(hidden, images)
+        if which is not None:
+            return record.images_at(which)
+    rows = []
+    for image in images.split(1):
+        found = ((record, record.which(hidden, image)) for record in records)
+        known = next(((record, which) for record, which in found if which is not None), None)
+        if known is None:
+            return None
+        rows.append(known[0].images_at(known[1]))
+    if all(row.sizes is None for row in rows):
+        return RecordedImages(None, None, torch.cat([row.patches for row in rows]))
+    device = images.device
+    ones = torch.ones(1, images.shape[1], device=device)
+    own = torch.arange(images.shape[1], device=device).unsqueeze(0)
+    sizes = [(ones if row.sizes is None else row.sizes).to(device) for row in rows]
+    kept = [(own if row.kept is None else row.kept).to(device) for row in rows]
+    return RecordedImages(torch.cat(sizes), torch.cat(kept), torch.cat([row.patches for row in rows]))
+
 
 def record_images(
     features: Tensor, num_prefix_tokens: int, patches: int, sizes: Tensor, plans: Sequence[MergePlan]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from llava_pitome.config import MergeConfig
@@ -31,14 +32,13 @@ from llava_pitome.hooks.packed_tokens import (
     units_of,
 )
 from llava_pitome.hooks.projector import DEPTH, uses_keys
-from llava_pitome.hooks.temporal_merge import merge_neighbouring_frames
+from llava_pitome.hooks.temporal_merge import length_in_time, merge_neighbouring_frames
 from llava_pitome.hooks.tile_call import TileCall
 from llava_pitome.hooks.tile_shares import divide_by_attention
 from llava_pitome.image_layout import ImageLayout
 from llava_pitome.image_schedule import merges, schedule
 from llava_pitome.merge.plan import gather_tokens, trace
 from llava_pitome.models.parts import ModelParts
-from llava_pitome.token_schedule import tokens_between
 
 METHODS = ("get_image_features", "get_video_features")  # of a model, which encode and pack
 
@@ -82,6 +82,7 @@ class ImagePacking(HookOwner):
         """
         self.handle, self.config, self.records_images = handle, config, records_images
         self.tiling, self.num_layers = parts.llava.tiling, parts.num_feature_layers
+        self._image_token, self._video_token = parts.llava.image_token, parts.llava.video_token
         self.step = MergeStep(config, 0, triton)
         self._point = MergePoint("prefix", 0, DEPTH, config.method, config.parameters)
 
@@ -89,7 +90,7 @@ class ImagePacking(HookOwner):
         """Sets the attributes, registers the hooks, and appends each hook to `handles`."""
         module = parts.llava.multimodal
         self._bind(module)
-        handles.append(module.register_forward_pre_hook(self._before_call))
+        handles.append(module.register_forward_pre_hook(self._before_call, with_kwargs=True))
         handles.append(parts.llava.projector.register_forward_hook(self._after_projector))
         if parts.llava.pooling is not None:
             handles.append(parts.llava.pooling.register_forward_pre_hook(self._before_pooling))
@@ -99,10 +100,24 @@ class ImagePacking(HookOwner):
             if hasattr(type(module), name):
                 setattr(module, name, MergedFeatures(module, name, self))
 
-    def _before_call(self, module: nn.Module, _args: tuple) -> None:
-        """Before the multimodal module: replicas of DataParallel share their original's attributes."""
+    def _before_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the multimodal module: replicas of DataParallel share their original's attributes.
+
+        Raises:
+            ValueError: a prompt holds an image and a video.
+        """
         if vars(module)[METHODS[0]].module is not module:
             self._bind(module)
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None or self._video_token is None or is_compiling():
+            return
+        has_both = (ids == self._image_token).any(-1) & (ids == self._video_token).any(-1)
+        if bool(has_both.any()):
+            rows = has_both.nonzero().flatten().tolist()
+            raise ValueError(
+                f"prompts {rows} hold images and videos, which cannot merge together; give each "
+                "prompt images alone or videos alone"
+            )
 
     def features(self, module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
         """What the model's own method `name` returns, with merged tokens.
@@ -263,13 +278,14 @@ class ImagePacking(HookOwner):
         self, call: TileCall, units: Sequence[Unit], tokens: list[PackedTokens]
     ) -> list[PackedTokens]:
         """The tokens of each unit after the merge, by the config's division of the budget."""
-        config, kept_counts = self.config, [unit.kept for unit in units]
+        config = self.config
         is_joint = config.temporal if call.layout.is_video else config.tile_shares == "joint"
         if is_joint and len(units) > 1:
-            together, total = joined(tokens), sum(kept_counts)
-            if call.layout.is_video:
-                together = self._merge_in_time(call, together, total)
-            return [self._merge(together, total, None)]
+            together, total = joined(tokens), sum(unit.kept for unit in units)
+            if not call.layout.is_video:
+                return [self._merge(together, total, None)]
+            videos = [self._merge_video(together.row(i), len(units), total) for i in range(call.images)]
+            return [PackedTokens.stacked(videos)]
         if config.tile_shares == "attention" and len(units) > 1 and not call.layout.is_video:
             counts = divide_by_attention(call, encoded(self.handle)[0], units)
             rows = [
@@ -287,14 +303,13 @@ class ImagePacking(HookOwner):
                 merged[u] = part
         return merged
 
-    def _merge_in_time(self, call: TileCall, tokens: PackedTokens, total: int) -> PackedTokens:
-        """Tokens of a video, those at the same place in neighbouring frames merged."""
-        frames = len(call.layout.regions)
-        of_frame = call.layout.regions[0].tokens
-        length = max(tokens_between(frames * of_frame, total, 0.5), of_frame)
-        if length == frames * of_frame:
-            return tokens
-        return merge_neighbouring_frames(tokens, frames, length)
+    def _merge_video(self, tokens: PackedTokens, frames: int, total: int) -> PackedTokens:
+        """Tokens of one video, merged first with the same place in neighbouring frames, then with any."""
+        metric = tokens.x if tokens.metric is None else tokens.metric
+        length = length_in_time(metric.detach(), frames, total)
+        if length < metric.shape[1]:
+            tokens = merge_neighbouring_frames(tokens, frames, length)
+        return self._merge(tokens, total, None)
 
     def _merge(self, tokens: PackedTokens, length: int, grid: tuple[int, int] | None) -> PackedTokens:
         """Tokens merged to `length`."""

@@ -8,9 +8,11 @@ Shapes: B prompts, T tokens, I images over all prompts, n tokens an image, D cha
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,7 +24,7 @@ from llava_pitome.hooks.block_merge import REPLACED, BlockMerge
 from llava_pitome.hooks.current_pass import STATE, current_pass, enter_pass, keep, kept
 from llava_pitome.hooks.forward_state import ForwardState
 from llava_pitome.hooks.hook_owner import HookOwner
-from llava_pitome.hooks.image_features import ImageRecord
+from llava_pitome.hooks.image_features import RecordedImages, find_images
 from llava_pitome.hooks.kv_cache import CacheSettings, SegmentCache
 from llava_pitome.hooks.llm_attention_capture import LayerAttention, ProjectionCapture
 from llava_pitome.hooks.merge_step import MergePoint, MergeStep, TokenState
@@ -43,11 +45,11 @@ class PromptImages(NamedTuple):
 
     Attributes:
         is_image: (B, T) True at every image token.
-        tokens: of an image, prefix tokens included.
+        tokens: of an image, prefix tokens included; of each image in order, where they differ.
     """
 
     is_image: Tensor
-    tokens: int
+    tokens: int | list[int]
 
 
 class LanguageModelHooks(HookOwner):
@@ -79,7 +81,7 @@ class LanguageModelHooks(HookOwner):
         self.handle, self.config, self.projector = handle, config, projector
         self.layers = config.merging_layers
         self.step = MergeStep(config, 0, triton)
-        self._adapter, self._image_token = llm.adapter, llm.image_token
+        self._adapter, self._image_token, self._video_token = llm.adapter, llm.image_token, llm.video_token
         self._num_prefix_tokens, self._num_layers = llm.num_feature_prefix_tokens, len(llm.blocks)
         self._settings = CacheSettings(
             (0, *(i + 1 for i in self.layers)), config.positions, config.llm_proportional
@@ -95,7 +97,7 @@ class LanguageModelHooks(HookOwner):
             BlockMerge(config.site, partial(self._state, s), partial(self._merge, s))
             for s in range(len(self.layers))
         ]
-        self.newest: tuple[TokenState | None, ...] = ()
+        self.newest: tuple[TokenState | tuple[TokenState, ...] | None, ...] = ()
 
     def install(self, llm: LanguageModelParts, handles: list[RemovableHandle]) -> None:
         """Registers the hooks, and appends each to `handles`."""
@@ -129,10 +131,11 @@ class LanguageModelHooks(HookOwner):
         self.newest = ()
 
     @property
-    def tokens(self) -> tuple[TokenState | None, ...]:
+    def tokens(self) -> tuple[TokenState | tuple[TokenState, ...] | None, ...]:
         """The images' tokens before the first merge of the last prefill, and after each.
 
-        Of this thread's last forward pass, or, where it ran none, of the last one of any thread.
+        Several where images have different numbers of tokens, one for those of each number. Of this
+        thread's last forward pass, or, where it ran none, of the last one of any thread.
         """
         return kept("language_pass", self.handle) or self.newest
 
@@ -154,24 +157,52 @@ class LanguageModelHooks(HookOwner):
         if self._image_token is None:
             return
         ids, cache = inputs.get("input_ids"), cache_in(inputs)
-        count = self._tokens_per_image(inputs)
+        count = self._image_tokens(inputs)
         if ids is None and (count is not None or cache is None or not kv_cache.has_merged(cache)):
             raise ValueError("merging in the language model needs input_ids, which say where the images are")
         if count is not None:
-            keep("prompt", self.handle, PromptImages(ids == self._image_token, count))
+            is_image = ids == self._image_token
+            if self._video_token is not None:
+                is_image = is_image | (ids == self._video_token)
+            keep("prompt", self.handle, PromptImages(is_image, count))
 
-    def _tokens_per_image(self, inputs: dict[str, Any]) -> int | None:
+    def _image_tokens(self, inputs: dict[str, Any]) -> int | list[int] | None:
         """Tokens of each image in a call of the multimodal module; None where it gets no image.
 
-        Features that were encoded before the call may have been cut where a prompt is prefilled in chunks,
-        so that their own length says less than the record of their images.
+        Where a prompt holds videos, these are its images. Features that were encoded before the call may have
+        been cut where a prompt is prefilled in chunks, so that their own length says less than the record of
+        their images.
         """
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is None:
-            return self._adapter.tokens_per_image(inputs)
-        first = encoded.pooler_output[0]
-        known = [record.length for record in self.projector.images() if record.starts_with(first)]
-        return known[0] if known else len(first)
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        images, videos = (encoded.get(kind) for kind in ("image", "video"))
+        if self._adapter.tiling is None:
+            if images is None:
+                return self._adapter.tokens_per_image(inputs)
+            first = images.pooler_output[0]
+            known = [record.length for record in self.projector.images() if record.starts_with(first)]
+            return known[0] if known else len(first)
+        counts = self._adapter.image_tokens(inputs)
+        if images is not None:
+            counts[0] = self._lengths(images.pooler_output)
+        if videos is not None:
+            counts[1] = self._lengths(videos.pooler_output)
+        if not any(counts):
+            return None
+        ids = inputs.get("input_ids")
+        if ids is None or not all(counts):
+            return counts[0] or counts[1]
+        return _in_order(ids, (self._image_token, self._video_token), counts)
+
+    def _lengths(self, features: Sequence[Tensor]) -> list[int]:
+        """Tokens of each image in features that were encoded before, which may be cut or joined."""
+        found, records = [], self.projector.images()
+        for part in features:
+            while len(part):
+                known = [r.length for r in records if r.starts_with(part)]
+                length = len(part) if len(part) in known or not known else known[0]
+                found.append(length)
+                part = part[length:]
+        return found
 
     def _end_call(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         """After the multimodal module, also when it raised."""
@@ -239,21 +270,23 @@ class LanguageModelHooks(HookOwner):
                     "last, so it is unknown what their tokens stand for; encode the images of a prompt right "
                     "before it"
                 )
-            state.start_with_images(layout, None, before, layout.images.shape[1], False)
+            counts = [torch.full((len(x),), x.shape[1], device=x.device) for x in layout.images]
+            state.start_with_images(layout, [None] * len(counts), before, counts, False)
             return
-        record, which = found
-        sizes = None if record.sizes is None else record.sizes[which.to(record.sizes.device)]
-        state.start_with_images(layout, sizes, before, record.patches, self.config.llm_proportional)
-        if self.config.positions == "original" and record.kept is not None:
-            state.set_original_positions(record.kept[which.to(record.kept.device)])
+        sizes, kept_tokens, patches = zip(*found)
+        state.start_with_images(layout, sizes, before, patches, self.config.llm_proportional)
+        if self.config.positions == "original" and any(x is not None for x in kept_tokens):
+            own = [
+                torch.arange(images.shape[1], device=images.device).expand_as(images) if x is None else x
+                for images, x in zip(layout.images, kept_tokens)
+            ]
+            state.set_original_positions(own)
 
-    def _recorded(self, hidden: Tensor, layout: PromptLayout) -> tuple[ImageRecord, Tensor] | None:
-        """The record of the images of some prompts, and which of its images each is; None: unknown."""
-        for record in self.projector.images():
-            which = record.which(hidden, layout.images)
-            if which is not None:
-                return record, which
-        return None
+    def _recorded(self, hidden: Tensor, layout: PromptLayout) -> list[RecordedImages] | None:
+        """What is known of each group of images of some prompts (B, T, D); None where one is unknown."""
+        records = self.projector.images()
+        found = [find_images(records, hidden, images) for images in layout.images]
+        return None if any(x is None for x in found) else found
 
     def _set_positions(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the rotary embedding: image tokens get the positions of their patches."""
@@ -307,15 +340,19 @@ class LanguageModelHooks(HookOwner):
             keys=state.projected.pop((s, 1), None),
         )
         source = hidden.detach() if config.metric == "hidden" else attention.mean_keys()
-        x, metric = (y.flatten(0, 1)[layout.images] for y in (hidden, source))
-        length = token_schedule.kept_tokens(x.shape[1], config.decoder[i], f"decoder[{i}]")
         point = MergePoint("decoder", i, i / self._num_layers, config.method, config.parameters)
-        inputs = attention.inputs(source)
-        merged, tokens = self.step.merge(
-            x, metric, length, state.tokens[s], point, inputs, state.tokens[s + 1]
-        )
-        short = prompt_layout.shorten(layout, tokens.merge)
-        state.enter_segment(s + 1, short.after, tokens, config.llm_proportional)
+        before, after = state.tokens[s], state.tokens[s + 1]
+        merged, tokens = [], []
+        for g, images in enumerate(layout.images):
+            x, metric = (y.flatten(0, 1)[images] for y in (hidden, source))
+            length = token_schedule.kept_tokens(x.shape[1], config.decoder[i], f"decoder[{i}]")
+            inputs = attention._replace(group=g).inputs(source)
+            previous = None if after is None else after[g]
+            made = self.step.merge(x, metric, length, before[g], point, inputs, previous)
+            merged.append(made[0])
+            tokens.append(made[1])
+        short = prompt_layout.shorten(layout, [own.merge for own in tokens])
+        state.enter_segment(s + 1, short.after, tuple(tokens), config.llm_proportional)
         return prompt_layout.replace(hidden, short, merged)
 
     def _restore_length(self, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
@@ -340,9 +377,29 @@ class LanguageModelHooks(HookOwner):
         cache = cache_in(output)
         if cache is not None and cache.get_seq_length():  # gradient checkpointing leaves it empty
             kv_cache.save_state(cache, state.cache_state(self._settings, cache))
-        tokens = tuple(state.tokens)
+        tokens = tuple(own[0] if own is not None and len(own) == 1 else own for own in state.tokens)
         self.newest = tokens
         keep("language_pass", self.handle, tokens)
+
+
+def _in_order(ids: Tensor, tokens: Sequence[int], counts: Sequence[list[int]]) -> list[int]:
+    """The tokens of images and videos in the order of prompts (B, T), each of which holds one kind.
+
+    Args:
+        ids: the prompts.
+        tokens: placeholders of images and of videos.
+        counts: tokens of each image, and of each video, in order.
+    """
+    found: list[int] = []
+    following = [iter(lengths) for lengths in counts]
+    totals = [(ids == token).sum(1).tolist() for token in tokens]
+    for row in zip(*totals):
+        for kind, left in enumerate(row):
+            while left > 0:
+                length = next(following[kind], left)
+                found.append(length)
+                left -= length
+    return found
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

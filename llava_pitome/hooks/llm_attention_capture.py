@@ -75,6 +75,7 @@ class LayerAttention(NamedTuple):
         cached: from P to the keys in the cache (B, H', P, C), with positions.
         past: P.
         grid: rows and columns of patches.
+        group: the group of images in the layout for which inputs are computed.
     """
 
     queries: Tensor | None
@@ -85,6 +86,7 @@ class LayerAttention(NamedTuple):
     cached: Callable[[int], Tensor]
     past: int
     grid: Callable[[], tuple[int, int]]
+    group: int = 0
 
     def mean_keys(self) -> Tensor:
         """One key per token (B, T, C), the mean over the heads, in float32 at least.
@@ -126,22 +128,22 @@ class LayerAttention(NamedTuple):
     def text_attention(self) -> Tensor:
         """Attention of each text token after an image to its tokens: (I, Q, n)."""
         queries, keys, mask = self._rotated()
-        at, _ = prompt_layout.text(self.layout)
-        row, length = self.layout.row, self.layout.shape[1]
+        at, _ = prompt_layout.text(self.layout, self.group)
+        row, length = self.layout.row(self.group), self.layout.shape[1]
         mask = _mask_rows(mask.expand(len(keys), -1, -1, -1)[row], at)
         found = attention_maps.attention(_rows(queries[row], at), keys[row], mask)[..., self.past :]
-        columns = self.layout.images - row.unsqueeze(1) * length  # (I, n)
+        columns = self.layout.images[self.group] - row.unsqueeze(1) * length  # (I, n)
         return found.gather(2, columns.unsqueeze(1).expand(-1, at.shape[1], -1))
 
     def text(self, source: Tensor) -> Tensor:
         """The text tokens after each image (I, Q, D), of `source` (B, T, D)."""
-        at, _ = prompt_layout.text(self.layout)
+        at, _ = prompt_layout.text(self.layout, self.group)
         wide = torch.promote_types(source.dtype, torch.float32)
-        return gather_tokens(source[self.layout.row], at).to(wide)
+        return gather_tokens(source[self.layout.row(self.group)], at).to(wide)
 
     def text_mask(self) -> Tensor:
         """Which of them are text, and not padding: (I, Q)."""
-        return prompt_layout.text(self.layout)[1]
+        return prompt_layout.text(self.layout, self.group)[1]
 
     def _captured(self, found: Tensor | None) -> Tensor:
         if found is None:
@@ -170,7 +172,7 @@ class LayerAttention(NamedTuple):
 
     def _of_images(self, found: Tensor) -> Tensor:
         """Values of all tokens (B, T), for the images' tokens (I, n)."""
-        return found.flatten()[self.layout.images]
+        return found.flatten()[self.layout.images[self.group]]
 
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:

@@ -37,12 +37,14 @@ class TokenState(NamedTuple):
         merge: the merge of all T tokens that led there; None where none did.
         num_prefix_tokens: tokens before the patches, which never merge.
         padding: (B, N) True for tokens without prefix tokens that show padding; None where no tile does.
+        result: how that merge combined the T tokens; None where nothing has to be merged like them.
     """
 
     sizes: Tensor
     merge: MergePlan | None = None
     num_prefix_tokens: int = 0
     padding: Tensor | None = None
+    result: MergeResult | None = None
 
     @property
     def patch_sizes(self) -> Tensor:
@@ -102,17 +104,22 @@ class MergeStep:
 
     Attributes:
         record: called with a MergeRecord after every merge; None records nothing.
+        keeps_results: whether a TokenState holds how its tokens were combined, for `repeat`.
     """
 
-    def __init__(self, config: MergeConfig, num_prefix_tokens: int, triton: bool):
+    def __init__(
+        self, config: MergeConfig, num_prefix_tokens: int, triton: bool, keeps_results: bool = False
+    ):
         """Keeps how to merge.
 
         Args:
             config: how to merge.
             num_prefix_tokens: tokens before the patches that never merge.
             triton: prefer kernels written in Triton.
+            keeps_results: as the attribute.
         """
         self.config, self.num_prefix_tokens, self.triton = config, num_prefix_tokens, triton
+        self.keeps_results = keeps_results
         self.record: Callable[[MergeRecord], None] | None = None
 
     def merge(
@@ -154,9 +161,24 @@ class MergeStep:
         if self.record is not None and not recomputes:
             self.record(self._recorded(metric.detach(), result, plan, point))
         merged, sizes = reduce_tokens(x, sizes, plan, result, self.config.size_weighted, self._uses_triton)
+        result = result if self.keeps_results else None
         if padding is not None:
             padding = padding.gather(1, without_prefix_tokens(plan, self.num_prefix_tokens).kept)
-        return merged, TokenState(sizes, plan, self.num_prefix_tokens, padding)
+        return merged, TokenState(sizes, plan, self.num_prefix_tokens, padding, result)
+
+    def repeat(self, x: Tensor, before: TokenState, after: TokenState) -> Tensor:
+        """Merges other hidden states (B, T, D) of the same tokens as an earlier merge did, to (B, M, D).
+
+        Args:
+            x: the hidden states.
+            before: the tokens before that merge.
+            after: what it returned, with its result.
+        """
+        device = after.merge.slot.device
+        x, sizes = x.to(device), before.sizes.to(device)
+        return reduce_tokens(
+            x, sizes, after.merge, after.result, self.config.size_weighted, self._uses_triton
+        )[0]
 
     @torch.no_grad()
     def _choose(

@@ -134,7 +134,8 @@ class ProjectorHooks(HookOwner):
         for found in encoded(self.handle):
             if found.tower.tokens[-1].patch_sizes.shape != patches.shape[:2]:
                 continue
-            same = is_same(found.probes, patches)
+            first, count = found.first_channel, found.probes.shape[2]
+            same = is_same(found.probes, patches[..., first : first + count])
             if is_compiling():  # which cannot branch on values
                 return found, same
             if bool(same):

@@ -1,11 +1,12 @@
 """Where the images of a batch of prompts are, and which tokens remain when some of theirs merge.
 
 Prompts differ in length and in the number of their images, so that fewer tokens can need different padding.
-All images have the same number of tokens.
-Shapes: B prompts, T tokens of the longest, I images over all prompts, n tokens an image before a merge,
-m after it.
+Images of equally many tokens form a group, in which they merge as one batch.
+Shapes: B prompts, T tokens of the longest, I images of a group over all prompts, n tokens an image before a
+merge, m after it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ class PromptLayout(NamedTuple):
     """A batch of prompts in one segment of the language model.
 
     Attributes:
-        images: (I, n) index of each image token, counted over all prompts: prompt * T + position.
-        counts: images of each prompt.
+        images: of each group, (I, n) index of each image token, counted over all prompts: prompt * T +
+            position.
+        rows: of each group, the prompt of each image.
         real: (B, T) False for padding; None: there is none.
         lengths: tokens of each prompt without padding.
         origin: (B, T) position of each token before the first layer; None: its own.
@@ -29,8 +31,8 @@ class PromptLayout(NamedTuple):
         num_prefix_tokens: tokens before each image's patches that never merge.
     """
 
-    images: Tensor
-    counts: tuple[int, ...]
+    images: tuple[Tensor, ...]
+    rows: tuple[tuple[int, ...], ...]
     real: Tensor | None
     lengths: tuple[int, ...]
     origin: Tensor | None
@@ -38,51 +40,91 @@ class PromptLayout(NamedTuple):
     shape: tuple[int, int]
     num_prefix_tokens: int
 
-    @property
-    def row(self) -> Tensor:
-        """(I,) the prompt of each image."""
-        return self.images[:, 0] // self.shape[1]
+    def row(self, group: int) -> Tensor:
+        """(I,) the prompt of each image of a group."""
+        return self.images[group][:, 0] // self.shape[1]
 
     def to(self, device: torch.device) -> "PromptLayout":
         """The same on a device: layers may be on several."""
         moved = {k: v.to(device) for k, v in self._asdict().items() if isinstance(v, Tensor)}
-        return self._replace(**moved)
+        return self._replace(images=tuple(x.to(device) for x in self.images), **moved)
 
 
 def locate(
-    is_image: Tensor, tokens_per_image: int, num_prefix_tokens: int, real: Tensor | None
+    is_image: Tensor, lengths: int | Sequence[int], num_prefix_tokens: int, real: Tensor | None
 ) -> PromptLayout:
     """The layout of a batch of prompts before the first layer.
 
     Args:
         is_image: (B, T) True at every image token.
-        tokens_per_image: with prefix tokens.
+        lengths: tokens of an image, prefix tokens included; of each image in order, where they differ.
         num_prefix_tokens: tokens before each image's patches that never merge.
         real: (B, T) False for padding, or None.
 
     Raises:
         ValueError: a prompt holds a part of an image only, or an image is masked.
     """
-    batch, length = is_image.shape
+    batch, width = is_image.shape
     tokens = is_image.sum(1).tolist()
-    if partial := [n for n in tokens if n % tokens_per_image]:
-        raise ValueError(
-            f"a prompt holds {partial[0]} image tokens, which are not whole images of {tokens_per_image}: "
-            "tokens merge image by image, so a prompt cannot be prefilled in chunks that cut one"
-        )
-    images = is_image.flatten().nonzero().view(-1, tokens_per_image)[:, num_prefix_tokens:]
-    lengths = [length] * batch if real is None else real.sum(1).tolist()
-    if min(lengths) == length:
+    of_rows = _lengths_of_rows(tokens, lengths)
+    index = is_image.flatten().nonzero().flatten()
+    groups: dict[int, list[tuple[int, int]]] = {}  # first index and row of images, by their length
+    first = 0
+    for row, row_lengths in enumerate(of_rows):
+        for length in row_lengths:
+            groups.setdefault(length, []).append((first, row))
+            first += length
+    images, rows = [], []
+    for length, members in groups.items():
+        starts = torch.tensor([start for start, _ in members], device=index.device)
+        own = torch.arange(num_prefix_tokens, length, device=index.device)
+        images.append(index[starts.unsqueeze(1) + own])
+        rows.append(tuple(row for _, row in members))
+    real_lengths = [width] * batch if real is None else real.sum(1).tolist()
+    if min(real_lengths) == width:
         real = None
     if real is not None and bool((is_image & ~real).any()):
         raise ValueError("attention_mask hides image tokens; tokens that merge must be visible")
-    counts = tuple(n // tokens_per_image for n in tokens)
-    return PromptLayout(images, counts, real, tuple(lengths), None, None, (batch, length), num_prefix_tokens)
+    return PromptLayout(
+        tuple(images), tuple(rows), real, tuple(real_lengths), None, None, (batch, width), num_prefix_tokens
+    )
+
+
+def _lengths_of_rows(tokens: Sequence[int], lengths: int | Sequence[int]) -> list[list[int]]:
+    """The tokens of each image of each prompt.
+
+    Args:
+        tokens: image tokens of each prompt.
+        lengths: as for `locate`.
+
+    Raises:
+        ValueError: a prompt holds a part of an image only.
+    """
+    found: list[list[int]] = []
+    following = None if isinstance(lengths, int) else iter(lengths)
+    for count in tokens:
+        row: list[int] = []
+        while sum(row) < count:
+            length = lengths if following is None else next(following, count + 1)
+            row.append(length)
+        if sum(row) != count:
+            of = (
+                f" of {lengths}"
+                if isinstance(lengths, int)
+                else f": they have {', '.join(map(str, lengths))}"
+            )
+            raise ValueError(
+                f"a prompt holds {count} image tokens, which are not whole images{of}: "
+                "tokens merge image by image, so a prompt cannot be prefilled in chunks that cut one"
+            )
+        found.append(row)
+    return found
 
 
 def tokens_after_images(layout: PromptLayout) -> int:
     """Tokens after the last image of any prompt, padding included."""
-    return layout.shape[1] - 1 - int((layout.images % layout.shape[1]).max())
+    last = max(int((images % layout.shape[1]).max()) for images in layout.images)
+    return layout.shape[1] - 1 - last
 
 
 class Shortening(NamedTuple):
@@ -90,42 +132,49 @@ class Shortening(NamedTuple):
 
     Attributes:
         index: (B, T') the position before the merge of each token after it; arbitrary at padding.
-        kept: (I, m) index of the images' kept tokens after the merge, counted over all prompts.
+        kept: of each group, (I, m) index of the images' kept tokens after the merge, as in PromptLayout.
         after: the layout after the merge.
     """
 
     index: Tensor
-    kept: Tensor
+    kept: tuple[Tensor, ...]
     after: PromptLayout
 
 
-def shorten(layout: PromptLayout, plan: MergePlan) -> Shortening:
-    """The prompts without the tokens of each image (I, n) that `plan` merges into others, in order."""
+def shorten(layout: PromptLayout, plans: Sequence[MergePlan]) -> Shortening:
+    """The prompts without the tokens of each group's images (I, n) that its plan merges, in order."""
     batch, before = layout.shape
-    fewer = plan.gone.shape[1]
-    lengths = tuple(n - k * fewer for n, k in zip(layout.lengths, layout.counts))
+    removed = [0] * batch
+    for plan, rows in zip(plans, layout.rows):
+        for row in rows:
+            removed[row] += plan.gone.shape[1]
+    lengths = tuple(n - fewer for n, fewer in zip(layout.lengths, removed))
     after = max(lengths)
-    device = plan.slot.device
+    device = layout.images[0].device
     remains = torch.ones(batch * before, dtype=torch.bool, device=device)
     if layout.real is not None:
         remains &= layout.real.flatten()
-    remains[layout.images.gather(1, plan.gone).flatten()] = False
+    for images, plan in zip(layout.images, plans):
+        remains[images.gather(1, plan.gone).flatten()] = False
     remains = remains.view(batch, before)
     index = _remaining(remains, after, layout.real)
     real = remains.gather(1, index)
     current = torch.zeros(batch, before, dtype=torch.long, device=device)
     position = torch.arange(after, device=device).expand(batch, -1)
     current.scatter_(1, index, position * real)  # padding writes 0 at positions that do not remain
-    start = layout.row.unsqueeze(1) * after
-    kept = current.flatten()[layout.images.gather(1, plan.kept)] + start  # (I, m)
-    current.view(-1)[layout.images.flatten()] = (kept.gather(1, plan.slot) - start).flatten()
+    all_kept = []
+    for g, (images, plan) in enumerate(zip(layout.images, plans)):
+        start = layout.row(g).unsqueeze(1) * after
+        kept = current.flatten()[images.gather(1, plan.kept)] + start  # (I, m)
+        current.view(-1)[images.flatten()] = (kept.gather(1, plan.slot) - start).flatten()
+        all_kept.append(kept)
     origin = index if layout.origin is None else layout.origin.gather(1, index)
     current = current if layout.current is None else current.gather(1, layout.current)
     real = None if min(lengths) == after else real
     shorter = PromptLayout(
-        kept, layout.counts, real, lengths, origin, current, (batch, after), layout.num_prefix_tokens
+        tuple(all_kept), layout.rows, real, lengths, origin, current, (batch, after), layout.num_prefix_tokens
     )
-    return Shortening(index, kept, shorter)
+    return Shortening(index, tuple(all_kept), shorter)
 
 
 def _remaining(remains: Tensor, length: int, real: Tensor | None) -> Tensor:
@@ -136,49 +185,60 @@ def _remaining(remains: Tensor, length: int, real: Tensor | None) -> Tensor:
     return remains.to(torch.uint8).argsort(dim=1, stable=True)[:, remains.shape[1] - length :]
 
 
-def replace(x: Tensor, short: Shortening, merged: Tensor) -> Tensor:
-    """The hidden states (B, T, D) of the tokens that remain, the images' replaced by `merged` (I, m, D)."""
+def replace(x: Tensor, short: Shortening, merged: Sequence[Tensor]) -> Tensor:
+    """The hidden states (B, T, D) of the tokens that remain, each group's images replaced (I, m, D)."""
     out = gather_tokens(x, short.index)
     width = x.shape[2]
-    return out.view(-1, width).index_copy(0, short.kept.flatten(), merged.reshape(-1, width)).view_as(out)
+    index = torch.cat([kept.flatten() for kept in short.kept])
+    tokens = torch.cat([y.reshape(-1, width) for y in merged])
+    return out.view(-1, width).index_copy(0, index, tokens).view_as(out)
 
 
-def original_positions(layout: PromptLayout, positions: Tensor, kept: Tensor, patches: int) -> Tensor:
+def original_positions(
+    layout: PromptLayout, positions: Tensor, kept: Sequence[Tensor], patches: Sequence[Tensor]
+) -> Tensor:
     """Position ids (B, T) as they would be if every image still had all of its patches.
 
     Args:
         layout: before the first layer.
         positions: (B or 1, T) counting the tokens.
-        kept: (I, n) raster index of each image token's patch.
-        patches: of an image.
+        kept: of each group, (I, n) raster index of each image token's patch.
+        patches: of each group, (I,) the patches of its images.
     """
     batch, length = layout.shape
     positions = positions.expand(batch, -1)
-    images = layout.images.to(positions.device)
-    ends = torch.zeros(batch * length, dtype=positions.dtype, device=positions.device)
-    ends[images[:, -1]] = 1
-    ends = ends.view(batch, length)
-    missing = (ends.cumsum(1) - ends) * (patches - images.shape[1])  # of the images before each token
+    groups = [images.to(positions.device) for images in layout.images]
+    fewer = torch.zeros(batch * length, dtype=positions.dtype, device=positions.device)
+    for images, whole in zip(groups, patches):
+        fewer[images[:, -1]] = (whole - images.shape[1]).to(positions)
+    fewer = fewer.view(batch, length)
+    missing = fewer.cumsum(1) - fewer  # of the images before each token
     out = (positions + missing).flatten()
-    out[images.flatten()] = (out[images[:, :1]] + kept.to(out.device)).flatten()
+    for images, own in zip(groups, kept):
+        out[images.flatten()] = (out[images[:, :1]] + own.to(out.device)).flatten()
     return out.view(batch, length)
 
 
-def text(layout: PromptLayout) -> tuple[Tensor, Tensor]:
+def text(layout: PromptLayout, group: int) -> tuple[Tensor, Tensor]:
     """The text after each image's start: positions (I, Q) in its prompt, and which of them are text."""
     batch, length = layout.shape
-    device = layout.images.device
-    is_text = torch.ones(batch * length, dtype=torch.bool, device=device)
-    is_text[layout.images.flatten()] = False
-    for before in range(1, layout.num_prefix_tokens + 1):
-        is_text[layout.images.amin(1) - before] = False
+    own = layout.images[group]
+    is_text = torch.ones(batch * length, dtype=torch.bool, device=own.device)
+    image_tokens = [0] * batch
+    for images, rows in zip(layout.images, layout.rows):
+        is_text[images.flatten()] = False
+        for before in range(1, layout.num_prefix_tokens + 1):
+            is_text[images.amin(1) - before] = False
+        for row in rows:
+            image_tokens[row] += images.shape[1]
     is_text = is_text.view(batch, length)
     if layout.real is not None:
         is_text &= layout.real
-    each = is_text[layout.row]  # (I, T)
-    start = layout.images[:, :1] - layout.row.unsqueeze(1) * length
-    each = each & (torch.arange(length, device=device) > start)
-    most = max(n - k * layout.images.shape[1] for n, k in zip(layout.lengths, layout.counts))
+    row = layout.row(group)
+    each = is_text[row]  # (I, T)
+    start = own[:, :1] - row.unsqueeze(1) * length
+    each = each & (torch.arange(length, device=own.device) > start)
+    most = max(n - fewer for n, fewer in zip(layout.lengths, image_tokens))
     most = max(min(most, length), 1)
     index = each.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return index, each.gather(1, index)

@@ -36,6 +36,30 @@ def parents_in_time(metric: Tensor, frames: int, length: int) -> Tensor:
     return starts.cummax(1).values.flatten(1)
 
 
+@torch.no_grad()
+def length_in_time(metric: Tensor, frames: int, total: int) -> int:
+    """How many tokens of a video to leave in time, where `total` stay once tokens of a frame merge too.
+
+    Tokens join the same place in the frame before as long as they are more similar to it than tokens of one
+    frame are to each other.
+
+    Args:
+        metric: (1, F * K, D) as for `parents_in_time`.
+        frames: F.
+        total: from 1 to F * K.
+    """
+    count = metric.shape[1]
+    unit = F.normalize(metric[0].float(), dim=-1).unflatten(0, (frames, -1))  # (F, K, D)
+    in_time = (unit[1:] * unit[:-1]).sum(-1).flatten()
+    in_space = (unit @ unit.transpose(1, 2)).tril(-1)[:, 1:]  # of each token but the first, to those before
+    of_frame = unit.shape[1]
+    is_before = torch.ones(of_frame, of_frame, dtype=torch.bool, device=unit.device).tril(-1)[1:]
+    in_space = in_space.masked_fill(~is_before, -2).amax(-1, keepdim=False).flatten()
+    similarity = torch.cat([in_time, in_space]).round(decimals=4)  # the same frame twice is a tie
+    first = similarity.argsort(descending=True, stable=True)[: count - total]
+    return max(count - int((first < len(in_time)).sum()), of_frame)
+
+
 def merge_neighbouring_frames(tokens: PackedTokens, frames: int, length: int) -> PackedTokens:
     """Tokens of videos (V, F * K, D) merged to (V, M, D), see `parents_in_time`."""
     metric = tokens.x if tokens.metric is None else tokens.metric

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llava_pitome.hooks.tile_groups import TileGroup, groups_of, padding_of
 from llava_pitome.image_layout import ImageLayout
-from llava_pitome.image_schedule import ImageSchedule
+from llava_pitome.image_schedule import ImageSchedule, encoded_tiles
 
 
 class TileCall:
@@ -28,8 +28,7 @@ class TileCall:
     def __init__(self, layout: ImageLayout, schedule: ImageSchedule, images: int):
         """Finds which tiles are encoded."""
         self.layout, self.schedule, self.images = layout, schedule, images
-        used = [r for r, kept in zip(layout.regions, schedule.regions) if kept or not r.tokens]
-        self.tiles = layout.tiles if len(used) == len(layout.regions) else used[-1].first + used[-1].tiles
+        self.tiles = encoded_tiles(layout, schedule)
         is_part = self.tiles < layout.tiles
         self.groups: tuple[TileGroup, ...] = () if is_part else groups_of(layout, images, schedule.lengths)
         self.projected: Tensor | None = None

@@ -15,7 +15,6 @@ from llava_pitome.image_layout import ImageLayout
 from llava_pitome.image_schedule import tokens_of_tile
 from llava_pitome.merge.plan import gather_tokens, make_plan
 from llava_pitome.merge.reduce import MergeResult
-from llava_pitome.methods._common import evenly_spaced
 
 
 class TileGroup(NamedTuple):
@@ -115,9 +114,9 @@ def _padding_parents(rest: Tensor, shown: Tensor, kept: int) -> tuple[Tensor, bo
         return rest, False
     if not kept:
         return shown[:, :1].expand(-1, count), True
-    places = evenly_spaced(count, kept, rest.device)  # of the tokens that stay
-    nearest = torch.searchsorted(places, torch.arange(count, device=rest.device), right=True) - 1
-    return rest[:, places[nearest.clamp_min(0)]], False
+    places = torch.arange(kept, device=rest.device) * count // kept  # the first of as many even segments
+    segment = torch.searchsorted(places, torch.arange(count, device=rest.device), right=True) - 1
+    return rest[:, places[segment]], False
 
 
 def _joined(

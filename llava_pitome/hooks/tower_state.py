@@ -40,17 +40,19 @@ class EncodedImages(NamedTuple):
 
     Attributes:
         tower: the merges of the pass.
-        probes: (B, K, D) of the features, by which the projector recognises them.
+        probes: (B, K, D) of the last feature layer, by which the projector recognises the features.
         keys: (B, T, C) of the feature layer, the mean of the heads and of the tokens that merged there; None
             where they are not needed.
         class_attention: (B, N) of the feature layer, summed over the tokens that merged there; None as for
             `keys`.
+        first_channel: of that layer among the features, where those of several layers are joined.
     """
 
     tower: TowerPass
     probes: Tensor
     keys: Tensor | None
     class_attention: Tensor | None
+    first_channel: int = 0
 
 
 class TowerState:
@@ -114,7 +116,7 @@ class TowerState:
         if self.tokens[layer] is None:
             raise RuntimeError(REPLACED.format(f"layer {layer - 1} of the vision tower"))
         if not self.merges_at(layer):
-            self.tokens[layer + 1] = self.tokens[layer]._replace(merge=None)
+            self.tokens[layer + 1] = self.tokens[layer]._replace(merge=None, result=None)
         keys, queries = self.owner.captures(layer, self.merges_at(layer))
         if keys or queries:
             self.captured[layer] = CapturedAttention(query if queries else None, key)

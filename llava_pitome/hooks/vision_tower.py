@@ -7,6 +7,7 @@ Shapes: B images, T tokens with prefix tokens, N without them, D channels.
 """
 
 from functools import partial
+from itertools import pairwise
 from operator import index
 from typing import Any
 
@@ -51,6 +52,8 @@ class VisionTowerHooks(HookOwner):
     Attributes:
         handle: the MergeHandle that they belong to.
         step: what merges.
+        feature_layers: blocks before each of the hidden states that are joined as features.
+        earlier_layers: those of them that are not the last.
         newest: the last forward pass of any thread; None before there was one.
     """
 
@@ -77,9 +80,13 @@ class VisionTowerHooks(HookOwner):
         self.handle, self.config, self.kernels = handle, config, kernels
         self.patch_size = parts.patch_size
         self.num_layers = parts.num_feature_layers
+        self.feature_layers = parts.feature_layers
         self.num_prefix_tokens = parts.num_prefix_tokens
         self.feature_keys, self.feeds_projector = feature_keys, feeds_projector
-        self.step = MergeStep(config, parts.num_prefix_tokens, kernels == "triton")
+        self.earlier_layers = set(self.feature_layers) - {self.num_layers}
+        self.step = MergeStep(
+            config, parts.num_prefix_tokens, kernels == "triton", keeps_results=bool(self.earlier_layers)
+        )
         self._num_blocks = len(parts.blocks)
         self._points = [self._point(i) for i in range(self.num_layers)]
         self._captures = [(config.metric == "keys", needs_attention(point.method)) for point in self._points]
@@ -146,7 +153,7 @@ class VisionTowerHooks(HookOwner):
         """Before the tower: resizes the images and starts a forward pass."""
         layer = kwargs.get("output_hidden_states")
         if self.handle.is_whole and layer is not None and not isinstance(layer, bool):
-            check_feature_layer(layer, self.num_layers, self._num_blocks)  # as generate selects it
+            check_feature_layer(layer, self.feature_layers, self._num_blocks)  # as generate selects it
         if not is_switched(tower):
             check_tower_attention(tower, self.config)
             switch_attention(tower)
@@ -180,12 +187,31 @@ class VisionTowerHooks(HookOwner):
                 f"layer {missing[0] if missing else self.num_layers - 1} of the vision tower did not merge: "
                 "it was replaced after apply, or does not call transformers' attention interface"
             )
-        merged = TowerPass(state.patches, state.tokens)
+        self._shorten_earlier_features(state, output)
+        merged = TowerPass(state.patches, [tokens._replace(result=None) for tokens in state.tokens])
         if self.feeds_projector:
-            found = EncodedImages(merged, state.probes, *self._of_feature_layer(state))
+            first = self.feature_layers.index(self.num_layers) * state.probes.shape[2]
+            found = EncodedImages(merged, state.probes, *self._of_feature_layer(state), first)
             push_encoded(self.handle, found, len(state.probes))
         self.newest = merged
         keep("tower_pass", self.handle, merged)
+
+    def _shorten_earlier_features(self, state: TowerState, output: object) -> None:
+        """Merges the hidden states of earlier feature layers as the layers after them merged their own."""
+        hidden_states = getattr(output, "hidden_states", None)
+        if hidden_states is None or not self.earlier_layers or not state.merges:
+            return
+        output.hidden_states = tuple(
+            self._merged_since(state, i, x) if i in self.earlier_layers and x is not None else x
+            for i, x in enumerate(hidden_states)
+        )
+
+    def _merged_since(self, state: TowerState, layer: int, x: Tensor) -> Tensor:
+        """The hidden states x (B, T, D) before a layer, with all merges from that layer on."""
+        for before, after in pairwise(state.tokens[layer:]):
+            if after.merge is not None:
+                x = self.step.repeat(x, before, after)
+        return x
 
     def _of_feature_layer(self, state: TowerState) -> tuple[Tensor | None, Tensor | None]:
         """Keys and class attention as in EncodedImages."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from llava_pitome.api import load, remove
 from llava_pitome.config import MergeConfig, requested
 from llava_pitome.flops import counted, literature
-from llava_pitome.image_io import is_changed_by_convert, open_image, to_rgb
+from llava_pitome.image_io import is_changed_by_convert, open_image, to_rgb, with_detail_of
 from llava_pitome.models.checkpoints import DTYPES, HUB
 from llava_pitome.models.image_dedup import encode_once
 
@@ -60,6 +60,7 @@ class LlavaPitome(lmms):
         dtype: str = "auto",
         quantization: str | None = None,
         blank: bool = False,
+        thumbnail: bool = False,
         journal: str | None = None,
         **options: Any,
     ):
@@ -79,6 +80,8 @@ class LlavaPitome(lmms):
             dtype: a key of DTYPES; "auto" is that of the checkpoint.
             quantization: "4bit", "8bit" or None.
             blank: replace each image by a grey one, to measure what the questions alone reveal.
+            thumbnail: reduce each image to the detail of its thumbnail, to measure what the tiles add. The
+                size stays, and with it the number of tiles and tokens.
             journal: a file for JSON lines: the FLOPs of the first prompt of a task, then the samples and
                 seconds of every batch. The process's rank is appended to its name.
             **options: further fields of MergeConfig and names in LOADING; a dict or list may be JSON. None is
@@ -118,6 +121,7 @@ class LlavaPitome(lmms):
         if self.merging is None:
             remove(self.model)
         self.blank, self.journal = blank, Path(f"{journal}.{self._rank}") if journal else None
+        self.thumbnail_side = _thumbnail_side(self.processor) if thumbnail else None
         self._counted: set[str] = set()
 
     def __str__(self) -> str:
@@ -154,10 +158,16 @@ class LlavaPitome(lmms):
                 open_image(image) if isinstance(image, str | Path) else to_rgb(image, name)
                 for image in doc_to_visual(document)
             ]
-            images += [Image.new("RGB", image.size, GREY) for image in own] if self.blank else own
+            images += [self._changed(image) for image in own]
             prompts.append(self._prompt(context, len(own)))
         inputs = self.processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
         return inputs.to(self.device, self.model.dtype)
+
+    def _changed(self, image: Image.Image) -> Image.Image:
+        """The image as the options `blank` and `thumbnail` change it."""
+        if self.blank:
+            return Image.new("RGB", image.size, GREY)
+        return image if self.thumbnail_side is None else with_detail_of(image, self.thumbnail_side)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not supported: no task that LLaVA-1.5 is evaluated on needs it."""
@@ -222,6 +232,19 @@ class LlavaPitome(lmms):
         if self.journal is not None:
             with self.journal.open("a") as file:
                 file.write("\n" + json.dumps(entry))
+
+
+def _thumbnail_side(processor: Any) -> int:
+    """The side of the thumbnail that a processor makes of every image, in pixels.
+
+    Raises:
+        ValueError: it makes none.
+    """
+    images = processor.image_processor
+    if not hasattr(images, "image_grid_pinpoints"):
+        raise ValueError(f"thumbnail=True is not allowed: a {type(images).__name__} makes no thumbnails")
+    size = images.size
+    return size["shortest_edge"] if size.get("shortest_edge") else size["height"]
 
 
 def _check_keys(options: dict[str, Any]) -> None:

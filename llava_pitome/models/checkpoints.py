@@ -1,7 +1,7 @@
 """LLaVA checkpoints: loading them, and what their configs say without reading weights.
 
-A path is "embedded" (the model in this package), or a folder or hub id of a LLaVA, of an adapter of one, or
-of an original checkpoint.
+A path is "embedded" or "embedded-next" (the models in this package), or a folder or hub id of a LLaVA, of an
+adapter of one, or of an original checkpoint.
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ MODELS = {  # by model type
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_next_video": "LlavaNextVideoForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "vipllava": "VipLlavaForConditionalGeneration",
 }
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")  # hub arguments for every repository
 HUB = ("revision", "subfolder", *SHARED)
@@ -36,7 +37,7 @@ class VisionCounts(NamedTuple):
 
     Attributes:
         patches: of an image, or of one of its tiles.
-        layers: of the vision tower, up to the feature layer.
+        layers: of the vision tower, up to the feature layer, the last one where there are several.
         num_prefix_tokens: before the patches, 0 or 1.
     """
 
@@ -58,7 +59,7 @@ def load(path: str, quantization: str | None, **options: Any) -> tuple[nn.Module
     hub = model_hub = _hub(options)
     options = {k: v for k, v in options.items() if k not in HUB} | hub
     base = model_path(path, **hub)
-    is_adapter = path not in (base, embedded.NAME)
+    is_adapter = path not in (base, *embedded.PATHS)
     if is_adapter:
         from peft import PeftModel  # a missing peft raises before weights are read
 
@@ -116,10 +117,14 @@ def convert(path: str, dtype: str) -> tuple[nn.Module, Any]:
 
 
 def model_path(path: str, **hub: Any) -> str:
-    """The folder or hub id of the full model: the embedded one, an adapter's base model, or the path."""
-    if path != embedded.NAME:
+    """The folder or hub id of the full model: an embedded one, an adapter's base model, or the path.
+
+    Raises:
+        ValueError: it is embedded, and its weights are missing.
+    """
+    if path not in embedded.PATHS:
         path = adapters.base_model(path, **hub) or path
-    return str(embedded.PATH) if path == embedded.NAME else path
+    return embedded.folder(path) if path in embedded.PATHS else path
 
 
 def read_config(path: str) -> Any:
@@ -149,7 +154,7 @@ def saved_merge_config(path: str, **options: Any) -> MergeConfig | None:
     """
     hub = _hub(options)
     base = model_path(path, **hub)
-    if path not in (base, embedded.NAME):
+    if path not in (base, *embedded.PATHS):
         return adapters.merge_config(path, **hub)
     _read_config(base, hub)
     return adapters.merge_config(base, **hub)
@@ -159,7 +164,7 @@ def vision_counts(config: Any) -> VisionCounts:
     """The numbers of patches, vision tower layers and class tokens of a LLaVA's config.
 
     Raises:
-        ValueError: the vision tower is not supported, or features are read from several of its layers.
+        ValueError: the vision tower is not supported, or has no such feature layer.
     """
     vision = config.vision_config
     if vision.model_type not in PREFIX_TOKENS:
@@ -167,7 +172,7 @@ def vision_counts(config: Any) -> VisionCounts:
             f"a model of type {config.model_type!r} with a {vision.model_type!r} is not supported. "
             f"Supported: {llava.SUPPORTED}."
         )
-    layers = llava.feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
+    layers = max(llava.feature_layers(llava.feature_layer(config), vision.num_hidden_layers))
     return VisionCounts(
         (vision.image_size // vision.patch_size) ** 2, layers, PREFIX_TOKENS[vision.model_type]
     )

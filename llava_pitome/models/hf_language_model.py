@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
+from llava_pitome.image_layout import ImageLayout
+from llava_pitome.image_schedule import tokens_of_image
 from llava_pitome.models.parts import WRAPPED, BlockParts, LanguageModelParts, ModelParts, without_wrapper
 
 CLASSES = ("LlamaModel", "MistralModel", "Qwen2Model")  # whose layers the hooks were tested with
@@ -27,6 +29,7 @@ def find(parts: ModelParts, config: MergeConfig) -> LanguageModelParts | None:
         norm=llm.norm,
         rotary=llm.rotary_emb,
         image_token=parts.llava.image_token,
+        video_token=parts.llava.video_token,
         num_feature_prefix_tokens=parts.num_feature_prefix_tokens,
         adapter=LlamaLike(llm, parts, config),
     )
@@ -42,6 +45,7 @@ class LlamaLike:
 
     Attributes:
         num_heads: heads of the queries and of the keys.
+        tiling: how the model cuts images into tiles; None where an image is one tile.
     """
 
     def __init__(self, llm: nn.Module, parts: ModelParts, config: MergeConfig):
@@ -50,6 +54,7 @@ class LlamaLike:
         self.num_heads = (llm.config.num_attention_heads, llm.config.num_key_value_heads)
         self._patch_size, self._num_feature_layers = parts.patch_size, parts.num_feature_layers
         self._num_prefix = parts.num_feature_prefix_tokens
+        self.tiling = parts.llava.tiling
 
     def tokens_per_image(self, inputs: dict[str, Any]) -> int | None:
         """Tokens of each image in a call of the multimodal module; None where it gets no pixels."""
@@ -58,6 +63,16 @@ class LlamaLike:
             return None
         patches = (pixels.shape[-2] // self._patch_size) * (pixels.shape[-1] // self._patch_size)
         return self.config.tokens_at(patches, self._num_feature_layers) + self._num_prefix
+
+    def image_tokens(self, inputs: dict[str, Any]) -> list[list[int]]:
+        """Tokens of each image, and of each video, in a call of a model that cuts images into tiles."""
+        images, videos = inputs.get("pixel_values"), inputs.get("pixel_values_videos")
+        layouts: list[list[ImageLayout]] = [[], []]
+        if images is not None:
+            layouts[0] = self.tiling.images(inputs["image_sizes"], inputs.get("batch_num_images"))
+        if videos is not None:
+            layouts[1] = [self.tiling.video(videos.shape[1])] * len(videos)
+        return [[tokens_of_image(self.config, self._num_feature_layers, x) for x in own] for own in layouts]
 
     def language_model(self, multimodal: nn.Module) -> nn.Module:
         """The language model in the module around it, which for the original package is the whole model."""

@@ -1,6 +1,7 @@
 """LLaVA in transformers: where the parts of its models are, and which configs they support."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,20 +19,22 @@ from llava_pitome.models.parts import BlockParts, LlavaParts, ModelParts, traine
 from llava_pitome.token_schedule import LIMIT
 
 SUPPORTED = (
-    "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, "
-    "LlavaNextVideoForConditionalGeneration or LlavaOnevisionForConditionalGeneration, or one of these without "
-    "its head (LlavaModel, ...), with a CLIPVisionModel or SiglipVisionModel tower; the original package's "
-    "LlavaLlamaForCausalLM; also wrapped by peft, "
-    "torch.compile, DataParallel or DistributedDataParallel; or such a tower alone or in a "
+    "LlavaForConditionalGeneration (LLaVA-1.5 and kin), VipLlavaForConditionalGeneration, "
+    "LlavaNextForConditionalGeneration, LlavaNextVideoForConditionalGeneration or "
+    "LlavaOnevisionForConditionalGeneration, or one of these without its head (LlavaModel, ...), with a "
+    "CLIPVisionModel or SiglipVisionModel tower and features of one or several of its layers; the original "
+    "package's LlavaLlamaForCausalLM; also wrapped by peft, torch.compile, DataParallel or "
+    "DistributedDataParallel; or such a tower alone or in a "
     "CLIPVisionModelWithProjection, CLIPModel or SiglipModel"
 )
 # By a tower's class: its class tokens, and whether its attention passes keyword arguments on.
 TOWERS = {"CLIPVisionModel": (1, True), "SiglipVisionModel": (0, False)}
-LLAVA = ("LlavaForConditionalGeneration", "LlavaModel")  # the second has no language modeling head
-TILED = {
-    name: family for family in (llava_next, llava_next_video, llava_onevision) for name in family.CLASSES
-}
-LLAVAS = (*LLAVA, *TILED)
+LLAVA = ("LlavaForConditionalGeneration", "LlavaModel")
+VIP_LLAVAS = ("VipLlavaForConditionalGeneration", "VipLlavaModel")  # never read the first token
+FAMILIES = (llava_next, llava_next_video, llava_onevision)  # that cut images into tiles
+TILED = {name: family for family in FAMILIES for name in family.CLASSES}
+LLAVAS = (*LLAVA, *VIP_LLAVAS, *TILED)
+HEADLESS = tuple(name for name in LLAVAS if name.endswith("Model"))  # without a language modeling head
 AROUND_TOWER = ("CLIPVisionModelWithProjection", "CLIPModel", "SiglipModel")  # their tower is `vision_model`
 
 
@@ -48,7 +51,7 @@ def find(model: nn.Module) -> ModelParts:
 
     Raises:
         UnsupportedModelError: the model is not supported.
-        ValueError: it reads features from several layers.
+        ValueError: it reads features from a layer that its tower does not have.
     """
     model = unwrap(model)
     llava = _llava(model)
@@ -75,7 +78,7 @@ def _parts(model: nn.Module, llava: LlavaParts | None, tower: nn.Module) -> Mode
         model=model,
         tower=tower,
         blocks=tuple(BlockParts(x, x.self_attn, x.layer_norm2, x.mlp) for x in layers),
-        num_feature_layers=len(layers) if llava is None else feature_layers(llava.feature_layer, len(layers)),
+        feature_layers=feature_layers(-1 if llava is None else llava.feature_layer, len(layers)),
         num_prefix_tokens=num_prefix,
         num_feature_prefix_tokens=num_prefix if llava is not None and llava.reads_first_token else 0,
         patch_size=patch,
@@ -98,12 +101,12 @@ def _llava(model: nn.Module) -> LlavaParts | None:
         return original_llava.llava_parts(model)
     if not set(LLAVAS) & set(names):
         return None
-    inner, config = getattr(model, "model", model), model.config
+    inner, config, is_vip = getattr(model, "model", model), model.config, bool(set(VIP_LLAVAS) & set(names))
     family = next((TILED[name] for name in names if name in TILED), None)
     return LlavaParts(
         tower=inner.vision_tower,
-        feature_layer=config.vision_feature_layer,
-        reads_first_token=config.vision_feature_select_strategy == "full",
+        feature_layer=feature_layer(config),
+        reads_first_token=not is_vip and config.vision_feature_select_strategy == "full",
         projector=inner.multi_modal_projector,
         llm=inner.language_model,
         multimodal=inner,
@@ -246,24 +249,37 @@ def check_first_token(config: MergeConfig, reads_first_token: bool, num_prefix_t
         )
 
 
-def feature_layers(index: int | list[int], count: int) -> int:
-    """Blocks before hidden_states[index], of which the first is the embeddings.
+def feature_layer(config: Any) -> int | Sequence[int]:
+    """The index, or indices, of the hidden states that a LLaVA's config names as features."""
+    old = "vision_feature_layers"  # VipLlavaConfig's name in transformers before 5.23
+    is_old = config.model_type == "vipllava" and hasattr(config, old)
+    return getattr(config, old) if is_old else config.vision_feature_layer
+
+
+def feature_layers(index: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Blocks before each hidden_states[index], of which the first is the embeddings.
 
     Raises:
-        ValueError: several layers, or one that the tower does not have.
+        ValueError: no layer, one that the tower does not have, or the embeddings alone.
     """
-    if not isinstance(index, int):
+    several = isinstance(index, list | tuple)
+    given = tuple(index) if several else (index,)
+    if not given or not all(isinstance(i, int) for i in given):
         raise ValueError(
-            f"vision_feature_layer={index!r} joins several layers, whose lengths differ once tokens merge; "
-            "allowed is a single layer"
+            f"vision_feature_layer={index!r} is not allowed: it must be a layer's index, or a list of them"
         )
-    feature = index if index >= 0 else count + 1 + index
-    if not 1 <= feature <= count:
+    found = tuple(i if i >= 0 else count + 1 + i for i in given)
+    if several and not all(0 <= i <= count for i in found):
         raise ValueError(
-            f"vision_feature_layer={index} is not allowed: the tower has {count} layers, "
+            f"vision_feature_layer={index!r} is not allowed: the tower has {count} layers, so each must be "
+            f"in 0 (the embeddings) to {count} or in {-count - 1} to -1"
+        )
+    if not 1 <= max(found) <= count:
+        raise ValueError(
+            f"vision_feature_layer={index!r} is not allowed: the tower has {count} layers, "
             f"so it must be in 1 to {count} or in {-count} to -1"
         )
-    return feature
+    return found
 
 
 def stages(model: nn.Module) -> dict[str, nn.Module]:
@@ -292,6 +308,7 @@ class Shapes(NamedTuple):
         tower_layers: blocks of the tower, those after the feature layer included.
         tower_width: channels of the tower.
         tower_mlp: channels inside its MLPs.
+        features: channels that the projector is given, those of all feature layers.
         llm_layers: blocks of the language model.
         llm_width: its channels.
         llm_kv: channels of its keys, over all heads.
@@ -304,6 +321,7 @@ class Shapes(NamedTuple):
     tower_layers: int
     tower_width: int
     tower_mlp: int
+    features: int
     llm_layers: int
     llm_width: int
     llm_kv: int
@@ -318,6 +336,7 @@ def shapes(model: nn.Module) -> Shapes:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shapes(
         parts.num_prefix_tokens, 3 * parts.patch_size**2, vision.num_hidden_layers, vision.hidden_size,
-        vision.intermediate_size, text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
+        vision.intermediate_size, len(parts.feature_layers) * vision.hidden_size,
+        text.num_hidden_layers, text.hidden_size, head * text.num_key_value_heads,
         text.intermediate_size, text.vocab_size if hasattr(parts.model, "lm_head") else 0,
     )  # fmt: skip

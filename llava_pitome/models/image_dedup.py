@@ -26,7 +26,7 @@ def encode_once(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     each = model.get_image_features(pixel_values=pixels[first], return_dict=True).pooler_output
-    features = [each[i] for i in which]
+    features = each[which] if isinstance(each, Tensor) else [each[i] for i in which]
     rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
     return rest | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
 

@@ -1,5 +1,6 @@
 """The modules of a model that merging touches, under names that are the same for every model family."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class LlavaParts(NamedTuple):
 
     Attributes:
         tower: the vision tower, without any wrapper.
-        feature_layer: index of the tower's hidden states that are the features; a list where there are
-            several.
+        feature_layer: index of the tower's hidden states that are the features; a list where those of
+            several layers are joined.
         reads_first_token: whether the first token of the hidden states is among the features.
         projector: the module between tower and language model.
         llm: the language model without its head; None where it is not transformers'.
@@ -42,7 +43,7 @@ class LlavaParts(NamedTuple):
     """
 
     tower: nn.Module
-    feature_layer: int | list[int]
+    feature_layer: int | Sequence[int]
     reads_first_token: bool
     projector: nn.Module
     llm: nn.Module | None
@@ -60,7 +61,7 @@ class ModelParts(NamedTuple):
         model: the model without wrappers.
         tower: the vision tower, which may be the model itself.
         blocks: every encoder block of the tower, in order.
-        num_feature_layers: number of blocks up to the feature layer.
+        feature_layers: number of blocks before each of the hidden states that are joined as features.
         num_prefix_tokens: tokens before the patches in the tower, 0 or 1 (the class token).
         num_feature_prefix_tokens: those of them that are among an image's features.
         patch_size: side of a patch in pixels.
@@ -72,7 +73,7 @@ class ModelParts(NamedTuple):
     model: nn.Module
     tower: nn.Module
     blocks: tuple[BlockParts, ...]
-    num_feature_layers: int
+    feature_layers: tuple[int, ...]
     num_prefix_tokens: int
     num_feature_prefix_tokens: int
     patch_size: int
@@ -80,6 +81,11 @@ class ModelParts(NamedTuple):
     passes_kwargs: bool
     llava: LlavaParts | None
     other_towers: tuple["ModelParts", ...] = ()
+
+    @property
+    def num_feature_layers(self) -> int:
+        """The number of blocks up to the feature layer, the last one where there are several."""
+        return max(self.feature_layers)
 
     @property
     def num_inner_models(self) -> int:
@@ -92,6 +98,10 @@ class LanguageModelAdapter(Protocol):
     """What differs between families of language models; see `models.hf_language_model.LlamaLike`."""
 
     num_heads: tuple[int, int]
+    tiling: Tiling | None
+
+    def image_tokens(self, inputs: dict[str, Any]) -> list[list[int]]:
+        """Tokens of each image, and of each video, in a call of a model that cuts images into tiles."""
 
     def tokens_per_image(self, inputs: dict[str, Any]) -> int | None:
         """Tokens of each image in a call of the multimodal module that encodes them itself."""
@@ -120,6 +130,7 @@ class LanguageModelParts(NamedTuple):
         rotary: from hidden states and position_ids (B or 1, T) to cosine and sine of the rotary embedding.
         image_token: the id of the image placeholder; None where prompts reach the model without ids, and
             images are recognised by their features.
+        video_token: the id of the video placeholder; None where the model takes no videos.
         num_feature_prefix_tokens: tokens before each image's patches that never merge.
         adapter: what differs between families of language models.
     """
@@ -130,6 +141,7 @@ class LanguageModelParts(NamedTuple):
     norm: nn.Module
     rotary: nn.Module
     image_token: int | None
+    video_token: int | None
     num_feature_prefix_tokens: int
     adapter: LanguageModelAdapter
 

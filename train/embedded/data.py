@@ -82,7 +82,7 @@ def noun_referents(ids: Tensor, labels: Tensor, patches: Tensor, tokenizer: Any)
     attributes = {}  # of a token: index and value of its label
     for i, table in enumerate(label_tokens(tokenizer, ids.device)):
         attributes |= {int(token): (i, value) for value, token in enumerate(table) if token >= 0}
-    (any_object,) = _tokens(tokenizer, ["object"])
+    (any_object,) = first_tokens(tokenizer, ["object"])
     nouns, referents = [], []
     for row, (tokens, row_labels) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
         phrase: list[tuple[int, int]] = []  # attributes of the current noun phrase
@@ -100,35 +100,39 @@ def noun_referents(ids: Tensor, labels: Tensor, patches: Tensor, tokenizer: Any)
     return {"nouns": torch.tensor(nouns, device=ids.device), "referents": torch.stack(referents)}
 
 
-def _tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
+def first_tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
     """The first token of each word after a blank."""
     return [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
 
 
-def label_tokens(tokenizer: Any, device: torch.device) -> list[Tensor]:
+def label_tokens(
+    tokenizer: Any, device: torch.device, labels: dict[str, Sequence[str]] = LABELS
+) -> list[Tensor]:
     """The token of every value of every label, in the order of `patch_labels`; -1 where there is no word."""
     return [
         torch.tensor(
-            [-1, *(-1 if v in WORDLESS else _tokens(tokenizer, [v])[0] for v in values)], device=device
+            [-1, *(-1 if v in WORDLESS else first_tokens(tokenizer, [v])[0] for v in values)], device=device
         )
-        for values in LABELS.values()
+        for values in labels.values()
     ]
 
 
 def side_tokens(tokenizer: Any, device: torch.device) -> list[Tensor]:
     """The tokens "top" or "bottom", and "left" or "right", of each patch: (P,) each."""
-    top, bottom, left, right = _tokens(tokenizer, ("top", "bottom", "left", "right"))
+    top, bottom, left, right = first_tokens(tokenizer, ("top", "bottom", "left", "right"))
     is_far = torch.arange(GRID, device=device) >= GRID // 2
     rows, columns = torch.where(is_far, bottom, top), torch.where(is_far, right, left)
     return [rows.repeat_interleave(GRID), columns.repeat(GRID)]
 
 
-def encode_conversations(questions: list[list[Question]], tokenizer: Any) -> dict[str, Tensor]:
+def encode_conversations(
+    questions: list[list[Question]], tokenizer: Any, image_tokens: int = PATCHES
+) -> dict[str, Tensor]:
     """input_ids and labels (B, T) of conversations, padded on the right; only answers have labels.
 
     The same tokens as `conversation.encode` makes, many times faster.
     """
-    image = "<image>" * PATCHES + "\n"
+    image = "<image>" * image_tokens + "\n"
     prompts, answers = [], []
     for turn, question in ((i, q) for turns in questions for i, q in enumerate(turns)):
         start, hint = (f"{tokenizer.bos_token}USER: {image}", HINT) if turn == 0 else ("USER: ", "")

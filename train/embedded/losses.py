@@ -20,6 +20,8 @@ CLASSES = [*(len(values) + 1 for values in data.LABELS.values()), data.GRID, dat
 class Losses:
     """The losses of a model, with the patch classifiers that only training needs."""
 
+    inputs = ("input_ids", "pixel_values")  # of the model, in a batch
+
     def __init__(self, model: LlavaForConditionalGeneration, tokenizer: Any, options: dict[str, Any]):
         """Takes the options `point_loss`, `align_loss`, `patches_loss` (weights) and `device`."""
         self.model, self.options = model, options
@@ -118,11 +120,8 @@ class Losses:
         device = self.model.device
         labels = batch["labels"].to(device)
         with self.autocast():
-            out = self.model.model(
-                input_ids=batch["input_ids"].to(device),
-                pixel_values=batch["pixel_values"].to(device),
-                use_cache=False,
-            )
+            inputs = {k: batch[k].to(device) for k in self.inputs}
+            out = self.model.model(**inputs, use_cache=False)
             is_answer = labels[:, 1:] != data.IGNORE_INDEX
             logits = self.model.lm_head(out.last_hidden_state[:, :-1][is_answer])
         return logits.float(), labels[:, 1:][is_answer]

@@ -1,5 +1,6 @@
 """The embedded LLaVA: its sizes, tokenizer, chat template and processor, and saving it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_pitome.embedded.questions import HINT, ask
+from llava_pitome.embedded.questions import HINT, Question, ask
 from llava_pitome.embedded.scenes import PATCH, SIDE, scene
 from train.embedded import data
 
@@ -35,15 +36,20 @@ CHAT_TEMPLATE = (  # LLaVA-1.5's format: images before the text of a turn
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the questions: each of their words is one token, any text can be encoded."""
+    questions = (q for seed in range(400) for q in ask(scene(data.TRAIN_SEEDS + seed), data.TURNS))
+    return train_tokenizer(questions, VOCABULARY)
+
+
+def train_tokenizer(questions: Iterable[Question], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocabulary` tokens, trained on questions and answers."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    questions = [q for seed in range(400) for q in ask(scene(data.TRAIN_SEEDS + seed), data.TURNS)]
     bpe.train_from_iterator([f"USER: \n{q.text}{HINT} ASSISTANT: {q.answer}" for q in questions], trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
@@ -65,7 +71,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, tower_layers: int, feature_l
         hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=TEXT_LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, vocab_size=VOCABULARY,
         max_position_embeddings=2048, tie_word_embeddings=True,
-        **_token_ids(tokenizer),
+        **token_ids(tokenizer),
     )  # fmt: skip
     return LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -114,10 +120,11 @@ def save(trained: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerF
     unused = f"vision_tower.encoder.layers.{TOWER_LAYERS - 1}."
     if unexpected or any(unused not in name for name in missing):
         raise ValueError(f"weights do not match: missing {missing}, unexpected {unexpected}")
-    model.generation_config.update(**_token_ids(tokenizer))
+    model.generation_config.update(**token_ids(tokenizer))
     model.to(torch.bfloat16).save_pretrained(folder)
     make_processor(tokenizer).save_pretrained(folder)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The ids of a tokenizer's special tokens by the names that configs use."""
     return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -13,10 +13,20 @@ import torch
 from llava_pitome.cli.bench.environment import machine, packages
 from llava_pitome.cli.bench.profile import profile_table
 from llava_pitome.cli.bench.report import full_table, plot, summarise
-from llava_pitome.cli.bench.targets import NAMED_TARGETS, Target, build
+from llava_pitome.cli.bench.targets import NAMED_TARGETS, SIZE, Target, build
 from llava_pitome.cli.bench.timing import Workload, measure
 from llava_pitome.cli.bench.variants import Variant, compile_limit, make_variant
-from llava_pitome.cli.options import Option, add_flags, boolean, folder, one_of, several, share, whole
+from llava_pitome.cli.options import (
+    Option,
+    add_flags,
+    boolean,
+    folder,
+    one_of,
+    several,
+    share,
+    sides,
+    whole,
+)
 from llava_pitome.config import RECIPES, MergeConfig
 from llava_pitome.kernels.cpu_attention import is_faster
 
@@ -60,8 +70,16 @@ OPTIONS = {  # those without a default get theirs from DEFAULTS or QUICK
         "numbers in (0, 1], separated by commas",
         "ratios of tokens kept (0.975,0.95,0.925,0.9,0.85)",
     ),
+    "tokens": _counts("instead of ratios: image tokens at the input of the language model"),
     "batch": _counts("batch sizes (1,4)"),
     "patches": _counts("patches of an image, for named targets (576)"),
+    "image_size": Option(
+        None, sides, "height x width (672x672)",
+        f"pixels of an image, for models that cut images into tiles ({SIZE[0]}x{SIZE[1]})",
+    ),
+    "shared_layers": _flag(
+        "all layers of the language model share the weights of one: a 7B then takes 2 GB; for named targets"
+    ),
     "recipe": _choice("paper", RECIPES),
     "kernels": _choice(None, KERNELS, ": this package's kernels (both, where they make a difference)"),
     "text": _count(None, "tokens of a prompt beside the image's (60)"),
@@ -103,10 +121,15 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     profiles: list[str] = []
-    graphs = len(options.ratio) * 2 * len(options.batch) * len(options.patches) + 8
+    graphs = len(options.ratio or options.tokens) * 2 * len(options.batch) * len(options.patches) + 8
     try:
         for patches in options.patches:
-            target = build(options.target, getattr(torch, options.dtype), options.device, patches)
+            target = build(
+                options.target, getattr(torch, options.dtype), options.device, patches, options.image_size,
+                options.shared_layers,
+            )  # fmt: skip
+            if target.layout is not None and options.compile != "off":
+                raise ValueError(f"--compile is for targets whose images are one tile, not {options.target}")
             variants = _variants(target, options)
             for batch in options.batch:
                 workload = Workload(batch, options.text, tuple(options.new_tokens), options.rounds,
@@ -127,12 +150,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _variants(target: Target, options: argparse.Namespace) -> list[Variant]:
-    """Returns the dense variant, and every ratio with this package's kernels, without them, or both."""
+    """Returns the dense variant, and every amount with this package's kernels, without them, or both."""
     variants = [make_variant(target, None, "dense", False, options.compile)]
-    for ratio in options.ratio:
-        config = MergeConfig.recipe(options.recipe, ratio=ratio)
+    amounts = {f"{ratio:g}": {"ratio": ratio} for ratio in options.ratio or ()}
+    amounts |= {f"{tokens} tokens": {"tokens": tokens} for tokens in options.tokens or ()}
+    for name, amount in amounts.items():
+        config = MergeConfig.recipe(options.recipe, **amount)
         for kernels in KERNELS[options.kernels]:
-            label = f"{ratio:g}{LABELS[kernels] if _own_attention(options) or kernels == 'triton' else ''}"
+            label = f"{name}{LABELS[kernels] if _own_attention(options) or kernels == 'triton' else ''}"
             variants.append(make_variant(target, config, label, kernels, options.compile))
     return variants
 
@@ -147,6 +172,8 @@ def fill_defaults(options: argparse.Namespace) -> None:
     """Sets the options that were not given, in place."""
     defaults = DEFAULTS | {"kernels": "both" if _own_attention(options) else "on"}
     for name, value in (defaults | (QUICK if options.quick else {})).items():
+        if name == "ratio" and options.tokens is not None:
+            continue
         if getattr(options, name) is None:
             setattr(options, name, value)
 
@@ -155,6 +182,8 @@ def _check(options: argparse.Namespace) -> None:
     """Raises ValueError for options that exclude each other, before anything is built."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; allowed is cpu")
+    if options.ratio is not None and options.tokens is not None:
+        raise ValueError("--ratio and --tokens both say how far to merge: give one of them")
     if options.graphs and (options.device != "cuda" or options.target != "tower" or options.compile != "off"):
         raise ValueError("--graphs is for --target tower --device cuda, without --compile")
     if options.dtype == "float16" and options.device == "cpu":

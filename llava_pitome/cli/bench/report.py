@@ -5,9 +5,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-PARTS = ("tower", "merging", "projector", "llm", "prefill", "decode")  # in tables, before the answers
-COLOURS = {"tower": "#4477aa", "merging": "#ee6677", "projector": "#ccbb44", "llm": "#228833",
-           "decode": "#aa3377"}  # fmt: skip
+PARTS = ("tower", "merging", "projector", "packing", "llm", "prefill", "decode")  # in tables, before the answers
+COLOURS = {"tower": "#4477aa", "merging": "#ee6677", "projector": "#ccbb44", "packing": "#66ccee",
+           "llm": "#228833", "decode": "#aa3377"}  # fmt: skip
 DPI = 110
 
 
@@ -57,6 +57,9 @@ def full_table(rows: Sequence[dict[str, Any]]) -> str:
     parts, table = [*(part for part in PARTS if part in timed), *answers], []
     for row in rows:
         cells = {name: row[name] for name in ("batch", "patches", "side", "tokens")}
+        if any(other.get("tiles", 1) > 1 for other in rows):
+            gflops = row["flops"]["tower"] / row["batch"] / row["tiles"] / 1e9
+            cells["tiles"], cells["tower, GFLOPs a tile"] = row["tiles"], f"{gflops:.1f}"
         for part in parts:
             median, speedup = row["median"].get(part), row["speedup"].get(part)
             if part == "merging":

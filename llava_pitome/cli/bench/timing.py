@@ -7,9 +7,9 @@ variants or time the stages inside a call. So this module has a clock of its own
 import gc
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -136,11 +136,17 @@ def _time_answer(
     stages = llava.stages(model)
     if variant.compiled:
         stages.pop("tower")
+    features = {}
+    if variant.target.layout is not None:
+        features["features"] = (llava.find(model).llava.multimodal, "get_image_features")
     lengths = {"max_new_tokens": longest, "min_new_tokens": longest}
     generate = partial(model.generate, **inputs, **lengths, do_sample=False)
-    spans = time_stages(generate, stages | {"step": model}, inputs["pixel_values"].device)
+    spans = time_stages(generate, stages | features | {"step": model}, inputs["pixel_values"].device)
     stops = [stop for _, stop in spans["step"]]  # one forward pass a token
     seconds = {name: stop - start for name in stages for start, stop in spans[name][:1]}
+    if features:
+        start, stop = spans["features"][0]
+        seconds["packing"] = stop - start - seconds["tower"] - seconds["projector"]
     seconds["prefill"] = stops[0]
     if longest > 1:
         seconds["decode"] = (stops[-1] - stops[0]) / (longest - 1)
@@ -157,6 +163,7 @@ def _row(variant: Variant, workload: Workload, seconds: dict[str, list[float]]) 
         "side": variant.label,
         "batch": batch,
         "patches": target.patches,
+        "tiles": 1 if target.layout is None else target.layout.tiles,
         "tokens": variant.tokens,
         "kernels": None if handle is None else handle.kernels,
         "merging": None if handle is None else handle.config.to_dict(),
@@ -174,7 +181,7 @@ def _row(variant: Variant, workload: Workload, seconds: dict[str, list[float]]) 
 
 
 def time_stages(
-    work: Callable[[], Any], stages: dict[str, nn.Module], device: torch.device
+    work: Callable[[], Any], stages: dict[str, nn.Module | tuple[nn.Module, str]], device: torch.device
 ) -> dict[str, list[tuple[float, float]]]:
     """Runs `work` once; returns start and stop, in seconds, of every stage's calls, and of all under "total".
 
@@ -182,7 +189,7 @@ def time_stages(
 
     Args:
         work: what is timed.
-        stages: modules that it calls, by name.
+        stages: modules that it calls, by name; or a module and the name of a method of it.
         device: where they compute.
     """
     cuda = device.type == "cuda"
@@ -197,9 +204,12 @@ def time_stages(
         calls.append((name, starts.pop(name), now()))
 
     with ExitStack() as hooks:
-        for name, module in stages.items():
-            hooks.enter_context(module.register_forward_pre_hook(partial(start, name), prepend=True))
-            hooks.enter_context(module.register_forward_hook(partial(stop, name)))
+        for name, stage in stages.items():
+            if isinstance(stage, tuple):
+                hooks.enter_context(_timed_method(*stage, partial(start, name), partial(stop, name)))
+                continue
+            hooks.enter_context(stage.register_forward_pre_hook(partial(start, name), prepend=True))
+            hooks.enter_context(stage.register_forward_hook(partial(stop, name)))
         if cuda:
             torch.cuda.synchronize()
         begin = now()
@@ -212,6 +222,29 @@ def time_stages(
         first, last = (begin.elapsed_time(x) / 1000 if cuda else x - begin for x in readings)
         spans.setdefault(name, []).append((first, last))
     return spans
+
+
+@contextmanager
+def _timed_method(
+    module: nn.Module, name: str, start: Callable[[], None], stop: Callable[[], None]
+) -> Iterator[None]:
+    """Calls `start` and `stop` around every call of a module's method, until the context ends."""
+    method, own = getattr(module, name), vars(module).get(name)
+
+    @wraps(method)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start()
+        result = method(*args, **kwargs)
+        stop()
+        return result
+
+    setattr(module, name, timed)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if own is not None:
+            setattr(module, name, own)
 
 
 def _cuda_event() -> Any:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from llava_pitome.api import apply
-from llava_pitome.cli.bench.targets import Target, make_inputs
+from llava_pitome.cli.bench.targets import Target, image_sizes, make_inputs
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.handle import MergeHandle
+from llava_pitome.image_schedule import tokens_of_image
 from llava_pitome.models import hf_llava as llava
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,13 @@ class Variant(NamedTuple):
     compiled: bool = False
 
     def encode(self, pixels: Tensor) -> Any:
-        """Returns the vision tower's output for pixels (B, 3, H, W), called as LLaVA calls it."""
+        """Returns the vision tower's output for pixels (B, 3, H, W), called as LLaVA calls it.
+
+        Where images are cut into tiles: their packed features for pixels (B, tiles, 3, H, W).
+        """
+        if self.target.layout is not None:
+            sizes = image_sizes(self.target, len(pixels))
+            return self.target.model.get_image_features(pixel_values=pixels, image_sizes=sizes)
         tower = llava.find(self.target.model).tower
         return tower(pixels, output_hidden_states=True, return_dict=True)
 
@@ -61,13 +68,20 @@ def make_variant(
     target = target._replace(model=copy.deepcopy(target.model, weights))
     handle = None if config is None else apply(target.model, config, kernels=kernels)
     parts = llava.find(target.model)
-    tokens = target.patches if config is None else config.tokens_at(target.patches, parts.num_feature_layers)
+    tokens = _tokens(target, config, parts.num_feature_layers)
     variant = Variant(label, target, handle, tokens, compile_mode != "off")
     if variant.compiled:
         with torch.no_grad():  # transformers installs hooks at the first call, which would break a graph
             variant.encode(make_inputs(target, 1, tokens, 1)["pixel_values"])
         parts.tower.compile(mode=compile_mode, dynamic=False)
     return variant
+
+
+def _tokens(target: Target, config: MergeConfig | None, layers: int) -> int:
+    """Returns the tokens of an image at the input of the language model."""
+    if target.layout is None:
+        return target.patches if config is None else config.tokens_at(target.patches, layers)
+    return target.layout.tokens if config is None else tokens_of_image(config, layers, target.layout)
 
 
 @contextmanager

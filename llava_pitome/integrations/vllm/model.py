@@ -138,7 +138,7 @@ def _model_parts(tower: nn.Module, projector: nn.Module, config: Any) -> ModelPa
         image_token=config.image_token_id,
     )
     return hf_llava.find(tower)._replace(
-        num_feature_layers=layers,
+        feature_layers=(layers,),
         num_feature_prefix_tokens=num_prefix_tokens if reads_first_token else 0,
         llava=llava,
     )

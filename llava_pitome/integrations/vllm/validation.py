@@ -29,6 +29,11 @@ def merge_config(config: Any) -> MergeConfig | None:
 def check(merging: MergeConfig, config: Any) -> None:
     """Raises ValueError where vLLM cannot serve the LLaVA of a LlavaConfig merging like this."""
     patches, layers, num_prefix_tokens = vision_counts(config)
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(
+            f"vision_feature_layer={config.vision_feature_layer!r} is not supported under vLLM, which reads "
+            "a single layer; serve with `llava-pitome serve`"
+        )
     strategy = config.vision_feature_select_strategy
     if strategy not in STRATEGIES:
         raise ValueError(
