@@ -16,7 +16,7 @@ from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.image_schedule import tokens_of_image
 from llava_pitome.kernels import has_triton, supports_triton
 from llava_pitome.models import adapters, checkpoints, hf_language_model, hf_llava, processors
-from llava_pitome.models.image_counts import image_counts
+from llava_pitome.models.image_counts import counts_of
 from llava_pitome.models.parts import ModelParts
 from llava_pitome.saved_config import KEY
 
@@ -197,7 +197,7 @@ def image_tokens(model: nn.Module, size: tuple[int, int] | None = None) -> int:
     Raises:
         ValueError: the config has a budget that does not fit the image.
     """
-    return image_counts(hf_llava.find(model), applied(model), [size])[0]
+    return counts_of(hf_llava.find(model)).images(applied(model), [size])[0]
 
 
 def _check_processor(parts: ModelParts, processor: Any) -> None:

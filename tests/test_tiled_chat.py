@@ -15,7 +15,7 @@ from llava_pitome.cli.chat.conversation import Conversation
 from llava_pitome.cli.chat.terminal import Terminal
 from llava_pitome.cli.main import main
 from llava_pitome.models import hf_llava
-from llava_pitome.models.image_counts import image_counts, video_counts
+from llava_pitome.models.image_counts import counts_of, counts_of_checkpoint
 
 TEMPLATE = (
     "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }} {% else %}"
@@ -54,17 +54,22 @@ def written(model, processor, **given):
 )
 def test_counts_are_those_of_the_processor(kind, config):
     model, processor = make(kind, config)
-    parts = hf_llava.find(model)
+    counts = counts_of(hf_llava.find(model))
     for size in SIZES:
         assert image_tokens(model, size) == written(model, processor, images=[[noise(*size)]])
     sizes = SIZES[:3]
-    assert sum(image_counts(parts, config, sizes)) == written(
-        model, processor, images=[[noise(*s) for s in sizes]]
-    )
+    assert sum(counts.images(config, sizes)) == written(model, processor, images=[[noise(*s) for s in sizes]])
     if takes_videos(kind) and (config is None or not config.tokens_per_tile):
-        assert sum(video_counts(parts, config, [3, 3])) == written(model, processor, videos=[clip(), clip()])
-    own = hf_llava.find(model).llava.tiling.tile
+        assert sum(counts.videos(config, [3, 3])) == written(model, processor, videos=[clip(), clip()])
+    own = counts.tiling.tile
     assert image_tokens(model) == image_tokens(model, (own, own))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_of_a_checkpoint_are_those_of_its_model(kind, tmp_path):
+    model = make_tiled(kind)
+    model.config.save_pretrained(tmp_path)
+    assert counts_of_checkpoint(str(tmp_path)) == counts_of(hf_llava.find(model))
 
 
 def test_an_image_without_tiles_has_one_count(model, processor):
@@ -77,13 +82,13 @@ def test_an_image_without_tiles_has_one_count(model, processor):
 def test_stats_count_the_tokens_of_every_image(kind):
     config = MergeConfig(ratio=0.8)
     model, processor = make(kind, config)
-    conversation, parts, sizes = Conversation(model, processor, max_new_tokens=2), hf_llava.find(model), []
+    conversation, counts, sizes = Conversation(model, processor, 2), counts_of(hf_llava.find(model)), []
     for size in SIZES[:3]:
         conversation.add_image(noise(*size))
         sizes.append(size)
         list(conversation.ask("what is this"))
-        assert conversation.stats.image_tokens == sum(image_counts(parts, config, sizes))
-        assert conversation.stats.patches == sum(image_counts(parts, None, sizes))
+        assert conversation.stats.image_tokens == sum(counts.images(config, sizes))
+        assert conversation.stats.patches == sum(counts.images(None, sizes))
 
 
 @pytest.mark.parametrize("kind", OF_VIDEOS)
@@ -96,12 +101,12 @@ def test_a_video_is_answered_as_by_generate(kind):
     inputs = processor(text=["<video> what is this "], videos=[clip()], return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    parts = hf_llava.find(model)
-    assert conversation.stats.image_tokens == sum(video_counts(parts, config, [3]))
-    assert conversation.stats.patches == sum(video_counts(parts, None, [3]))
+    counts = counts_of(hf_llava.find(model))
+    assert conversation.stats.image_tokens == sum(counts.videos(config, [3]))
+    assert conversation.stats.patches == sum(counts.videos(None, [3]))
     conversation.add_video(clip())
     list(conversation.ask("and this"))
-    assert conversation.stats.image_tokens == sum(video_counts(parts, config, [3, 3]))
+    assert conversation.stats.image_tokens == sum(counts.videos(config, [3, 3]))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,7 @@ def test_lines_change_every_field(tmp_path):
     model, processor = make("next-llama3", config)
     noise(60, 100).save(tmp_path / "a.png")
     terminal = Terminal(Conversation(model, processor, 2), config, io.StringIO())
-    unmerged = image_counts(hf_llava.find(model), None, [(60, 100)])[0]
+    unmerged = counts_of(hf_llava.find(model)).images(None, [(60, 100)])[0]
     typed = (
         "/tokens 40", f"/image {tmp_path / 'a.png'}", "/tokens 41", "/merge newlines=none tile_shares=equal",
         "what is this", "/merge tokens_per_tile=4", "/plain", "what",
@@ -212,7 +217,7 @@ def test_the_command_answers_about_a_video(kind, film, tmp_path, monkeypatch, ca
     words = ["--model", str(tmp_path / "model"), "--video", str(film), "--frames", "4", "--dtype", "float32"]
     assert main(["chat", *words, "--tokens-per-frame", "3", "--max-new-tokens", "2"]) == 0
     config = MergeConfig(tokens_per_frame=3)
-    count, unmerged = (sum(video_counts(hf_llava.find(model), c, [4])) for c in (config, None))
+    count, unmerged = (sum(counts_of(hf_llava.find(model)).videos(c, [4])) for c in (config, None))
     out = capsys.readouterr().out
     assert out.count(f"[{count} image tokens of {unmerged} · ") == 2
     assert f"{film}: 4 frames of 64 x 48 pixels, for the next question" in out
@@ -221,7 +226,7 @@ def test_the_command_answers_about_a_video(kind, film, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     "words, reason",
     [
-        (["--video", "VIDEO"], "takes no videos; allowed are llava_next_video and llava_onevision"),
+        (["--video", "VIDEO"], "which takes no videos; LLaVA-NeXT-Video"),
         (["--video", "VIDEO", "--image", "a.png"], "--image and --video are not allowed together"),
         (["--video", "VIDEO", "--frames", "0"], "a whole number from 1"),
     ],

@@ -74,7 +74,9 @@ OPTIONS = {  # those without a default get theirs from DEFAULTS or QUICK
     "batch": _counts("batch sizes (1,4)"),
     "patches": _counts("patches of an image, for named targets (576)"),
     "image_size": Option(
-        None, sides, "height x width (672x672)",
+        None,
+        sides,
+        "height x width (672x672)",
         f"pixels of an image, for models that cut images into tiles ({SIZE[0]}x{SIZE[1]})",
     ),
     "shared_layers": _flag(

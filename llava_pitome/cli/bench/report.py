@@ -5,7 +5,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-PARTS = ("tower", "merging", "projector", "packing", "llm", "prefill", "decode")  # in tables, before the answers
+PARTS = (
+    "tower",
+    "merging",
+    "projector",
+    "packing",
+    "llm",
+    "prefill",
+    "decode",
+)  # in tables, before the answers
 COLOURS = {"tower": "#4477aa", "merging": "#ee6677", "projector": "#ccbb44", "packing": "#66ccee",
            "llm": "#228833", "decode": "#aa3377"}  # fmt: skip
 DPI = 110

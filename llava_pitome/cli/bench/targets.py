@@ -86,7 +86,9 @@ def build(
         raise ValueError(f"patches={patches} is for {', '.join(one_tile)}; {name!r} has its own image size")
     if name not in NAMED_TARGETS:
         if shares_layers:
-            raise ValueError(f"shared layers are for {', '.join(NAMED_TARGETS)}; {name!r} has its own weights")
+            raise ValueError(
+                f"shared layers are for {', '.join(NAMED_TARGETS)}; {name!r} has its own weights"
+            )
         path = str(embedded.PATH) if name == "embedded" else name
         checkpoints.patches_and_layers(path)  # a clear error for a path without a model
         model, _ = checkpoints.load(path, None, dtype=dtype)

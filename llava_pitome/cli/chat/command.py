@@ -67,16 +67,14 @@ def _check_videos(options: argparse.Namespace) -> None:
     """Raises ValueError for videos beside images, or with a model that takes none."""
     if not options.video:
         return
-    from llava_pitome.models.checkpoints import read_config
-    from llava_pitome.models.video_processor import PROCESSORS
+    from llava_pitome.models.image_counts import counts_of_checkpoint
 
     if options.image:
         raise ValueError("--image and --video are not allowed together: a prompt holds images or videos")
-    kind = read_config(options.model).model_type
-    if kind not in PROCESSORS:
+    if not counts_of_checkpoint(options.model).takes_videos:
         raise ValueError(
-            f"--video is not allowed with --model {options.model}: a model of type {kind!r} takes no videos; "
-            f"allowed are {' and '.join(PROCESSORS)}"
+            f"--video is not allowed with --model {options.model}, which takes no videos; LLaVA-NeXT-Video "
+            "and LLaVA-OneVision do"
         )
 
 

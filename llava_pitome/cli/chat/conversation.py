@@ -15,7 +15,7 @@ from llava_pitome.cli.chat.streaming import AnswerStream
 from llava_pitome.config import MergeConfig
 from llava_pitome.image_io import to_rgb
 from llava_pitome.models import hf_llava as llava
-from llava_pitome.models.image_counts import check_takes_videos, image_counts, video_counts
+from llava_pitome.models.image_counts import counts_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,7 +110,9 @@ class Conversation:
             ValueError: the model takes no videos, the video has no frames or, unlike those before it, another
                 number of frames, or the conversation has an image.
         """
-        check_takes_videos(llava.find(self.model))
+        parts = llava.find(self.model)
+        if not counts_of(parts).takes_videos:
+            raise ValueError(f"a {type(parts.model).__name__} takes no videos")
         if self.images + self._new_images:
             raise ValueError(
                 "the conversation has an image, beside which no video is possible: begin a new one"
@@ -142,9 +144,9 @@ class Conversation:
         images: "list[Image.Image]",
         videos: "list[list[Image.Image]]",
     ) -> int:
-        parts = llava.find(self.model)
-        counts = image_counts(parts, config, [(image.height, image.width) for image in images])
-        return sum(counts + (video_counts(parts, config, [len(video) for video in videos]) if videos else []))
+        counts = counts_of(llava.find(self.model))
+        tokens = sum(counts.images(config, [(image.height, image.width) for image in images]))
+        return tokens + (sum(counts.videos(config, [len(video) for video in videos])) if videos else 0)
 
     def ask(self, question: str, stop: threading.Event | None = None) -> Iterator[str]:
         """The pieces of the answer as they are generated.

@@ -14,7 +14,7 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.image_io import open_image
 from llava_pitome.models import hf_llava as llava
-from llava_pitome.models.image_counts import image_counts
+from llava_pitome.models.image_counts import counts_of
 from llava_pitome.video_io import FRAMES, read_video
 
 
@@ -150,9 +150,9 @@ class Terminal:
         tokens, unmerged = (conversation.count_tokens(c) for c in (config, None))
         apply(conversation.model, config, conversation.processor)
         self.config = config
-        parts = llava.find(conversation.model)
-        if parts.llava.tiling is None:
-            tokens, unmerged = (image_counts(parts, c, [None])[0] for c in (config, None))
+        of_model = counts_of(llava.find(conversation.model))
+        if of_model.tiling is None:
+            tokens, unmerged = (of_model.images(c, [None])[0] for c in (config, None))
             counts = f"{tokens} image tokens of {unmerged} an image"
         else:  # an image's depend on its size
             counts = f"{tokens} image tokens of {unmerged}" if unmerged else " ".join(words)
