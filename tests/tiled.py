@@ -4,6 +4,8 @@ Tiles have 6 x 6 patches of 8 pixels ("onevision-odd": 7 x 7), so that grids of 
 padding all occur with images of a hundred pixels.
 """
 
+from typing import NamedTuple
+
 import torch
 from conftest import PATCH, WORDS, make_processor
 from torch import Tensor, nn
@@ -142,3 +144,79 @@ def noise(height: int, width: int, seed: int = 0):
 
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+class Prompt(NamedTuple):
+    """A prompt with its images or videos."""
+
+    text: str
+    images: tuple = ()
+    videos: tuple = ()
+
+
+def clip(frames: int, seed: int = 0) -> list:
+    """A video of noise."""
+    return [noise(50, 60, seed + i) for i in range(frames)]
+
+
+def prompts_of(kind: str) -> dict[str, list[Prompt]]:
+    """Batches of prompts by name: images of different sizes and numbers, text alone, and videos."""
+    sizes = [(50, 100), (70, 50), (90, 90), (130, 40), (1, 1), (20, 150), (96, 96)]
+    image = [noise(*size, seed) for seed, size in enumerate(sizes)]
+    found = {
+        "images": [
+            Prompt("<image> what", (image[0],)),
+            Prompt("two red"),
+            Prompt("a <image> cat or dog", (image[1],)),
+            Prompt("what is this <image>", (image[5],)),
+            Prompt("<image> that", (image[4],)),
+        ],
+        "several images": [
+            Prompt("<image> what <image> or <image>", tuple(image[1:4])),
+            Prompt("is this red <image>", (image[3],)),
+            Prompt("a dog"),
+            Prompt("<image> <image>", (image[6], image[0])),
+        ],
+    }
+    if takes_videos(kind):
+        found["videos"] = [
+            Prompt("<video> what", (), (clip(3),)),
+            Prompt("two cat"),
+            Prompt("a dog or <video> is this", (), (clip(3, 9),)),
+        ]
+        found["several videos"] = [
+            Prompt("<video> what <video>", (), (clip(2), clip(2, 5))),
+            Prompt("is <video>", (), (clip(2, 9),)),
+        ]
+        found["images and videos"] = [
+            Prompt("<video> what", (), (clip(2),)),
+            Prompt("a <image> cat", (image[0],)),
+        ]
+    return found
+
+
+def batches() -> list[tuple[str, str]]:
+    """Kinds of models with batches of `prompts_of`; those that differ in the language model with one."""
+    alike = ("next-mistral", "next-llama3")
+    return [
+        (kind, name) for kind in KINDS for name in prompts_of(kind) if kind not in alike or name == "images"
+    ]
+
+
+def inputs_of(processor, prompts: list[Prompt]):
+    """The inputs of prompts, padded on the left."""
+    images = [list(prompt.images) for prompt in prompts if prompt.images]
+    videos = [video for prompt in prompts for video in prompt.videos]
+    media = {"images": images or None} | ({"videos": videos} if videos else {})
+    return processor(**media, text=[p.text for p in prompts], return_tensors="pt", padding=True)
+
+
+def features_of(model: nn.Module, inputs) -> list[Tensor]:
+    """The features of all images and videos of some inputs, as they reach the language model."""
+    found: list[Tensor] = []
+    if "pixel_values" in inputs:
+        given = {k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs}
+        found += model.get_image_features(**given, return_dict=True).pooler_output
+    if "pixel_values_videos" in inputs:
+        found += model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
+    return list(found)

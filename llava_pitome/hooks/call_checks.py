@@ -68,6 +68,9 @@ class CallChecks(HookOwner):
             raise RuntimeError(REPLACED.format("the vision tower"))
         if last is None or not args or not isinstance(args[0], Tensor) or self._prefix == 0:
             return
+        tiles = kept("tiles", self.handle)
+        if tiles is not None and tiles.is_pooled:
+            return
         count, patches = args[0].shape[1], last.tokens[-1].patch_sizes.shape[1]
         selected = count - patches
         if selected != self._feature_prefix and selected in (0, self._prefix):

@@ -109,7 +109,10 @@ class ImagePacking(HookOwner):
         if vars(module)[METHODS[0]].module is not module:
             self._bind(module)
         ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None or self._video_token is None or is_compiling():
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        has_images = kwargs.get("pixel_values") is not None or encoded.get("image") is not None
+        has_videos = kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None
+        if ids is None or not (has_images and has_videos) or is_compiling():
             return
         has_both = (ids == self._image_token).any(-1) & (ids == self._video_token).any(-1)
         if bool(has_both.any()):

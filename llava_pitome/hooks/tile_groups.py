@@ -99,7 +99,8 @@ def choose_in_groups(
             if result.weight is not None:
                 weight[tiles] = weight[tiles].scatter(1, shown, result.weight.to(weight.dtype))
         rest = hidden.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : total - before]
-        merged, dropped = _padding_parents(rest, shown, length - after)
+        first = parent[tiles].gather(1, shown[:, :1])  # a token of the image that stays
+        merged, dropped = _padding_parents(rest, first, length - after)
         parent[tiles] = parent[tiles].scatter(1, rest, merged)
         if dropped:
             weight[tiles] = weight[tiles].scatter(1, rest, torch.zeros_like(rest, dtype=weight.dtype))
@@ -107,13 +108,19 @@ def choose_in_groups(
     return _joined(parent, weight, length, made)
 
 
-def _padding_parents(rest: Tensor, shown: Tensor, kept: int) -> tuple[Tensor, bool]:
-    """Parents (b, P) of tokens of padding at positions `rest`, `kept` of which stay; whether none does."""
+def _padding_parents(rest: Tensor, first: Tensor, kept: int) -> tuple[Tensor, bool]:
+    """Parents (b, P) of tokens of padding, and whether none stays, so that they are dropped.
+
+    Args:
+        rest: (b, P) their positions.
+        first: (b, 1) a token of the image that stays.
+        kept: how many of them stay.
+    """
     count = rest.shape[1]
     if not count or kept == count:
         return rest, False
     if not kept:
-        return shown[:, :1].expand(-1, count), True
+        return first.expand(-1, count), True
     places = torch.arange(kept, device=rest.device) * count // kept  # the first of as many even segments
     segment = torch.searchsorted(places, torch.arange(count, device=rest.device), right=True) - 1
     return rest[:, places[segment]], False
