@@ -23,6 +23,9 @@ def config_label(config: MergeConfig, changes: dict[str, Any]) -> str:
             f"tokens {config.tokens} "
             + ("at the prefix" if config.prefix_share == 1 else f"in the tower{divided}")
         )
+    for name in ("tokens_per_tile", "tokens_per_frame", "tokens_per_video"):
+        if (amount := getattr(config, name)) is not None:
+            parts.append(f"{name} {amount}")
     if config.ratio is not None:
         parts.append(f"ratio {config.ratio} in the tower")
     if config.prefix is not None:

@@ -50,6 +50,7 @@ OPTIONS = {
     "baseline": switch(True, "evaluate the unmerged model too"),
     "blank": switch(False, "replace images by grey ones, to measure what the questions alone reveal"),
     "thumbnail": switch(False, "reduce images to the detail of their thumbnail, to measure what tiles add"),
+    "frames": count(None, "frames that are read of each video, for tasks with videos"),
     "text": count(TEXT_TOKENS, "text tokens of a prompt, for a dry run's FLOPs", low=0),
     "dry_run": switch(False, "print what would run, with its FLOPs, and stop"),
     **merge_options(help={"ratio": f"; {RATIO}, or an adapter's own, where nothing else says how far"}),

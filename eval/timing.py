@@ -92,7 +92,7 @@ def _inputs(folder: Path, time_settings: TimingSettings) -> tuple[dict[str, Any]
             known.add(kind)
             configs[c["name"]] = c["config"]
             row = json.loads(file.read_text())["rows"][-1]
-            text = row["prompt_tokens"] - row["image_tokens"] if text is None else text
+            text = round(row["prompt_tokens"] - row["image_tokens"]) if text is None else text
     if not configs:
         raise ValueError(f"no combination of {folder} is finished, so there is nothing to time")
     shared = {k: sweep[k] for k in ("model", "dtype", "attention")} | time_settings._asdict()

@@ -257,8 +257,8 @@ def load(
     """A LLaVA and its processor, merging as `config` says, or else as the checkpoint was saved.
 
     Args:
-        path: a folder, a hub id, or "embedded" for the small model in this package; of a whole model, or of
-            an adapter, whose base model is then loaded too.
+        path: a folder, a hub id, or "embedded" or "embedded-next" for the small models in this package; of a
+            whole model, or of an adapter, whose base model is then loaded too.
         config: how to merge; None takes up what was saved with the checkpoint or adapter. A checkpoint
             without a saved config does not merge; an adapter without one is refused, since its weights are
             right under the config alone that it was trained with: `MergeConfig(ratio=1.0)` loads one that was

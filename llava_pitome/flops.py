@@ -116,16 +116,16 @@ def closed_form(
     return Flops(tower, projector, llm)
 
 
-def closed_form_of_layout(
-    model: nn.Module, layout: ImageLayout, text: int, config: MergeConfig | None = None
+def closed_form_of_layouts(
+    model: nn.Module, layouts: Sequence[ImageLayout], text: int, config: MergeConfig | None = None
 ) -> Flops:
-    """Returns the FLOPs of an image, or video, that a model cuts into tiles, and `text` further tokens.
+    """Returns the FLOPs of a prompt whose images, or videos, a model cuts into tiles.
 
     As `closed_form`. The tower encodes whole tiles, whatever part of them shows the image.
 
     Args:
         model: a LLaVA that cuts images into tiles; its weights are not needed.
-        layout: of the image.
+        layouts: of the images; none for a prompt of text.
         text: tokens of the prompt that are no image tokens.
         config: how it merges; None: not at all.
 
@@ -134,13 +134,19 @@ def closed_form_of_layout(
     """
     parts, s = llava.find(model), llava.shapes(model)
     config = MergeConfig(ratio=1.0) if config is None else config
-    counts = schedule(config, layout, parts.num_feature_layers)
-    llm_lengths = config.llm_lengths(counts.tokens, s.llm_layers)
-    tile = closed_form(s, counts.lengths, text, llm_lengths, config.site)
-    tiles = encoded_tiles(layout, counts)
-    is_pooled_before = layout.is_video and parts.llava.pooling is not None
-    projected = sum(r.tokens for r in layout.regions) if is_pooled_before else tiles * counts.lengths[-1]
-    return Flops(tile.tower * tiles, tile.projector // counts.lengths[-1] * projected, tile.llm)
+    tower = projector = 0.0
+    llm_lengths = [0] * (s.llm_layers + 1)
+    for layout in layouts:
+        counts = schedule(config, layout, parts.num_feature_layers)
+        tile, tiles = closed_form(s, counts.lengths, 0, site=config.site), encoded_tiles(layout, counts)
+        is_pooled_before = layout.is_video and parts.llava.pooling is not None
+        projected = sum(r.tokens for r in layout.regions) if is_pooled_before else tiles * counts.lengths[-1]
+        tower += tile.tower * tiles
+        projector += tile.projector / counts.lengths[-1] * projected
+        lengths = config.llm_lengths(counts.tokens, s.llm_layers)
+        llm_lengths = [total + length for total, length in zip(llm_lengths, lengths)]
+    llm = closed_form(s, (parts.patches,), text, llm_lengths, config.site).llm
+    return Flops(tower, projector, llm)
 
 
 def literature(model: nn.Module | Shapes, tokens: int) -> float:

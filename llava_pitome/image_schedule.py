@@ -39,12 +39,11 @@ class ImageSchedule(NamedTuple):
 def merges(config: Any, is_video: bool = False) -> bool:
     """Whether a config changes the tokens of images, or of videos, before the language model."""
     if is_video:
-        budgets = config.tokens_per_frame, config.tokens_per_video
+        budgets, others = (config.tokens_per_frame, config.tokens_per_video), config.newlines == "none"
     else:
         budgets = config.tokens_per_tile, config.tokens
-        if config.newlines != "rows" or config.tile_shares == "thumbnail":
-            return True
-    by_share = config.merges_by_ratio or config.merges_in_prefix
+        others = config.newlines != "rows" or config.tile_shares == "thumbnail"
+    by_share = others or config.merges_by_ratio or config.merges_in_prefix
     return by_share or any(budget is not None for budget in budgets)
 
 
@@ -101,11 +100,13 @@ class _Scheduler:
         given = [name for name in names if getattr(config, name) is not None]
         if isinstance(config.prefix, int):
             given.append("prefix")
-        if layout.is_video and not given and config.tokens is not None:
-            raise ValueError(
-                f"tokens={config.tokens} is the budget of an image; give tokens_per_frame or "
-                "tokens_per_video for videos"
-            )
+        if layout.is_video and not given:
+            for name in ("tokens", "tokens_per_tile"):
+                if getattr(config, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(config, name)} is the budget of an image; give tokens_per_frame or "
+                        "tokens_per_video for videos"
+                    )
         self.field = given[0] if given else "ratio"
         is_whole = self.field in ("tokens", "tokens_per_video", "prefix")
         self.of_image = getattr(config, self.field) if is_whole else None

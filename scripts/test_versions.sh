@@ -26,6 +26,7 @@ for version in 5.17.0 5.24.0; do
   echo "transformers $("$venv/bin/python" -c 'import transformers; print(transformers.__version__)')"
   "$venv/bin/python" -m pytest -n 2 --dist loadfile tests/test_tower.py tests/test_api.py tests/test_processor.py \
     tests/test_prefix.py tests/test_decoder*.py tests/test_positions.py tests/test_shrink.py tests/test_loading.py \
-    tests/test_flash_attention.py tests/test_conversion.py tests/test_serving.py "${skip[@]}" "$@" || status=1
+    tests/test_flash_attention.py tests/test_conversion.py tests/test_serving.py tests/test_feature_layers.py \
+    tests/test_feature_layer_calls.py tests/test_kin.py "${skip[@]}" "$@" || status=1
 done
 exit "$status"

@@ -47,8 +47,11 @@ def make_model(tower: str = "clip", seed: int = 0, **options):
         pad_token_id=3, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     strategy = "default" if tower == "clip" else "full"
-    defaults = {"text_config": text, "vision_feature_select_strategy": strategy}
-    config = LlavaConfig(vision_config=vision, image_token_index=4, **defaults | options)
+    defaults = {
+        "vision_config": vision, "text_config": text, "image_token_index": 4,
+        "vision_feature_select_strategy": strategy,
+    }  # fmt: skip
+    config = LlavaConfig(**defaults | options)
     return LlavaForConditionalGeneration(config).eval()
 
 

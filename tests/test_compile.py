@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_vip_llava
 from test_copies import logits, logits_of_wrapped_layers
 from transformers import LlavaForConditionalGeneration
 
@@ -102,6 +102,23 @@ def test_compiled_features_are_those_of_the_model(config, dynamic):
         for count in (1, 2, 3):
             expected = Features(model)(pixels(count))
             torch.testing.assert_close(compiled(pixels(count)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [make_vip_llava, lambda layers: make_model(vision_feature_layer=layers)])
+@pytest.mark.parametrize("config, dynamic", [(FEATURES[3], None), (FEATURES[4], True)])
+def test_compiled_features_of_several_layers_are_those_of_the_model(make, config, dynamic):
+    changed = make([1, 3, 2]).config
+    changed.vision_config.num_hidden_layers = 4
+    model = type(make([1, 3, 2]))(changed).eval()
+    apply(model, config)
+
+    def features(x):
+        return torch.stack(list(model.get_image_features(x).pooler_output))
+
+    compiled = torch.compile(features, backend="aot_eager", dynamic=dynamic)
+    with torch.no_grad():
+        for count in (1, 2):
+            torch.testing.assert_close(compiled(pixels(count)), features(pixels(count)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

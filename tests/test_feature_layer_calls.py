@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_pitome import MergeConfig, apply, load, merge_tokens, remove
-from llava_pitome.flops import closed_form, counted
 from llava_pitome.integrations.vllm import validation
 from llava_pitome.models import hf_llava
 from llava_pitome.models.checkpoints import patches_and_layers
@@ -86,9 +85,12 @@ def test_other_layers_are_refused_before_anything_is_computed(
     assert not ran
 
 
-def test_a_config_that_is_changed_after_apply_raises(model, processor, pictures):
+# before transformers 5.23 a LlavaForConditionalGeneration names them neither in its calls nor to its tower
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if SELECTS_LAYERS or kind == "vip"])
+def test_a_config_that_is_changed_after_apply_raises(kind, processor, pictures):
+    model = MODELS[kind]()
     apply(model, MergeConfig(ratio=0.8), processor)
-    setattr(model.config, model.layer_argument, LIST[::-1])
+    setattr(model.config, NAMES.get(kind, "vision_feature_layer"), LIST[::-1])
     with pytest.raises(ValueError, match=r"contradicts \[7, 4, 2, 3\] of 8"):
         model(**single(processor, PROMPTS[0], pictures))
 
@@ -202,12 +204,6 @@ def test_adapters_of_every_part_train_and_merge_as_folded_in(config, first, mode
 
 
 # Around a model
-
-
-def test_closed_form_equals_the_count_of_a_dense_model(model, processor, pictures):
-    inputs = single(processor, PROMPTS[0], pictures)
-    dense = (PATCHES,) * LAYERS
-    assert counted(model, inputs) == closed_form(model, dense, inputs.input_ids.shape[1] - PATCHES)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -1,12 +1,13 @@
 from itertools import pairwise
 
 import pytest
+import test_kin
 import torch
-from conftest import LAYERS, PATCHES, make_model, make_processor
+from conftest import LAYERS, PATCHES, make_model, make_processor, make_vip_llava
 
 from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.flops import closed_form, counted, literature
-from llava_pitome.models.hf_llava import shapes
+from llava_pitome.models.hf_llava import find, shapes
 
 FEATURE = LAYERS - 1
 DENSE = (PATCHES,) * (FEATURE + 1)
@@ -20,11 +21,22 @@ def text_tokens(inputs, image_tokens=PATCHES):
     return inputs.input_ids.shape[1] - image_tokens
 
 
+MODELS = {
+    "llava": make_model,
+    "several feature layers": lambda: make_model(vision_feature_layer=[-2, 0, 3]),
+    "vip": make_vip_llava,
+    **test_kin.MODELS,
+}
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_closed_form_equals_the_count_of_a_dense_model(attention, pictures):
-    model, inputs = make_model(), prompt(pictures[0])
+@pytest.mark.parametrize("kind", MODELS)
+def test_closed_form_equals_the_count_of_a_dense_model(kind, attention, pictures):
+    model, processor = MODELS[kind](), make_processor("siglip" if kind == "interleave" else "clip")
+    inputs = prompt(pictures[0], processor)
     model.set_attn_implementation(attention)
-    assert counted(model, inputs) == closed_form(model, DENSE, text_tokens(inputs))
+    dense = (PATCHES,) * (find(model).num_feature_layers + 1)
+    assert counted(model, inputs) == closed_form(model, dense, text_tokens(inputs))
 
 
 def test_the_count_of_a_merging_tower_adds_matching_and_merging_to_the_closed_form(pictures):

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_pitome import MergeConfig, merge_tokens
-from llava_pitome.flops import Flops, closed_form_of_layout, counted
+from llava_pitome.flops import Flops, closed_form_of_layouts, counted
 from llava_pitome.models.hf_llava import find
 
 SIZES = [(96, 96), (50, 100), (130, 40), (30, 31), (1, 1), (300, 20), (7, 96), (145, 200)]
@@ -71,7 +71,7 @@ def counted_without_merging(model, inputs):
 def test_the_formula_equals_the_count_of_a_dense_model(kind, size):
     model, processor = make(kind)
     inputs, layout = image_prompt(processor, size), find(model).llava.tiling.image(*size)
-    formula = closed_form_of_layout(model, layout, text_tokens(model, inputs))
+    formula = closed_form_of_layouts(model, [layout], text_tokens(model, inputs))
     assert counted(model, inputs) == formula == counted_without_merging(model, inputs)
 
 
@@ -84,11 +84,11 @@ def test_the_formula_equals_the_count_of_a_merging_model_without_the_merges(kind
     with merge_tokens(model, config, processor):
         inputs = image_prompt(processor, size)
         found, whole = counted_without_merging(model, inputs), counted(model, inputs)
-    formula = closed_form_of_layout(model, layout, text_tokens(model, inputs), config)
+    formula = closed_form_of_layouts(model, [layout], text_tokens(model, inputs), config)
     assert found == formula
     assert whole.llm == formula.llm
     assert formula.tower <= whole.tower and formula.projector <= whole.projector
-    dense = closed_form_of_layout(model, layout, text_tokens(model, inputs))
+    dense = closed_form_of_layouts(model, [layout], text_tokens(model, inputs))
     assert formula.total < dense.total
 
 
@@ -103,13 +103,13 @@ def test_the_formula_equals_the_count_of_a_video(kind, frames, config):
     with merge_tokens(model, config or MergeConfig(ratio=1.0), processor):
         inputs = video_prompt(processor, frames)
         found = counted_without_merging(model, inputs)
-    assert found == closed_form_of_layout(model, layout, text_tokens(model, inputs), config)
+    assert found == closed_form_of_layouts(model, [layout], text_tokens(model, inputs), config)
 
 
 def test_padded_tiles_cost_as_much_as_whole_ones():
     model, _ = make("next-vicuna")
     image = find(model).llava.tiling.image
-    whole, padded = (closed_form_of_layout(model, image(*size), 5) for size in ((96, 96), (96, 80)))
+    whole, padded = (closed_form_of_layouts(model, [image(*size)], 5) for size in ((96, 96), (96, 80)))
     assert whole.tower == padded.tower and whole.projector == padded.projector
     assert whole.llm > padded.llm
 
@@ -118,4 +118,4 @@ def test_a_budget_that_does_not_fit_the_image_is_refused():
     model, _ = make("next-vicuna")
     layout = find(model).llava.tiling.image(96, 96)
     with pytest.raises(ValueError, match=f"tokens=4 does not fit.*to {layout.tokens}"):
-        closed_form_of_layout(model, layout, 5, MergeConfig(tokens=4))
+        closed_form_of_layouts(model, [layout], 5, MergeConfig(tokens=4))

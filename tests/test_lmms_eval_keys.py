@@ -10,7 +10,7 @@ from llava_pitome.integrations.lmms_eval import FIELDS, LOADING, LlavaPitome
 ADDED = {"batch_size": 1, "max_batch_size": None, "device": None}  # by lmms-eval
 OWN = (
     "pretrained", "recipe", "merging", "batch_size", "device", "dtype", "quantization", "blank",
-    "thumbnail", "journal",
+    "thumbnail", "frames", "journal",
 )  # fmt: skip
 
 

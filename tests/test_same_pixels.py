@@ -17,7 +17,7 @@ from llava_pitome.cli.chat.conversation import Conversation
 from llava_pitome.cli.chat.terminal import Terminal
 from llava_pitome.cli.draw import command as draw
 from llava_pitome.image_io import is_changed_by_convert, open_image, to_rgb
-from llava_pitome.integrations.lmms_eval import _as_rgb
+from llava_pitome.integrations.lmms_eval_questions import QuestionReader, as_rgb
 from llava_pitome.integrations.serve.images import open_images
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.tracing import trace_image
@@ -141,14 +141,14 @@ def evaluated(to_visual):
         rows = {"image": [{"bytes": path.read_bytes(), "path": None}]}
         split = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
         evaluator = object.__new__(LlavaPitome)  # without loading a checkpoint
-        evaluator.task_dict, evaluator.blank = {"a_task": {"val": split}}, False
-        evaluator.thumbnail_side = None
-        evaluator.processor, evaluator.model = processor, SimpleNamespace(dtype=torch.float32)
+        evaluator.task_dict = {"a_task": {"val": split}}
+        evaluator.reader = QuestionReader(processor, None, False, False)
+        evaluator.model = SimpleNamespace(dtype=torch.float32)
         evaluator.device = torch.device("cpu")
         visual = (lambda _: [str(path)]) if to_visual is Path else to_visual
         request = SimpleNamespace(args=("<image> what", {}, visual, 0, "a_task", "val"))
         processor.chat_template = "{{ messages[0]['content'][0]['text'] }}"
-        return evaluator.inputs([request])["pixel_values"]
+        return evaluator.inputs(evaluator.questions([request]))["pixel_values"]
 
     return evaluated
 
@@ -295,7 +295,7 @@ def test_greys_that_do_not_fit_16_bits_are_refused(values):
 @pytest.mark.parametrize("image", [int32(EIGHT_BITS), int32(EIGHT_BITS, "TIFF")], ids=["memory", "file"])
 @pytest.mark.parametrize("converts", [True, False])
 def test_a_task_sees_greys_of_8_bits_in_32(image, converts):
-    (found,) = _as_rgb([image], "an image")
+    (found,) = as_rgb([image], "an image")
     seen = found.convert("RGB") if converts else to_rgb(found)
     assert found is image  # tasks read masks as numbers
     assert np.asarray(seen).max() == 252
@@ -306,7 +306,7 @@ def test_a_truncated_file_of_32_bits_is_left_to_to_rgb(monkeypatch):
     assert is_changed_by_convert(Image.open(io.BytesIO(data[:9000])))
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES is on"):
-        _as_rgb(Image.open(io.BytesIO(data[:9000])), "an image")
+        as_rgb(Image.open(io.BytesIO(data[:9000])), "an image")
 
 
 def test_a_transparent_grey_of_16_bits_is_white():

@@ -1,31 +1,39 @@
-"""Tokens and FLOPs of a model from its config alone: no weights, and no hub for LLaVA-1.5."""
+"""Tokens and FLOPs of a model from its config alone: no weights, and no hub for the models in BUILT_IN."""
 
 import os
 import socket
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import NamedTuple
 from urllib.parse import urlparse
 
 import torch
 
-from llava_pitome.cli.bench.targets import CLIP_L, LLAMA_7B, PATCH
+from llava_pitome.cli.bench.targets import LLAMA_7B, QWEN2_7B, llava_config, next_config, onevision_config
 from llava_pitome.config import MergeConfig
-from llava_pitome.flops import Flops, closed_form
+from llava_pitome.flops import Flops, closed_form, closed_form_of_layouts
+from llava_pitome.image_layout import ImageLayout
+from llava_pitome.image_schedule import tokens_of_image
 from llava_pitome.models import checkpoints
 from llava_pitome.models import hf_llava as llava
 from llava_pitome.models.parts import ModelParts
 
 LLAMA_13B = LLAMA_7B | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
-BUILT_IN = {  # language model and number of its layers, by hub id
-    "llava-hf/llava-1.5-7b-hf": (LLAMA_7B, 32),
-    "llava-hf/llava-1.5-13b-hf": (LLAMA_13B, 40),
+MISTRAL_7B = LLAMA_7B | {"model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8,
+                         "sliding_window": None}  # fmt: skip
+BUILT_IN = {  # what makes a config, by hub id
+    "llava-hf/llava-1.5-7b-hf": partial(llava_config, LLAMA_7B, 32),
+    "llava-hf/llava-1.5-13b-hf": partial(llava_config, LLAMA_13B, 40),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": partial(next_config, LLAMA_7B, 32),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": partial(next_config, LLAMA_13B, 40),
+    "llava-hf/llava-v1.6-mistral-7b-hf": partial(next_config, MISTRAL_7B, 32),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": partial(onevision_config, QWEN2_7B, 28),
 }
-IMAGE_SIDE = 336  # pixels, LLaVA-1.5
 HUB, TIMEOUT = "https://huggingface.co", 3  # seconds
 
 
 class Cost(NamedTuple):
-    """The cost of a prompt with one image.
+    """The cost of a prompt with one image, or one video.
 
     Attributes:
         tokens: image tokens at the input of the language model.
@@ -58,19 +66,63 @@ class ModelShapes(NamedTuple):
     shapes: llava.Shapes
     built_in: bool
 
-    def cost(self, config: MergeConfig | None, text: int) -> Cost:
-        """The cost of a prompt with one image and `text` text tokens; unmerged without a config.
+    def layout(self, frames: int | None = None) -> ImageLayout | None:
+        """The layout of a video of `frames`, or of an image of the nominal size; None: an image is one tile.
 
         Raises:
-            ValueError: the model cannot merge as the config says.
+            ValueError: `frames` is given for a model that takes no videos.
+        """
+        tiling = self.parts.llava.tiling
+        if frames is not None and (tiling is None or tiling.frame_side is None):
+            raise ValueError(
+                f"frames={frames} is not allowed: a {type(self.parts.model).__name__} takes no videos"
+            )
+        if tiling is None:
+            return None
+        return tiling.image(*tiling.nominal_size) if frames is None else tiling.video(frames)
+
+    def describe_input(self, frames: int | None = None) -> str:
+        """What `cost` is the cost of, besides text."""
+        layout = self.layout(frames)
+        if layout is None:
+            return "one image"
+        if frames is not None:
+            return f"one video of {frames} frames"
+        height, width = self.parts.llava.tiling.nominal_size
+        return f"one image of {height} x {width} pixels ({layout.tiles} tiles; runs report means over images)"
+
+    def cost(self, config: MergeConfig | None, text: int, frames: int | None = None) -> Cost:
+        """The cost of a prompt with one image, or video, and `text` text tokens; unmerged without a config.
+
+        Args:
+            config: how the model merges.
+            text: tokens.
+            frames: of a video; None: the prompt has an image, as `layout` says.
+
+        Raises:
+            ValueError: the model cannot merge as the config says, or takes no videos.
         """
         patches, layers = self.parts.patches, self.parts.num_feature_layers
         config = MergeConfig(ratio=1.0) if config is None else config
         llava.check(self.parts, config)
+        layout = self.layout(frames)
+        if layout is not None:
+            return layouts_cost(self.parts, [layout], text, config)
         tower = config.lengths(config.patches_at(patches), layers)
         llm = config.llm_lengths(config.tokens_at(patches, layers), self.shapes.llm_layers)
         flops = closed_form(self.shapes, tower, text, llm, config.site)
         return Cost(llm[0], sum(llm[:-1]) / self.shapes.llm_layers, flops)
+
+
+def layouts_cost(
+    parts: ModelParts, layouts: Sequence[ImageLayout], text: int, config: MergeConfig | None
+) -> Cost:
+    """The cost of a prompt with images, or videos, that a model cuts into tiles; arguments as for `cost`."""
+    config = MergeConfig(ratio=1.0) if config is None else config
+    layers = parts.llava.llm.config.num_hidden_layers
+    counts = [tokens_of_image(config, parts.num_feature_layers, layout) for layout in layouts]
+    in_llm = sum(sum(config.llm_lengths(n, layers)[:-1]) for n in counts) / layers
+    return Cost(sum(counts), in_llm, closed_form_of_layouts(parts.model, layouts, text, config))
 
 
 @cache
@@ -91,15 +143,8 @@ def model_shapes(path: str, attention: str, built_in: bool) -> ModelShapes:
     except ValueError:
         if not built_in or path not in BUILT_IN:
             raise
-        return _without_weights(_llava_config(*BUILT_IN[path]), attention, True)
+        return _without_weights(BUILT_IN[path](), attention, True)
     return _without_weights(config, attention, False)
-
-
-def _llava_config(text: dict[str, int], layers: int):
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
-    vision = CLIPVisionConfig(**CLIP_L, image_size=IMAGE_SIDE, patch_size=PATCH)
-    return LlavaConfig(vision_config=vision, text_config=LlamaConfig(**text, num_hidden_layers=layers))
 
 
 def _without_weights(config, attention: str, built_in: bool) -> ModelShapes:

@@ -12,7 +12,7 @@ import torch
 import llava_pitome
 from eval.command import FIELDS
 from eval.evaluation.model_costs import Cost, ModelShapes, model_shapes
-from eval.evaluation.tasks import EMBEDDED_TASKS, tasks_for
+from eval.evaluation.tasks import EMBEDDED_TASKS, check_frames, tasks_for
 from eval.naming import config_label
 from llava_pitome import embedded
 from llava_pitome.config import MergeConfig, combined
@@ -70,12 +70,13 @@ class EvaluationPlan:
         own = embedded_name(checkpoints.model_path(model))  # of itself, or of an adapter's base model
         data = options["data"] if options["data"] != "auto" else own or "hub"
         tasks = tasks_for(options["tasks"], data)
+        check_frames(tasks, data, options["frames"])
         choice = "choose with model=embedded or model=<hub id or path>"
         try:
             shapes = model_shapes(model, options["attention"], built_in=options["dry_run"])
         except ValueError as error:
             raise ValueError(f"{error}\n{choice}") from error
-        shapes.cost(merging, options["text"])  # raises where the model cannot merge like this
+        shapes.cost(merging, options["text"], options["frames"])  # raises where it cannot merge like this
         names = {embedded.NAME: "the embedded model", embedded.NAME_NEXT: "the embedded LLaVA-NeXT"}
         name = names.get(embedded_name(model), model)
         announcement = f"{reason}{name} on {', '.join(tasks)} ({data}); {choice}"
@@ -98,7 +99,13 @@ class EvaluationPlan:
 
     def cost(self, merging: MergeConfig | None) -> Cost:
         """Tokens and FLOPs of a prompt."""
-        return self.shapes.cost(merging, self.options["text"])
+        return self.shapes.cost(merging, self.options["text"], self.options["frames"])
+
+    @property
+    def flops_text(self) -> str:
+        """What the FLOPs of a dry run are those of."""
+        what, text = self.shapes.describe_input(self.options["frames"]), self.options["text"]
+        return f"FLOPs by formula, for {what} and {text} text tokens (text=)"
 
     def runs(self) -> dict[str, MergeConfig | None]:
         """The config of every model to evaluate by its label, the unmerged one first."""
@@ -121,14 +128,13 @@ class EvaluationPlan:
             "merging": None if merging is None else merging.to_dict(),
             "dtype": o["dtype"], "quantization": o["quantization"], "batch_size": o["batch_size"],
             "attn_implementation": o["attention"], "blank": o["blank"], "thumbnail": o["thumbnail"],
-            "fingerprint": self.fingerprint,
+            "frames": o["frames"], "fingerprint": self.fingerprint,
         }  # fmt: skip
 
     def describe(self) -> str:
         """What would run, in words."""
         lines = [f"{label}: {self.cost(config).describe()}" for label, config in self.runs().items()]
-        text = f"FLOPs by formula, for one image and {self.options['text']} text tokens (text=)"
-        return "\n".join([*lines, text, json.dumps(self.merging.to_dict())])
+        return "\n".join([*lines, self.flops_text, json.dumps(self.merging.to_dict())])
 
     @property
     def data_folder(self) -> Path:

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import subprocess
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,8 +25,15 @@ QUESTION_KEYS = (  # stored beside an answer, where the task has them
 )  # fmt: skip
 
 
+OF_IMAGE = ("image_tokens", "llm_tokens")  # sums over images; the others are over prompts
+
+
 def make_rows(plan: EvaluationPlan, label: str, merging: MergeConfig | None, found: dict) -> list[dict]:
-    """One row per task: accuracy overall and by answer type, tokens, FLOPs, seconds."""
+    """One row per task: accuracy overall and by answer type, tokens, FLOPs, seconds.
+
+    Tokens are the nominal ones of the plan; where images of different sizes have different numbers of tokens,
+    the means over the images that were evaluated replace them, and FLOPs by formula those of one prompt.
+    """
     cost = plan.cost(merging)
     shared = {
         "model": label,
@@ -62,8 +70,12 @@ def _mean(scores: list[float]) -> dict:
 
 
 def _read_journal(path: Path, task: str) -> dict:
-    """FLOPs of a task's first prompt, and seconds over all its batches, those of stopped runs included."""
+    """FLOPs of a task's first prompt, and seconds over all its batches, those of stopped runs included.
+
+    Where batches hold sums over their images and prompts, the means of tokens and FLOPs instead.
+    """
     cost, samples, seconds = {}, 0, 0.0
+    sums: Counter[str] = Counter()
     for file in sorted(path.parent.glob(path.name + ".*")):
         for line in file.read_text().splitlines():
             try:
@@ -73,6 +85,11 @@ def _read_journal(path: Path, task: str) -> dict:
             if entry["task"] == task:
                 cost = cost or entry.get("cost", {})
                 samples, seconds = samples + entry.get("samples", 0), seconds + entry.get("seconds", 0.0)
+                sums.update(entry.get("sums", {}))
+    images, prompts = sums.pop("images", 0), sums.pop("prompts", 0)
+    for key, total in sums.items():
+        if count := images if key in OF_IMAGE else prompts:
+            cost[key] = total / count
     return cost | {"timed_samples": samples, "seconds_per_sample": seconds / samples if samples else None}
 
 
@@ -125,7 +142,7 @@ def print_table(rows: list[dict]) -> None:
         table.add_row(
             r["task"], r["model"], str(r["samples"]), _percent(r["accuracy"]) if r["accuracy"] else metrics,
             *(_percent(r["by_answer_type"].get(k)) for k in kinds),
-            str(r["image_tokens"]), f"{r['llm_tokens']:.4g}",
+            f"{r['image_tokens']:.6g}", f"{r['llm_tokens']:.4g}",
             *(_number(r.get(key)) for key in ("tower_gflops", "llm_gflops", "seconds_per_sample")),
         )  # fmt: skip
     Console(width=None if Console().is_terminal else 160).print(table)

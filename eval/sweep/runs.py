@@ -102,8 +102,7 @@ def print_runs(runs: list[Run]) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     console.print(active[0].plan.announcement, highlight=False, soft_wrap=True)
     console.print(table)
-    text = active[0].plan.options["text"]
-    print(f"FLOPs by formula, for one image and {text} text tokens (text=), without the merging itself")
+    print(f"{active[0].plan.flops_text}, without the merging itself")
     print_skipped(runs)
 
 

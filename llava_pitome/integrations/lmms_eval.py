@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -19,21 +20,21 @@ import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from PIL import Image, ImageFile
+from PIL import ImageFile
 from tqdm import tqdm
 
 from llava_pitome.api import load, remove
 from llava_pitome.config import MergeConfig, requested
 from llava_pitome.flops import counted, literature
-from llava_pitome.image_io import is_changed_by_convert, open_image, to_rgb, with_detail_of
+from llava_pitome.integrations.lmms_eval_questions import Question, QuestionReader, as_rgb, sums
 from llava_pitome.models.checkpoints import DTYPES, HUB
+from llava_pitome.models.hf_llava import find
 from llava_pitome.models.image_dedup import encode_once
 
 MANIFEST = ModelManifest("llava_pitome", simple_class_path="llava_pitome.integrations.lmms_eval.LlavaPitome")
 IGNORED = ("image_aspect_ratio",)  # preprocessing of the original LLaVA package; the processor decides here
 SAMPLING = ("temperature", "top_p", "top_k")
 BATCH_LIMIT = "max_batch_size"
-GREY = (122, 116, 104)  # CLIP's mean colour: all zeros after preprocessing
 FIELDS = tuple(field.name for field in dataclasses.fields(MergeConfig))
 LOADING = (  # what `load` passes to `from_pretrained`
     *HUB, "attn_implementation", "device_map", "max_memory", "offload_folder", "offload_buffers", "variant",
@@ -61,6 +62,7 @@ class LlavaPitome(lmms):
         quantization: str | None = None,
         blank: bool = False,
         thumbnail: bool = False,
+        frames: int | None = None,
         journal: str | None = None,
         **options: Any,
     ):
@@ -82,8 +84,11 @@ class LlavaPitome(lmms):
             blank: replace each image by a grey one, to measure what the questions alone reveal.
             thumbnail: reduce each image to the detail of its thumbnail, to measure what the tiles add. The
                 size stays, and with it the number of tiles and tokens.
+            frames: that are read of each video, evenly spaced; where it is given, several images of a
+                question are the frames of a video.
             journal: a file for JSON lines: the FLOPs of the first prompt of a task, then the samples and
-                seconds of every batch. The process's rank is appended to its name.
+                seconds of every batch; where images are cut into tiles, what each batch costs by formula
+                instead. The process's rank is appended to its name.
             **options: further fields of MergeConfig and names in LOADING; a dict or list may be JSON. None is
                 as not given.
 
@@ -101,6 +106,8 @@ class LlavaPitome(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size!r} is not allowed: it must be a whole number from 1")
         options.pop(BATCH_LIMIT, None)  # lmms-eval passes it to every model; it only applies to "auto"
+        if frames is not None and (not str(frames).isdecimal() or int(frames) < 1):
+            raise ValueError(f"frames={frames!r} is not allowed: it must be a whole number from 1")
         self.batch_size = int(batch_size)
         fields |= {"ratio": _from_json("ratio", ratio), "tokens": tokens, "method": method}
         self.merging = requested(recipe, fields, _from_json("merging", merging))
@@ -120,8 +127,10 @@ class LlavaPitome(lmms):
             self.device = self.model.device
         if self.merging is None:
             remove(self.model)
-        self.blank, self.journal = blank, Path(f"{journal}.{self._rank}") if journal else None
-        self.thumbnail_side = _thumbnail_side(self.processor) if thumbnail else None
+        self.journal = Path(f"{journal}.{self._rank}") if journal else None
+        self.reader = QuestionReader(
+            self.processor, None if frames is None else int(frames), blank, thumbnail
+        )
         self._counted: set[str] = set()
 
     def __str__(self) -> str:
@@ -141,33 +150,26 @@ class LlavaPitome(lmms):
                     with _NameSamples(batch):
                         self._count_flops(task, batch[:1])
                         start = time.perf_counter()
-                        answers = self._answer(batch)
+                        answers, cost = self._answer(batch)
                     seconds = time.perf_counter() - start
-                    self._write_journal({"task": task, "samples": len(batch), "seconds": seconds})
+                    entry = {"task": task, "samples": len(batch), "seconds": seconds}
+                    self._write_journal(entry | ({"sums": cost} if cost else {}))
                     bar.update(len(batch))
                     yield from answers
 
-    def inputs(self, batch: list[Instance]) -> dict[str, torch.Tensor]:
-        """The model's inputs for a batch of questions."""
-        prompts, images = [], []
+    def questions(self, batch: list[Instance]) -> list[Question]:
+        """The questions of a batch, with their images and the frames of their videos."""
+        questions = []
         for request in batch:
             context, _, doc_to_visual, doc_id, task, split = request.args
             name = f"an image of {task} {split} {doc_id}"
-            document = _as_rgb(self.task_dict[task][split][doc_id], name)
-            own = [
-                open_image(image) if isinstance(image, str | Path) else to_rgb(image, name)
-                for image in doc_to_visual(document)
-            ]
-            images += [self._changed(image) for image in own]
-            prompts.append(self._prompt(context, len(own)))
-        inputs = self.processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
-        return inputs.to(self.device, self.model.dtype)
+            document = as_rgb(self.task_dict[task][split][doc_id], name)
+            questions.append(self.reader.read(context, doc_to_visual(document) or (), name))
+        return questions
 
-    def _changed(self, image: Image.Image) -> Image.Image:
-        """The image as the options `blank` and `thumbnail` change it."""
-        if self.blank:
-            return Image.new("RGB", image.size, GREY)
-        return image if self.thumbnail_side is None else with_detail_of(image, self.thumbnail_side)
+    def inputs(self, questions: list[Question]) -> dict[str, torch.Tensor]:
+        """The model's inputs for a batch of questions."""
+        return self.reader.inputs(questions).to(self.device, self.model.dtype)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not supported: no task that LLaVA-1.5 is evaluated on needs it."""
@@ -177,28 +179,28 @@ class LlavaPitome(lmms):
         """Not supported: no task that LLaVA-1.5 is evaluated on needs it."""
         raise NotImplementedError(UNSUPPORTED.format("several rounds"))
 
-    def _prompt(self, context: str, images: int) -> str:
-        """The prompt of a question: placeholders come first unless the question has its own.
+    def _answer(self, batch: list[Instance]) -> tuple[list[str], dict[str, float]]:
+        """The answers to a batch of questions with the same generation settings, and `sums` of them.
 
-        Raises:
-            ValueError: the question has another number of placeholders than of images.
+        Videos of different numbers of frames are generated apart: they do not fit one batch.
         """
-        placeholder = self.processor.image_token
-        content = [{"type": "text", "text": context}]
-        if placeholder not in context:
-            content = [{"type": "image"}] * images + content
-        elif context.count(placeholder) != images:
-            raise ValueError(
-                f"the question has {context.count(placeholder)} {placeholder} but comes with {images} images"
-            )
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        questions, cost = self.questions(batch), Counter()
+        answers = [""] * len(batch)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, question in enumerate(questions):
+            groups.setdefault(question.frames, []).append(i)
+        for members in groups.values():
+            part = [questions[i] for i in members]
+            inputs = self.inputs(part)
+            for i, answer in zip(members, self._generate(inputs, batch[0].args[1]), strict=True):
+                answers[i] = answer
+            cost.update(sums(self.model, self.merging, part, inputs))
+        return answers, dict(cost)
 
     @torch.inference_mode()
-    def _answer(self, batch: list[Instance]) -> list[str]:
-        """The answers to a batch of questions with the same generation settings."""
-        inputs, settings = self.inputs(batch), dict(batch[0].args[1])
+    def _generate(self, inputs: dict[str, torch.Tensor], settings: dict[str, Any]) -> list[str]:
+        """The answers to prompts, generated as a task says."""
+        settings = dict(settings)
         until = settings.pop("until", [])
         sample = bool(settings.pop("do_sample", settings.get("temperature") or False))
         unused = IGNORED if sample else IGNORED + SAMPLING
@@ -217,11 +219,11 @@ class LlavaPitome(lmms):
         return [a.strip() for a in answers]
 
     def _count_flops(self, task: str, first: list[Instance]) -> None:
-        """Records the FLOPs of the first prompt of a task."""
-        if self.journal is None or task in self._counted:
+        """Records the FLOPs of the first prompt of a task, where `sums` says nothing of every prompt."""
+        if self.journal is None or task in self._counted or find(self.model).llava.tiling is not None:
             return
         self._counted.add(task)
-        inputs = self.inputs(first)
+        inputs = self.inputs(self.questions(first))
         tokens = inputs["input_ids"].shape[1]
         cost = {f"{part}_gflops": n / 1e9 for part, n in counted(self.model, inputs)._asdict().items()}
         cost |= {"prompt_tokens": tokens, "literature_gmacs": literature(self.model, tokens) / 1e9}
@@ -232,19 +234,6 @@ class LlavaPitome(lmms):
         if self.journal is not None:
             with self.journal.open("a") as file:
                 file.write("\n" + json.dumps(entry))
-
-
-def _thumbnail_side(processor: Any) -> int:
-    """The side of the thumbnail that a processor makes of every image, in pixels.
-
-    Raises:
-        ValueError: it makes none.
-    """
-    images = processor.image_processor
-    if not hasattr(images, "image_grid_pinpoints"):
-        raise ValueError(f"thumbnail=True is not allowed: a {type(images).__name__} makes no thumbnails")
-    size = images.size
-    return size["shortest_edge"] if size.get("shortest_edge") else size["height"]
 
 
 def _check_keys(options: dict[str, Any]) -> None:
@@ -303,22 +292,6 @@ def _from_json(key: str, value: Any) -> Any:
 def _task_and_settings(request: Instance) -> tuple[str, str]:
     """What the requests of one batch share: the task and the generation settings."""
     return request.args[4], json.dumps(request.args[1], sort_keys=True, default=str)
-
-
-def _as_rgb(value: Any, name: str) -> Any:
-    """A task's document, in which images are RGB where the task's own `convert("RGB")` would lose something.
-
-    Other images stay as they are: tasks read some of them as numbers, such as masks.
-
-    Args:
-        value: a document, or a part of one.
-        name: of its images in error messages.
-    """
-    if isinstance(value, dict):
-        return {k: _as_rgb(v, name) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_as_rgb(v, name) for v in value]
-    return to_rgb(value, name) if isinstance(value, Image.Image) and is_changed_by_convert(value) else value
 
 
 class _NameSamples:

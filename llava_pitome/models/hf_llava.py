@@ -213,6 +213,13 @@ def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
             f"tile_shares='attention' needs a class token, which a {type(parts.tower).__name__} has not"
         )
     method = METHODS[config.method]
+    for field in ("tile_shares", "temporal"):
+        value = getattr(config, field)
+        if method.needs_grid and value in ("joint", "attention", True):
+            raise ValueError(
+                f"{field}={value!r} merges tokens of several tiles or frames together, which are no grid; "
+                f"method {config.method!r} works on one"
+            )
     after_projector = config.prefix is not None or config.prefix_share or not config.merges_by_ratio
     if config.merges_in_tower and config.prefix_share < 1:
         if method.needs_grid and after_projector:
@@ -245,7 +252,7 @@ def check_first_token(config: MergeConfig, reads_first_token: bool, num_prefix_t
     if after_tower and not reads_first_token and not num_prefix_tokens:
         raise ValueError(
             "vision_feature_select_strategy='default' drops the first patch of a tower without class token; "
-            "set it to 'full', in the processor too, to merge after the tower"
+            "set it to 'full', in the processor too, to merge after the tower (Vip-LLaVA has no such setting)"
         )
 
 

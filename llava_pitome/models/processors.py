@@ -107,14 +107,20 @@ def check_tiled(processor: Any, tiling: Tiling, patch_size: int) -> None:
         raise ValueError(f"the processor makes tiles of {tile} pixels, the model takes {tiling.tile}")
     if hasattr(processor, "patch_size") and processor.patch_size != patch_size:
         raise ValueError(f"the processor has patch_size={processor.patch_size!r}, the model {patch_size}")
+    strategy = processor.vision_feature_select_strategy
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"the processor has vision_feature_select_strategy={strategy!r}; allowed are "
+            f"{' and '.join(map(repr, STRATEGIES))}"
+        )
     patches = tiling.side**2
     extra = getattr(processor, "num_additional_image_tokens", 0)
     written = getattr(processor, "num_image_tokens", patches) + extra
-    written -= processor.vision_feature_select_strategy == "default"
+    written -= strategy == "default"
     if written != patches:
         raise ValueError(
             f"the processor writes {written} placeholders for a tile, of which the model has {patches} "
-            f"patches: vision_feature_select_strategy={processor.vision_feature_select_strategy!r}, "
+            f"patches: vision_feature_select_strategy={strategy!r}, "
             f"num_additional_image_tokens={extra}"
         )
     aspect = getattr(processor, "vision_aspect_ratio", None)

@@ -31,6 +31,18 @@ class Tiling(NamedTuple):
     frame_side: int | None = None
     video_newline: bool = False
 
+    @property
+    def nominal_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the image for which counts are given where no image is known.
+
+        It is the largest square grid whose tokens are not pooled: 672 x 672 for LLaVA-NeXT, whose 2,880
+        patches papers start from. Where no grid is square, the largest.
+        """
+        most = None if self.max_tiles is None else self.max_tiles * self.tile**2
+        whole = [(h, w) for h, w in self.pinpoints if most is None or h * w <= most]
+        squares = [(h, w) for h, w in whole if h == w]
+        return max(squares or whole or self.pinpoints, key=lambda sides: sides[0] * sides[1])
+
     def image(self, height: int, width: int, is_alone: bool = True) -> ImageLayout:
         """The layout of an image.
 
@@ -54,9 +66,16 @@ class Tiling(NamedTuple):
             counts: images of each prompt; None: every image is alone in its prompt.
 
         Raises:
-            ValueError: counts do not add up to the number of images, or a side is below one pixel.
+            ValueError: sizes are not of this shape, counts do not add up to the number of images, or a side
+                is below one pixel.
         """
-        sizes = _plain(sizes)
+        found = [] if sizes is None else _plain(sizes)
+        if not found or any(not isinstance(size, Sequence) or len(size) != 2 for size in found):
+            raise ValueError(
+                f"image_sizes={found or sizes} is not allowed: it must be (images, 2), the height and width "
+                "of each image in pixels"
+            )
+        sizes = found
         alone = [True] * len(sizes)
         if counts is not None and self.has_single_tiles:
             alone = [n == 1 for n in _plain(counts) for _ in range(n)]

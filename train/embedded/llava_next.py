@@ -17,12 +17,12 @@ CROWD = 4  # times as many objects where nothing but patches is learned
 VALIDATION_BATCH = 8  # pictures of one size
 OPTIONS = {
     "heads_steps": Option(60, *COUNT, "steps of the first stage"),
-    "tower_steps": Option(1000, *COUNT, "steps of the second"),
-    "together_steps": Option(2000, *COUNT, "steps of the third"),
+    "tower_steps": Option(1200, *COUNT, "steps of the second"),
+    "together_steps": Option(3600, *COUNT, "steps of the third"),
     "batch_size": Option(16, *COUNT, "pictures per step, over all processes"),
     "turns": Option(16, *COUNT, "questions about a picture"),
     "heads_lr": Option(2e-2, *RATE, "peak learning rate of the first stage"),
-    "tower_lr": Option(2e-3, *RATE, "of the second"),
+    "tower_lr": Option(3e-3, *RATE, "of the second"),
     "together_lr": Option(2e-3, *RATE, "of the third"),
     "point_loss": Option(0.3, *WEIGHT, "weight of the attention from nouns to patches; third stage"),
     "place_loss": Option(0.1, *WEIGHT, "weight of the place of every image token; third stage"),

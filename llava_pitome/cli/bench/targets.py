@@ -73,7 +73,8 @@ def build(
         dtype: of the weights.
         device: where they are.
         patches: patches of an image, a square number; None: 576. Named targets of one tile only.
-        size: height and width of an image in pixels; None: 672 x 672. Models that cut images into tiles only.
+        size: height and width of an image in pixels, for models that cut images into tiles; None: 672 x 672,
+            for a checkpoint the nominal size of its tiling.
         shares_layers: whether the language model's layers share one layer's weights, which then take little
             memory. Named targets only.
 
@@ -89,15 +90,15 @@ def build(
             raise ValueError(
                 f"shared layers are for {', '.join(NAMED_TARGETS)}; {name!r} has its own weights"
             )
-        path = str(embedded.PATH) if name == "embedded" else name
-        checkpoints.patches_and_layers(path)  # a clear error for a path without a model
-        model, _ = checkpoints.load(path, None, dtype=dtype)
+        checkpoints.patches_and_layers(name)  # a clear error for a path without a model
+        model, _ = checkpoints.load(name, None, dtype=dtype)
         return target_of(name, model.to(device), size)
     patches = PATCHES if patches is None else patches
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(f"patches={patches} is not allowed: it must be a square number, as 196, 576, 2304")
     model = _random_model(_config(name, side * PATCH), dtype, device, shares_layers)
+    size = SIZE if size is None and name in TILED_TARGETS else size
     return target_of(name, model, size)._replace(generates=name != "tower")
 
 
@@ -116,7 +117,7 @@ def target_of(name: str, model: nn.Module, size: tuple[int, int] | None = None) 
                 f"({', '.join(TILED_TARGETS)}); {name!r} takes images of one size"
             )
         return Target(name, model, True, parts.patches)
-    size = SIZE if size is None else size
+    size = tiling.nominal_size if size is None else size
     layout = tiling.image(*size)
     return Target(name, model, True, layout.tiles * parts.patches, size, layout)
 
@@ -130,21 +131,23 @@ def make_inputs(target: Target, batch: int, tokens: int, text: int) -> dict[str,
     """
     model, layout = target.model, target.layout
     generator = torch.Generator("cpu").manual_seed(0)
-    patches = target.patches if layout is None else layout.side**2
-    side = math.isqrt(patches) * llava.find(model).patch_size
+    parts = llava.find(model)
+    is_tiled = layout is not None
+    side = parts.llava.tiling.tile if is_tiled else math.isqrt(target.patches) * parts.patch_size
     image, vocabulary = model.config.image_token_id, model.config.text_config.vocab_size
-    words = torch.randint(0, vocabulary - 1, (batch, text), generator=generator, device="cpu")
-    words += words >= image  # any token but the placeholder
+    words = torch.arange(vocabulary, device="cpu")
+    words = words[(words != image) & (words != (getattr(model.config, "video_token_id", None) or image))]
+    words = words[torch.randint(0, len(words), (batch, text), generator=generator, device="cpu")]
     images = torch.full((batch, tokens), image, device="cpu")
     ids = torch.cat([words[:, :1], images, words[:, 1:]], 1).to(model.device)
-    tiles = () if layout is None else (layout.tiles,)
+    tiles = (layout.tiles,) if is_tiled else ()
     pixels = torch.randn(batch, *tiles, 3, side, side, generator=generator, device="cpu")
     inputs = {
         "pixel_values": pixels.to(model.device, model.dtype),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
     }
-    return inputs if layout is None else inputs | {"image_sizes": image_sizes(target, batch)}
+    return inputs | {"image_sizes": image_sizes(target, batch)} if is_tiled else inputs
 
 
 def image_sizes(target: Target, batch: int) -> Tensor:
