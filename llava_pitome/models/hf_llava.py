@@ -296,10 +296,18 @@ def stages(model: nn.Module) -> dict[str, nn.Module]:
     return {"tower": parts.tower, "projector": parts.llava.projector, "llm": parts.llava.llm}
 
 
-def encode(model: nn.Module, pixels: Tensor) -> None:
-    """Sends images (I, 3, H, W) through tower and projector."""
+def encode(model: nn.Module, pixels: Tensor, **sizes: Any) -> None:
+    """Sends images (I, 3, H, W) through tower and projector; tiles (I, T, 3, H, W) with `image_sizes`."""
     model = unwrap(model)
-    getattr(model, "model", model).get_image_features(pixel_values=pixels.to(model.device, model.dtype))
+    inner, pixels = getattr(model, "model", model), pixels.to(model.device, model.dtype)
+    inner.get_image_features(pixel_values=pixels, **sizes)
+
+
+def encode_video(model: nn.Module, pixels: Tensor) -> None:
+    """Sends videos (V, F, 3, H, W) through tower and projector."""
+    model = unwrap(model)
+    inner = getattr(model, "model", model)
+    inner.get_video_features(pixel_values_videos=pixels.to(model.device, model.dtype))
 
 
 def cached(cache: Any) -> list[Tensor]:
