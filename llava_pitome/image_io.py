@@ -9,7 +9,8 @@ import io
 import os
 import struct
 import zlib
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -27,6 +28,7 @@ GREY_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")  # pillow's modes
 GREY_32_BIT = "I"  # pillow's mode for greys of 8 bits in an int32 array, and of 16 bits in some files
 GREY_32_BIT_FILES = ("PNG", "PPM")  # whose greys have 16 bits where pillow opens them as GREY_32_BIT
 ORIENTATION = 0x0112  # the EXIF tag
+SIDEWAYS = (5, 6, 7, 8)  # its values that exchange height and width
 BACKGROUND = (255, 255, 255, 255)  # of transparent images
 
 
@@ -48,6 +50,44 @@ def open_image(
             names the file and the reason.
         RuntimeError: another package set LOAD_TRUNCATED_IMAGES, with which pillow completes truncated files.
     """
+    with _identified(source, max_pixels) as (image, name):
+        return to_rgb(image, name, max_pixels)
+
+
+def image_size(
+    source: "str | os.PathLike | bytes | bytearray | memoryview", max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """Height and width in pixels of the image that `open_image` returns, from the file's header alone.
+
+    An orientation that a PNG file names after its pixels is not found.
+
+    Args:
+        source: as for `open_image`.
+        max_pixels: as for `open_image`.
+
+    Raises:
+        ValueError: as for `open_image`, but for damage after the header.
+    """
+    from PIL import Image
+
+    with _identified(source, max_pixels) as (image, name):
+        _check_size(*image.size, name, max_pixels)
+        width, height = image.size
+        if image.format != "TIFF":  # pillow turns these itself
+            try:
+                orientation = Image.Image.getexif(image).get(ORIENTATION, 1)  # PNG's own decodes the image
+            except DECODING_ERRORS as error:
+                raise ValueError(f"{name} has damaged EXIF data: {error}") from error
+            if orientation in SIDEWAYS:
+                width, height = height, width
+    return height, width
+
+
+@contextmanager
+def _identified(
+    source: "str | os.PathLike | bytes | bytearray | memoryview", max_pixels: int
+) -> "Iterator[tuple[Image.Image, str]]":
+    """The image of a source, of which only the header is read, and its name in error messages."""
     from PIL import Image
 
     _check_settings()
@@ -61,7 +101,7 @@ def open_image(
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"{name} has too many pixels; allowed are {max_pixels:,}: {error}") from error
         with image:
-            return to_rgb(image, name, max_pixels)
+            yield image, name
 
 
 def to_rgb(image: "Image.Image", name: str = "the image", max_pixels: int = MAX_PIXELS) -> "Image.Image":

@@ -17,9 +17,11 @@ from train.collator import Collator, expand
 from train.conversation import IGNORE_INDEX, BrokenRow, encode, parse_row, render
 from train.data import ConversationDataset
 from train.embedded.data import TURNS, encode_conversations
+from train.image_counts import UNMERGED, ImageCounts
 from train.rows import BrokenRows, JsonRows
 
 PATCHES = 196
+COUNTS = ImageCounts(PATCHES, layers=11)
 AWKWARD = [
     {"id": 1, "conversations": [{"from": "human", "value": 'a "quoted" ] } [ { \\ word\n'}]},
     {"id": "ü €", "image": None, "conversations": []},
@@ -54,11 +56,11 @@ def json_rows(folder: Path, rows: list) -> JsonRows:
 
 
 def dataset(
-    folder: Path, rows: list, processor, max_length=2048, allowed=0, image_tokens=None
+    folder: Path, rows: list, processor, max_length=2048, allowed=0, configs=(UNMERGED,)
 ) -> ConversationDataset:
     broken = BrokenRows(allowed, folder / "broken.jsonl")
     return ConversationDataset(
-        json_rows(folder, rows), folder, processor, PATCHES, max_length, broken, image_tokens
+        json_rows(folder, rows), folder, processor, COUNTS, max_length, broken, configs
     )
 
 
@@ -171,7 +173,7 @@ def test_malformed_line_is_one_broken_row(folder, embedded):
     file = folder / "rows.jsonl"
     file.write_text(f'{json.dumps(row("x", "y"))}\n{{"conversations": \n')
     broken = BrokenRows(1, folder / "broken.jsonl")
-    found = ConversationDataset(JsonRows(file), folder, embedded[1], PATCHES, 100, broken)
+    found = ConversationDataset(JsonRows(file), folder, embedded[1], COUNTS, 100, broken)
     assert found.indices == [0] and "row 1: it is not JSON" in str(broken)
 
 
@@ -212,7 +214,9 @@ def test_lengths_count_text_and_merged_images(folder, embedded):
         row("<image> x", "yyy", image="a.png"),
     ]
     assert dataset(folder, rows, embedded[1]).lengths == [20, 20, PATCHES + 1]
-    assert dataset(folder, rows, embedded[1], image_tokens=5).lengths == [20, 20, 6]
+    assert dataset(
+        folder, rows, embedded[1], configs=[MergeConfig(tokens=5), MergeConfig(tokens=9)]
+    ).lengths == [20, 20, 8]
 
 
 # Labels
@@ -298,10 +302,10 @@ def test_long_rows_are_cut_off_with_their_images(folder, embedded):
     processor = embedded[1]
     found = row("<image>\nx", "red", "y <image>", "blue", image=["a.png", "b.png"])
     conversation = parse_row(found, folder)
-    ids, labels = encode(processor, conversation, 2048, PATCHES)
+    ids, labels = encode(processor, conversation, 2048, [PATCHES] * 2)
     length = len(ids) + 2 * (PATCHES - 1)
-    assert encode(processor, conversation, length, PATCHES) == (ids, labels)
-    assert encode(processor, conversation, length - 1, PATCHES) == (ids[:-1], labels[:-1])
+    assert encode(processor, conversation, length, [PATCHES] * 2) == (ids, labels)
+    assert encode(processor, conversation, length - 1, [PATCHES] * 2) == (ids[:-1], labels[:-1])
     cut = dataset(folder, [found], processor, max_length=300)[0]
     assert len(cut["pixel_values"]) == 1 and (cut["input_ids"] == processor.image_token_id).sum() == 1
     assert labelled(cut["labels"], processor.tokenizer) == [" red</s>"]

@@ -7,11 +7,13 @@ r"""Conversations in LLaVA's format: parsing a row, and encoding it with labels 
 images come before the text of their turn.
 """
 
+import re
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 IGNORE_INDEX = -100  # a label without loss
 MAX_NAME = 200  # characters of a file name in error messages
 BYTES_PER_TOKEN = 4  # of text, roughly
@@ -35,9 +37,9 @@ class Conversation(NamedTuple):
     messages: list[dict[str, Any]]
 
     def length(self, image_tokens: int) -> int:
-        """Its approximate number of tokens, with `image_tokens` for each image."""
+        """Its approximate number of tokens, with `image_tokens` for all of its images."""
         texts = (message["content"][-1]["text"] for message in self.messages)
-        return sum(len(text.encode()) for text in texts) // BYTES_PER_TOKEN + image_tokens * len(self.images)
+        return sum(len(text.encode()) for text in texts) // BYTES_PER_TOKEN + image_tokens
 
 
 def parse_row(row: Any, folder: Path) -> Conversation:
@@ -46,6 +48,10 @@ def parse_row(row: Any, folder: Path) -> Conversation:
     Raises:
         BrokenRow: the row does not follow the format, or an image is missing.
     """
+    if isinstance(row, dict) and row.get("video"):
+        raise BrokenRow(
+            f'"video" is {str(row["video"])[:MAX_NAME]!r}; train.run trains on images and text alone'
+        )
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
         raise BrokenRow('it has no list "conversations"')
@@ -75,7 +81,8 @@ def _is_file(file: Path) -> bool:
 def _messages(turns: list[Any], has_images: bool) -> list[dict[str, Any]]:
     """Messages from the first human turn to the last of the assistant, after an optional system prompt.
 
-    Without images a placeholder is ordinary text, rewritten so that no tokenizer reads it as a special token.
+    A placeholder of videos, and one of images where there are none, is ordinary text, rewritten so that no
+    tokenizer reads it as a special token.
     """
     messages: list[dict[str, Any]] = []
     for turn in turns:
@@ -86,7 +93,8 @@ def _messages(turns: list[Any], has_images: bool) -> list[dict[str, Any]]:
             raise BrokenRow(f"the value of a turn is {text!r}, which is not text")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise BrokenRow("the value of a turn contains half of a surrogate pair, which is not text")
-        role, text = ROLES[role], text if has_images else text.replace(IMAGE, "< image >")
+        role, text = ROLES[role], text.replace(VIDEO, "< video >")
+        text = text if has_images else text.replace(IMAGE, "< image >")
         if role == "system" and messages:
             raise BrokenRow("a system prompt that is not at the beginning")
         if role == "assistant" and (not messages or messages[-1]["role"] == "system"):
@@ -108,40 +116,83 @@ def _messages(turns: list[Any], has_images: bool) -> list[dict[str, Any]]:
 def render(processor: Any, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
     """The text that the chat template makes of a conversation, and the span of characters of each answer.
 
-    The template also writes the prompts of generation. Every answer ends with the end-of-sequence token, also
-    where a template leaves it out. Rendering turn by turn finds the spans; `return_assistant_tokens_mask` of
-    transformers needs a `{% generation %}` block, which LLaVA's templates do not have.
+    Every answer follows the prompt of its generation; where that ends with a blank, further blanks that the
+    template writes before an answer (LLaMA-3's a newline) are left out. An answer ends with the special token
+    that the template writes after it, or else with the end-of-sequence token. Rendering turn by turn finds
+    the spans; `return_assistant_tokens_mask` of transformers needs a `{% generation %}` block, which not all
+    templates have, and leaves that last token out.
 
     Raises:
         ValueError: the template renders earlier turns differently once later ones follow.
     """
-    messages, eos = conversation.messages, processor.tokenizer.eos_token
-    text, rendered, answers = "", "", []
+    messages, specials = conversation.messages, _special_tokens(processor.tokenizer)
+    text, rendered, between, answers = "", "", "", []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         prompt = processor.apply_chat_template(messages[:i], add_generation_prompt=True)
         with_answer = processor.apply_chat_template(messages[: i + 1])
-        if not (prompt.startswith(rendered) and with_answer.startswith(prompt)):
+        is_usual = with_answer.startswith(prompt)
+        before = "" if is_usual else processor.apply_chat_template(messages[:i])
+        answer = with_answer[len(prompt) :] if is_usual else _after_prompt(prompt, before, with_answer)
+        if answer is None or not prompt.startswith(rendered):
             raise ValueError(
                 "the chat template renders earlier turns differently once later ones follow, so that labels "
                 "cannot be aligned"
             )
-        text += prompt[len(rendered) :]
-        answer = with_answer[len(prompt) :].rstrip()
-        answer += "" if answer.endswith(eos) else eos
-        answers.append((len(text), len(text) + len(answer)))
-        text, rendered = text + answer, with_answer
+        if prompt[-1:].isspace():
+            answer = answer.lstrip()
+        text += between + prompt[len(rendered) :]
+        stripped, own = answer.rstrip(), message["content"][-1]["text"]
+        end = stripped.lstrip().removeprefix(own)  # special tokens in the answer's own text do not end it
+        is_ended = end.endswith(specials)
+        between = answer[len(stripped) :] if is_ended else ""
+        stripped += "" if is_ended else processor.tokenizer.eos_token
+        answers.append((len(text), len(text) + len(stripped)))
+        text, rendered = text + stripped, with_answer
     return text, answers
 
 
+def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Special tokens that may end an answer: also those that are not in use under a name, as LLaMA-3's."""
+    added = tokenizer.added_tokens_decoder.values()
+    return (tokenizer.eos_token, *(str(token) for token in added if token.special))
+
+
+def _after_prompt(prompt: str, before: str, with_answer: str) -> str | None:
+    """The answer in a rendered conversation whose template writes other blanks before it than in its prompt.
+
+    OneVision's template has "assistant" and a newline in the prompt, a space between them before an answer.
+
+    Args:
+        prompt: the earlier turns with the generation prompt.
+        before: the earlier turns.
+        with_answer: the earlier turns and the answer.
+
+    Returns:
+        The answer; None where more than blanks differs.
+    """
+    if not (prompt.startswith(before) and with_answer.startswith(before)):
+        return None
+    words = map(re.escape, prompt[len(before) :].split())
+    turn = with_answer[len(before) :]
+    found = re.match(r"\s*" + r"\s+".join(words), turn)
+    return None if found is None else turn[found.end() :]
+
+
 def encode(
-    processor: Any, conversation: Conversation, max_length: int, image_tokens: int
+    processor: Any, conversation: Conversation, max_length: int, image_tokens: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, each image one placeholder; `collator.expand` repeats those.
 
-    Tokens after the first `max_length` are cut off, as in LLaVA. Each image counts as `image_tokens`, its
-    number without merging, so that a conversation has the same text at every ratio.
+    Tokens after the first `max_length` are cut off, as in LLaVA. An image counts as its number of tokens
+    without merging, so that a conversation has the same text at every ratio.
+
+    Args:
+        processor: the model's.
+        conversation: that is encoded.
+        max_length: tokens that are kept.
+        image_tokens: tokens of each of its images.
 
     Raises:
         ValueError: labels cannot be aligned with the chat template, see `render`.
@@ -155,6 +206,7 @@ def encode(
         token if any(start < last and first < end for start, end in answers) else IGNORE_INDEX
         for token, (first, last) in zip(ids, encoded["offset_mapping"])
     ]
-    ends = accumulate(image_tokens if token == processor.image_token_id else 1 for token in ids)
+    of_images = iter(image_tokens)
+    ends = accumulate(next(of_images) if token == processor.image_token_id else 1 for token in ids)
     kept = sum(end <= max_length for end in ends)
     return ids[:kept], labels[:kept]

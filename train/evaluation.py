@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_pitome import MergeConfig
+from llava_pitome import MergeConfig, image_schedule
 from llava_pitome.models import checkpoints
 from train.launch import unlaunched_environment
 
@@ -30,11 +30,8 @@ def measure_accuracy(options: dict[str, Any], configs: Sequence[MergeConfig]) ->
     Raises:
         EvaluationError: an evaluation failed; the adapter is saved by then.
     """
-    patches, layers = checkpoints.patches_and_layers(options["model"])
     measured = [MergeConfig(ratio=1.0)]
-    for config in dict.fromkeys(configs):
-        if config.decoder or config.resize or config.tokens_at(patches, layers) < patches:
-            measured.append(config)
+    measured += [config for config in dict.fromkeys(configs) if _merges(config, options["model"])]
     sides = {"before": options["model"], "after": options["output"]}
     rows = []
     for i, config in enumerate(measured):
@@ -44,6 +41,16 @@ def measure_accuracy(options: dict[str, Any], configs: Sequence[MergeConfig]) ->
             {"tokens": found["before"]["image_tokens"], "merging": found["before"]["merging"]} | accuracy
         )
     return rows
+
+
+def _merges(config: MergeConfig, model: str) -> bool:
+    """Whether a config changes the tokens of a model's images."""
+    if config.decoder or config.resize:
+        return True
+    if checkpoints.cuts_into_tiles(checkpoints.read_config(model)):
+        return image_schedule.merges(config)
+    patches, layers = checkpoints.patches_and_layers(model)
+    return config.tokens_at(patches, layers) < patches
 
 
 def _evaluate(name: str, model: str, options: dict[str, Any], config: MergeConfig) -> dict[str, Any]:

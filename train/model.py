@@ -10,7 +10,9 @@ from llava_pitome import MergeConfig, embedded
 from llava_pitome.models import checkpoints
 from llava_pitome.models import hf_llava as llava
 
-LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LLAMA_PROJECTIONS = (  # Mistral and Qwen2 use the same names
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
 TOWER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 PROJECTOR = "multi_modal_projector"
 
@@ -65,7 +67,7 @@ def add_adapters(model: nn.Module, options: dict[str, Any]) -> nn.Module:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = [rf".*language_model.*\.({'|'.join(options['targets'])})"]
     if options["tower"] == "lora":
-        targets.append(rf".*vision_tower.*\.({'|'.join(TOWER_PROJECTIONS)})")
+        targets.append(rf".*vision_tower.*\.layers\..*\.({'|'.join(TOWER_PROJECTIONS)})")
     config = peft.LoraConfig(
         r=options["lora_rank"],
         lora_alpha=options["lora_alpha"],

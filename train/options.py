@@ -23,6 +23,8 @@ from train.model import LLAMA_PROJECTIONS
 
 EMBEDDED = "embedded"
 SCENES = 8192
+MAX_LENGTH = 2048  # tokens of a row
+MAX_LENGTH_TILED = 8192  # the same for models that cut images into tiles, up to the language model's context
 RATIO = 0.9  # used where no option sets an amount
 # what a method may compute from the text's attention: in training the text contains the answers
 TEXT_INPUTS = {"text", "text_attention", "last_attention", "received_attention"}
@@ -52,7 +54,11 @@ GROUPS = {
         "images": Option(None, str, "a folder", "image names are relative to it; that of data by default"),
         "scenes": Option(None, *COUNT, f"images of data=embedded; {SCENES:,} by default"),
         "max_length": Option(
-            2048, whole(2), "a whole number from 2", "tokens of a row, its images counted unmerged"
+            None,
+            whole(2),
+            "a whole number from 2",
+            f"tokens of a row, its images counted unmerged; {MAX_LENGTH:,} by default, or with tiles "
+            f"{MAX_LENGTH_TILED:,}, up to the language model's context",
         ),
         "skip_broken": Option(0, *FROM_ZERO, "rows that may be left out as broken"),
         "group_by_length": Option(False, *FLAG, "batches of rows of similar length"),
@@ -67,7 +73,7 @@ GROUPS = {
         "tokens": MERGING["tokens"]._replace(
             read=several(MERGING["tokens"].read),
             allowed="whole numbers from 1 with commas",
-            help="image tokens, instead of ratio; drawn likewise",
+            help="tokens of a whole image, instead of ratio; drawn likewise",
         ),
         "recipe": MERGING["recipe"],
         "merging": MERGING["merging"],

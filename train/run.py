@@ -77,11 +77,12 @@ def make_trainer(given: dict[str, Any], configs: Sequence[MergeConfig], rows: Js
     plain, processor = model.load_model(given, configs, arguments)
     adapted = model.add_adapters(plain, given)
     checkpoint.write_options(Path(given["output"]), given)
+    dataset = data.make_dataset(given, configs, rows, folder, processor, adapted, arguments)
     return MergingTrainer(
         adapted,
         arguments,
-        Collator(processor),
-        data.make_dataset(given, configs, rows, folder, processor, adapted, arguments),
+        Collator(processor, dataset.grey_size),
+        dataset,
         processing_class=processor,
         configs=configs,
         base_model=model.base_model_name(given["model"]),

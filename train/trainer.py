@@ -25,9 +25,7 @@ from llava_pitome.models import adapters
 from llava_pitome.models import hf_llava as llava
 from train.collator import expand
 from train.conversation import IGNORE_INDEX
-from train.data import image_tokens
-
-UNMERGED = MergeConfig(ratio=1.0)
+from train.image_counts import UNMERGED, ImageCounts
 
 
 class NonFiniteLoss(RuntimeError):
@@ -56,7 +54,7 @@ class MergingTrainer(Trainer):
         """
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
         self._configs, self._base_model, self._distill_weight = tuple(configs), base_model, distill_weight
-        self._parts = llava.find(self.model)
+        self._counts = ImageCounts.of(llava.find(self.model))
         self._applied: MergeConfig | None = None
         self._teacher: Tensor | None = None  # (A, V) log-probabilities
         self.memory: PeakMemory | None = None
@@ -125,8 +123,8 @@ class MergingTrainer(Trainer):
         self._applied = config
 
     def expand(self, inputs: dict[str, Any], config: MergeConfig) -> dict[str, Any]:
-        """The batch with as many placeholders as the config leaves image tokens."""
-        processor, tokens = self.processing_class, image_tokens(config, self._parts)
+        """The batch with as many placeholders as the config leaves tokens of each image."""
+        processor, tokens = self.processing_class, self._counts.of_batch(config, inputs)
         expanded = expand(inputs, processor.image_token_id, tokens, processor.tokenizer.pad_token_id)
         return expanded | {"use_cache": False}
 

@@ -178,6 +178,11 @@ def vision_counts(config: Any) -> VisionCounts:
     )
 
 
+def cuts_into_tiles(config: Any) -> bool:
+    """Whether a LLaVA's config is of a model that cuts images into tiles."""
+    return MODELS[config.model_type] in llava.TILED
+
+
 def patches_and_layers(path: str) -> tuple[int, int]:
     """Patches of an image or tile, and vision tower layers that may merge, from a checkpoint's config.
 
