@@ -152,8 +152,8 @@ class ImagePacking(HookOwner):
             records = self._unmerged_records(out.pooler_output, layouts)
             positions = [torch.arange(layout.tokens, device="cpu") for layout in layouts]
         else:
-            positions = [torch.empty(0)] * len(layouts)
-            packed: list[Tensor] = [torch.empty(0)] * len(layouts)
+            positions = [torch.empty(0, device="cpu")] * len(layouts)
+            packed: list[Tensor] = [torch.empty(0, device="cpu")] * len(layouts)
             records = []
             for layout, images in groups.items():
                 call = TileCall(layout, schedules[images[0]], len(images))
