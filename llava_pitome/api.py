@@ -191,8 +191,8 @@ def image_tokens(model: nn.Module, size: tuple[int, int] | None = None) -> int:
 
     Args:
         model: merging or not.
-        size: height and width of the image in pixels; None: the vision tower's own. It matters for models
-            that cut images into tiles alone.
+        size: height and width of the image in pixels, which matter for models that cut images into tiles
+            alone; None: the nominal size of their tiling.
 
     Raises:
         ValueError: the config has a budget that does not fit the image.

@@ -61,8 +61,7 @@ def test_counts_are_those_of_the_processor(kind, config):
     assert sum(counts.images(config, sizes)) == written(model, processor, images=[[noise(*s) for s in sizes]])
     if takes_videos(kind) and (config is None or not config.tokens_per_tile):
         assert sum(counts.videos(config, [3, 3])) == written(model, processor, videos=[clip(), clip()])
-    own = counts.tiling.tile
-    assert image_tokens(model) == image_tokens(model, (own, own))
+    assert image_tokens(model) == image_tokens(model, counts.tiling.nominal_size)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -36,8 +36,8 @@ class ImageCounts(NamedTuple):
 
         Args:
             config: how the model merges; None: not at all.
-            sizes: of the images; None stands for an image of the vision tower's own size. They matter for
-                models that cut images into tiles alone.
+            sizes: of the images, which matter for models that cut images into tiles alone; None stands for
+                the tiling's nominal size.
 
         Raises:
             ValueError: an image has no pixels or fits no grid of tiles, or a budget does not fit it.
@@ -45,8 +45,8 @@ class ImageCounts(NamedTuple):
         if self.tiling is None:
             of_each = self.patches if config is None else config.tokens_at(self.patches, self.layers)
             return [of_each] * len(sizes)
-        own = (self.tiling.tile, self.tiling.tile)
-        return [self._count(config, self.tiling.image(*(size or own), len(sizes) == 1)) for size in sizes]
+        found = [size or self.tiling.nominal_size for size in sizes]
+        return [self._count(config, self.tiling.image(*size, len(sizes) == 1)) for size in found]
 
     def videos(self, config: MergeConfig | None, frames: Sequence[int]) -> list[int]:
         """The tokens of each video of one prompt; `frames` are theirs, for the rest see `images`.

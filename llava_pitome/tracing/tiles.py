@@ -174,11 +174,12 @@ class _Tracer:
         return MergeTrace(int(self.canvas.shows.sum()), tuple(self.merges), self.start)
 
     def _reaching(self) -> Tensor:
-        """Which tiles (T,) are in a region of which a token reaches the language model."""
+        """Which tiles (T,) are in a region whose tokens are packed."""
+        packed = torch.cat([self.final, *(merge.before.flatten() for merge in self.found.packed_merges)])
         reaching, first = [], 0
         for region in self.layout.regions:
             end = first + region.tokens + region.num_newlines
-            is_in = bool(((self.final >= first) & (self.final < end)).any())
+            is_in = bool(((packed >= first) & (packed < end)).any())
             reaching += [is_in] * region.tiles
             first = end
         return torch.tensor(reaching, device="cpu")

@@ -228,10 +228,11 @@ class Conversation:
         if not times:
             return None
         parts = llava.find(self.model).llava
-        placeholders = torch.tensor([x for x in (parts.image_token, parts.video_token) if x is not None])
+        ids = [token for token in (parts.image_token, parts.video_token) if token is not None]
+        placeholders = torch.tensor(ids, device=input_ids.device)
         seconds = times[-1] - times[0]
         return AnswerStats(
-            image_tokens=int(torch.isin(input_ids, placeholders.to(input_ids.device)).sum()),
+            image_tokens=int(torch.isin(input_ids, placeholders).sum()),
             patches=unmerged,
             prompt_tokens=input_ids.shape[1],
             answer_tokens=len(times),
