@@ -123,6 +123,10 @@ def test_malformed_file_raises(tmp_path, text, message):
         (row("x", "\ud83d"), "half of a surrogate pair"),
         (row("<image> x", "y", image="data:" + "a" * 5000), "is missing"),
         (row("<image> x", "y", image="\ud83d.png"), "is missing"),
+        (
+            row("<video> x", "y", video="a.mp4"),
+            "\"video\" is 'a.mp4'; train.run trains on images and text alone",
+        ),
     ],
 )
 def test_broken_row_raises(folder, broken, message):
@@ -149,6 +153,13 @@ def test_placeholder_in_a_row_without_images_is_text(folder, embedded):
     """As in LLaVA: such rows are about HTML."""
     item = dataset(folder, [row("what is <image>?", "a tag, <image>")], embedded[1])[0]
     assert embedded[1].image_token_id not in item["input_ids"] and "pixel_values" not in item
+
+
+@pytest.mark.parametrize("images", [[], ["a.png"]])
+def test_a_placeholder_of_videos_is_text(folder, images):
+    found = row("<image> " * len(images) + "what is <video>?", "a tag, <video>", image=images)
+    texts = [message["content"][-1]["text"] for message in parse_row(found, folder).messages]
+    assert texts == ["what is < video >?", "a tag, < video >"]
 
 
 # Broken rows

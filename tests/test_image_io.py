@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from llava_pitome.image_io import FORMATS, MAX_PIXELS, open_image
+from llava_pitome.image_io import FORMATS, MAX_PIXELS, image_size, open_image
 
 RNG = np.random.default_rng(0)
 COLOURED = Image.fromarray(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((18, 12))
@@ -92,6 +92,33 @@ def test_images_are_rotated_upright(orientation):
     exif[0x0112] = orientation
     data = saved(Image.fromarray(np.ascontiguousarray(turns[orientation])), exif=exif)
     assert np.array_equal(np.asarray(open_image(data))[..., 0], upright)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("orientation", [None, 1, 2, 3, 5, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_opened_image(kind, orientation, monkeypatch):
+    options = {}
+    if orientation is not None:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    data = saved(COLOURED, kind, **options)
+    opened = open_image(data)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("the image is decoded"))
+    assert image_size(data) == (opened.height, opened.width)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(9000, 9000), "too many pixels"),
+        (png(600, 10), "too narrow"),
+        (b"hello", "is no image"),
+        (saved(COLOURED)[:20], "damaged|no image"),
+    ],
+)
+def test_a_size_that_is_not_allowed_is_refused_by_the_header(data, message):
+    with pytest.raises(ValueError, match=message):
+        image_size(data)
 
 
 def test_an_animation_gives_its_first_frame():

@@ -3,8 +3,12 @@
 import json
 
 import pytest
+from PIL import Image
+from tiled import make_tiled, noise
 
-from train import bench, checkpoint, compare, launch
+from llava_pitome import MergeConfig, load
+from llava_pitome.cli.bench import targets
+from train import bench, checkpoint, compare, evaluation, export, launch
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,52 @@ def test_comparison_without_accuracy_is_refused(tmp_path, capsys):
 def test_comparison_has_help(word, capsys):
     assert compare.main([word]) == 0
     assert "python -m train.compare FOLDER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "measured"),
+    [
+        (MergeConfig(ratio=1.0), "next-vicuna", False),
+        (MergeConfig(ratio=0.9), "next-vicuna", True),
+        (MergeConfig(tokens=640), "next-vicuna", True),
+        (MergeConfig(tokens_per_tile=8), "onevision", True),
+        (MergeConfig(ratio=1.0, newlines="none"), "onevision", True),
+        (MergeConfig(decoder={1: 0.5}), "next-vicuna", True),
+        (MergeConfig(ratio=1.0), "embedded", False),
+        (MergeConfig(tokens=20), "embedded", True),
+    ],
+)
+def test_configs_that_merge_are_evaluated(config, model, measured, tmp_path):
+    if model != "embedded":
+        make_tiled(model).config.save_pretrained(tmp_path)
+        model = str(tmp_path)
+    assert evaluation._merges(config, model) == measured
+
+
+def test_a_random_llava_next_is_saved_with_a_processor_that_fits(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    monkeypatch.setattr(targets, "LLAMA_7B", sizes | {"vocab_size": 32064})
+    monkeypatch.setattr(targets, "CLIP_L", sizes | {"num_hidden_layers": 3})
+    trained = []
+    result = dict.fromkeys(bench.MEASURED, 1.0) | {"machine": {}, "packages": {}}
+    monkeypatch.setattr(bench, "_train", lambda _, words: trained.append(words) or result)
+    words = ["model=next-7b-2layer", "tokens=640", "rounds=1", f"output={tmp_path}"]
+    assert bench.main(words) == 0
+    (path,) = {word for words in trained for word in words if word.startswith("model=")}
+    assert path == f"model={tmp_path / 'next-7b-2layer'}"
+    model, processor = load(path.removeprefix("model="), MergeConfig(tokens=640))
+    inputs = processor(images=noise(200, 300), text="<image> what", return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 640
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_scenes_of_the_embedded_llava_next_are_exported(tmp_path):
+    file = export.write(tmp_path, 2, turns=40, model="embedded-next")
+    rows = json.loads(file.read_text())
+    texts = [turn["value"] for found in rows for turn in found["conversations"]]
+    assert any("word" in text for text in texts)
+    assert len({Image.open(tmp_path / found["image"]).size for found in rows}) == 2
+    assert export.main(["model=embedded-nex", f"output={tmp_path}"]) == 2
 
 
 def test_speed_ups_are_medians_over_rounds():

@@ -2,7 +2,8 @@
 
 Each variant is trained in processes of its own, in alternation; options of train.run apply to all of them.
 The table is printed and written to output/bench.md, every number to output/bench.json.
-model=llava-7b-2layer is LLaVA-1.5-7B with random weights and two of its 32 language layers.
+model=llava-7b-2layer and model=next-7b-2layer are LLaVA-1.5-7B and LLaVA-NeXT-7B with random weights and two
+of their 32 language layers.
 """
 
 import json
@@ -20,7 +21,7 @@ from train import options as run_options
 from train.checkpoint import read_result
 from train.launch import unlaunched_environment
 
-RANDOM_MODEL = "llava-7b-2layer"
+RANDOM_MODELS = ("llava-7b-2layer", "next-7b-2layer")
 TOKENS = (20, 39)
 MEASURED = ("step_seconds", "bytes_before", "bytes_most")
 VARIED = ("ratio", "tokens", "max_steps", "epochs", "evaluate", "resume", "output")  # set by the bench itself
@@ -47,9 +48,9 @@ def main(words: Sequence[str]) -> int:
     output = Path(options["output"])
     output.mkdir(parents=True, exist_ok=True)
     shared = [word for word in words if word.partition("=")[0] in SHARED]
-    if options["model"] == RANDOM_MODEL:
+    if options["model"] in RANDOM_MODELS:
         shared = [word for word in shared if not word.startswith("model=")]
-        shared.append(f"model={_random_model(output / RANDOM_MODEL)}")
+        shared.append(f"model={_random_model(output / options['model'])}")
     variants = {"unmerged": "ratio=1.0"} | {str(n): f"tokens={n}" for n in options["tokens"]}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for i in range(options["rounds"]):
@@ -75,7 +76,7 @@ def _random_model(path: Path) -> Path:
     if not (path / "config.json").exists():
         partial = path.with_name(f"{path.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
-        targets.save_checkpoint(RANDOM_MODEL, partial)
+        targets.save_checkpoint(path.name, partial)
         partial.replace(path)
     return path
 

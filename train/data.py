@@ -18,7 +18,7 @@ from train import export
 from train.collator import image_inputs
 from train.conversation import BrokenRow, Conversation, encode, parse_row
 from train.image_counts import UNMERGED, ImageCounts, Size
-from train.options import EMBEDDED, MAX_LENGTH, MAX_LENGTH_TILED, SCENES
+from train.options import EMBEDDED_DATA, MAX_LENGTH, MAX_LENGTH_TILED, SCENES
 from train.rows import BrokenRows, JsonRows, TooManyBrokenRows
 
 log = logging.getLogger("train.data")
@@ -119,17 +119,17 @@ class ConversationDataset(Dataset):
             BrokenRow: an image fits none of the model's grids of tiles.
             ValueError: a budget does not fit an image.
         """
-        try:
-            layouts = self._counts.layouts(sizes)
-        except ValueError as error:
-            files = ", ".join(map(str, conversation.images))
-            raise BrokenRow(f"image {files} cannot be cut into tiles: {error}") from error
         found = []
-        for file, (height, width), layout in zip(conversation.images, sizes, layouts):
+        for file, size in zip(conversation.images, sizes):
+            what = f"image {file} of {size[1]} x {size[0]} pixels"
             try:
-                found.append(statistics.mean(self._counts.tokens(config, layout) for config in configs))
+                layout = self._counts.layout(size, len(sizes) == 1)
             except ValueError as error:
-                raise ValueError(f"image {file} of {width} x {height} pixels: {error}") from error
+                raise BrokenRow(f"{what} cannot be cut into tiles: {error}") from error
+            try:
+                found.append(statistics.fmean(self._counts.tokens(config, layout) for config in configs))
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from error
         return found
 
     def __len__(self) -> int:
@@ -200,18 +200,18 @@ def json_rows(options: dict[str, Any]) -> tuple[JsonRows, Path]:
     Raises:
         ValueError: data= is not a file of rows.
     """
-    if options["data"] != EMBEDDED:
+    if options["data"] not in EMBEDDED_DATA:
         file = Path(options["data"])
         return JsonRows(file), Path(options["images"] or file.parent)
     scenes = options["scenes"] or SCENES
-    folder = Path(options["output"]).parent / f"embedded-{scenes}"
+    folder = Path(options["output"]).parent / f"{options['data']}-{scenes}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # so that one process writes
         fcntl.flock(lock, fcntl.LOCK_EX)
         file = folder / "conversations.json"
         if not file.exists():
             log.info("rendering %d scenes", scenes)
-            export.write(folder, scenes)
+            export.write(folder, scenes, model=options["data"])
     return JsonRows(file), folder
 
 

@@ -39,15 +39,13 @@ class ImageCounts(NamedTuple):
             parts.patches, parts.num_feature_layers, parts.num_feature_prefix_tokens, parts.llava.tiling
         )
 
-    def layouts(self, sizes: Sequence[Size]) -> list[ImageLayout | None]:
-        """The layouts of one prompt's images; of None where an image is one tile.
+    def layout(self, size: Size, is_alone: bool) -> ImageLayout | None:
+        """The layout of an image, which may be alone in its prompt; None where every image is one tile.
 
         Raises:
-            ValueError: an image fits none of the model's grids of tiles.
+            ValueError: it fits none of the model's grids of tiles.
         """
-        if self.tiling is None:
-            return [None] * len(sizes)
-        return list(self.tiling.images(sizes, [len(sizes)]))
+        return None if self.tiling is None else self.tiling.image(*size, is_alone)
 
     def tokens(self, config: MergeConfig, layout: ImageLayout | None) -> int:
         """Tokens of an image in the language model's prompt, class token and newlines included.

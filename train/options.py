@@ -16,12 +16,14 @@ from llava_pitome.cli.options import (
     whole,
 )
 from llava_pitome.config import combined
+from llava_pitome.embedded import NAME as EMBEDDED
+from llava_pitome.embedded.dataset import SCENES as SCENES_OF
 from llava_pitome.methods import METHODS
 from llava_pitome.models.checkpoints import QUANTIZATIONS
 from train.export import FIRST_SEED
 from train.model import LLAMA_PROJECTIONS
 
-EMBEDDED = "embedded"
+EMBEDDED_DATA = tuple(SCENES_OF)  # accepted instead of a file of rows
 SCENES = 8192
 MAX_LENGTH = 2048  # tokens of a row
 MAX_LENGTH_TILED = 8192  # the same for models that cut images into tiles, up to the language model's context
@@ -49,10 +51,17 @@ FLAG = (boolean, "true | false")
 MERGING = merge_options()
 GROUPS = {
     "model and data": {
-        "model": Option(EMBEDDED, str, "embedded, a hub id or a folder", "the LLaVA that is trained"),
-        "data": Option(EMBEDDED, str, "embedded, or a JSON or JSONL in LLaVA's format", "training data"),
+        "model": Option(
+            EMBEDDED, str, "embedded, embedded-next, a hub id or a folder", "the LLaVA that is trained"
+        ),
+        "data": Option(
+            EMBEDDED,
+            str,
+            f"{', '.join(EMBEDDED_DATA)}, or a JSON or JSONL in LLaVA's format",
+            "training data",
+        ),
         "images": Option(None, str, "a folder", "image names are relative to it; that of data by default"),
-        "scenes": Option(None, *COUNT, f"images of data=embedded; {SCENES:,} by default"),
+        "scenes": Option(None, *COUNT, f"images of embedded data; {SCENES:,} by default"),
         "max_length": Option(
             None,
             whole(2),
@@ -136,8 +145,8 @@ def check(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
         )
     for key, requirement, is_met in (
         ("epochs", "no max_steps=", options["max_steps"] is None),
-        ("scenes", "data=embedded", options["data"] == EMBEDDED),
-        ("images", "a data= of your own", options["data"] != EMBEDDED),
+        ("scenes", " or ".join(f"data={name}" for name in EMBEDDED_DATA), options["data"] in EMBEDDED_DATA),
+        ("images", "a data= of your own", options["data"] not in EMBEDDED_DATA),
         ("distill_weight", "distill=true", options["distill"]),
         ("limit", "evaluate=true", options["evaluate"]),
     ):
@@ -164,6 +173,6 @@ def _merge_configs(options: dict[str, Any]) -> tuple[MergeConfig, ...]:
 
 def data_description(options: dict[str, Any]) -> str:
     """The training data as the model card describes it."""
-    if options["data"] == EMBEDDED:
-        return f"{options['scenes'] or SCENES} embedded scenes from seed {FIRST_SEED:,} on"
+    if options["data"] in EMBEDDED_DATA:
+        return f"{options['scenes'] or SCENES} {options['data']} scenes from seed {FIRST_SEED:,} on"
     return options["data"]

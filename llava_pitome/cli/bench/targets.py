@@ -156,7 +156,7 @@ def image_sizes(target: Target, batch: int) -> Tensor:
 
 
 def save_checkpoint(name: str, folder: Path) -> None:
-    """Saves a target of LLAVA_TARGETS in bfloat16, with a processor that uses the embedded tokenizer."""
+    """Saves a LLaVA-1.5 or LLaVA-NeXT target in bfloat16, with a processor of the embedded tokenizer."""
     model = build(name, torch.bfloat16, "cpu").model
     processor = make_processor(model.config)
     model.config.image_token_id = processor.image_token_id
@@ -165,10 +165,19 @@ def save_checkpoint(name: str, folder: Path) -> None:
 
 
 def make_processor(config: Any) -> Any:
-    """Returns the embedded model's processor with the image and patch size of a LlavaConfig."""
-    from transformers import AutoProcessor
+    """Returns the embedded model's processor with image size, patch size and tiles of a LLaVA's config."""
+    from transformers import AutoProcessor, LlavaNextImageProcessorPil, LlavaNextProcessor
 
     processor = AutoProcessor.from_pretrained(embedded.PATH)
+    if checkpoints.cuts_into_tiles(config):
+        images = LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints)
+        processor = LlavaNextProcessor(
+            images,
+            processor.tokenizer,
+            chat_template=processor.chat_template,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+        )
     side, processor.patch_size = config.vision_config.image_size, config.vision_config.patch_size
     processor.image_processor.size = {"shortest_edge": side}
     processor.image_processor.crop_size = {"height": side, "width": side}
