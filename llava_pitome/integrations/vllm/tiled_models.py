@@ -57,7 +57,8 @@ class _MergedCounts:
         Raises:
             ValueError: it cuts images into other tiles than the model, or an option that would change them.
         """
-        given = kwargs | dict(kwargs.get("images_kwargs") or {})
+        given = self.ctx.get_merged_mm_kwargs(kwargs)  # with those of --mm-processor-kwargs
+        given |= dict(given.get("images_kwargs") or {})
         if found := [name for name in OF_TILES if name in given]:
             raise ValueError(
                 f"{found[0]}={given[found[0]]!r} is not allowed with token merging: images are cut into the "
@@ -165,12 +166,8 @@ class _MergingImages:
             self.multi_modal_projector = self.multi_modal_projector  # marked together with the tower
         self.encoder: ImageEncoder | None = None
         if not isinstance(self.vision_tower, StageMissingLayer):  # as with --limit-mm-per-prompt.image 0
-            self.encoder = ImageEncoder(
-                self.config,
-                TiledCounts.of(self.config, merging),
-                self.vision_tower,
-                self.multi_modal_projector,
-            )
+            counts = TiledCounts.of(self.config, merging)
+            self.encoder = ImageEncoder(self.config, counts, self.vision_tower, self.multi_modal_projector)
 
     def _process_image_input(self, image_input: Any) -> Any:
         """The image tokens (N, D) of the language model, or the given embeddings."""
