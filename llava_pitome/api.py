@@ -16,6 +16,7 @@ from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.image_schedule import tokens_of_image
 from llava_pitome.kernels import has_triton, supports_triton
 from llava_pitome.models import adapters, checkpoints, hf_language_model, hf_llava, processors
+from llava_pitome.models.image_counts import counts_of
 from llava_pitome.models.parts import ModelParts
 from llava_pitome.saved_config import KEY
 
@@ -185,10 +186,18 @@ def applied(model: nn.Module) -> MergeConfig | None:
     return None
 
 
-def image_tokens(model: nn.Module) -> int:
-    """Image tokens in a model's prompts for an image of the tower's own size, as it merges now."""
-    parts, config = hf_llava.find(model), applied(model)
-    return parts.patches if config is None else config.tokens_at(parts.patches, parts.num_feature_layers)
+def image_tokens(model: nn.Module, size: tuple[int, int] | None = None) -> int:
+    """Image tokens in a model's prompts for the one image of a prompt, as it merges now.
+
+    Args:
+        model: merging or not.
+        size: height and width of the image in pixels, which matter for models that cut images into tiles
+            alone; None: the nominal size of their tiling.
+
+    Raises:
+        ValueError: the config has a budget that does not fit the image.
+    """
+    return counts_of(hf_llava.find(model)).images(applied(model), [size])[0]
 
 
 def _check_processor(parts: ModelParts, processor: Any) -> None:

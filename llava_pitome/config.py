@@ -83,12 +83,13 @@ class MergeConfig(TokenCounts):
         "share of the patches that each tower layer keeps, in (0, 1]; or one share per layer up to the "
         "feature layer. 1.0 merges nothing",
     )
-    tokens: int | None = _field(
+    tokens: int | float | None = _field(
         None,
-        "count",
+        "budget",
         "how far",
         "tokens of an image at the input of the language model, instead of ratio, which is then solved for "
-        "each image size; of all its tiles and newline tokens together, where a model has those",
+        "each image size; of all its tiles and newline tokens together, where a model has those. Below 1, "
+        "the share of the tokens that the image has without merging",
     )
     tokens_per_tile: int | None = _field(
         None,

@@ -60,6 +60,10 @@ def _amount(value: Any) -> bool:
     return (isinstance(value, float) and 0 < value <= 1) or _whole(value, 2)
 
 
+def _budget(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, float) and 0 < value < 1)
+
+
 def _interval(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_number, value)) and _rising(*value)
 
@@ -86,6 +90,7 @@ KINDS: dict[str, Kind] = {
         "a number in (0, 1], or one per layer",
     ),
     "count": Kind(_whole, "a whole number from 1"),
+    "budget": Kind(_budget, "a whole number from 1, or a share in (0, 1)"),
     "amount": Kind(_amount, "a share in (0, 1] such as 0.5, or a number of tokens from 2"),
     "sides": Kind(
         lambda x: isinstance(x, tuple) and len(x) == 2 and all(map(_whole, x)),

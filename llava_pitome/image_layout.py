@@ -101,6 +101,16 @@ class ImageLayout(_Layout):
         """Tokens that the language model is given without merging, newlines among them."""
         return sum(r.tokens + r.num_newlines for r in self.regions) + self.ends_with_newline
 
+    def resized(self, side: int) -> "ImageLayout":
+        """The layout where every tile has side x side patches, and no region is pooled."""
+        regions = []
+        for region in self.regions:
+            top, bottom, left, right = (round(x * side / self.side) for x in region.window)
+            height, width = max(bottom - top, 0), max(right - left, 0)
+            window = Window(top, bottom, left, right)
+            regions.append(region._replace(window=window, height=height, width=width))
+        return self._replace(side=side, regions=tuple(regions))
+
     def tile_windows(self) -> Iterator[Window]:
         """The patches of each tile that show the image."""
         for region in self.regions:

@@ -43,6 +43,7 @@ def merges(config: Any, is_video: bool = False) -> bool:
     else:
         budgets = config.tokens_per_tile, config.tokens
         others = config.newlines != "rows" or config.tile_shares == "thumbnail"
+    others = others or config.resize is not None
     by_share = others or config.merges_by_ratio or config.merges_in_prefix
     return by_share or any(budget is not None for budget in budgets)
 
@@ -61,6 +62,25 @@ def schedule(config: Any, layout: ImageLayout, layers: int) -> ImageSchedule:
             the config does not say how far it merges.
     """
     return _Scheduler(config, layout, layers).schedule()
+
+
+def resized(config: Any, layout: ImageLayout) -> ImageLayout:
+    """The layout of an image as the tower encodes it, after `resize`.
+
+    Raises:
+        ValueError: `resize` is not square, or not smaller than a tile or than what the model pools.
+    """
+    if config.resize is None:
+        return layout
+    side = config.resize[0]
+    pooled = [region.height for region in layout.regions if region.is_pooled]
+    most = min([layout.side, *pooled])
+    if config.resize != (side, side) or side > most:
+        raise ValueError(
+            f"resize={config.resize} does not fit: it is the size of each tile, a square; allowed "
+            f"is 1 x 1 to {most} x {most}"
+        )
+    return layout.resized(side)
 
 
 def tokens_of_image(config: Any, layers: int, layout: ImageLayout) -> int:
@@ -92,7 +112,8 @@ class _Scheduler:
         """Finds which field decides."""
         if not layout.regions:
             raise ValueError("a video has 0 frames; at least 1 is needed")
-        self.config, self.layout, self.layers = config, layout, layers
+        self.config, self.layout, self.layers = config, resized(config, layout), layers
+        self.stock_tokens, layout = layout.tokens, self.layout
         self.patches = layout.side**2
         thumbnail_alone = config.tile_shares == "thumbnail" and not layout.is_video
         self.used = layout.regions[:1] if thumbnail_alone else layout.regions
@@ -109,7 +130,7 @@ class _Scheduler:
                     )
         self.field = given[0] if given else "ratio"
         is_whole = self.field in ("tokens", "tokens_per_video", "prefix")
-        self.of_image = getattr(config, self.field) if is_whole else None
+        self.of_image: int | float | None = getattr(config, self.field) if is_whole else None
 
     def schedule(self) -> ImageSchedule:
         """See `schedule`."""
@@ -184,7 +205,7 @@ class _Scheduler:
             else kept
         )
 
-    def _divided(self, budget: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _divided(self, budget: int | float) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens and newlines that each region keeps under a budget for all of them.
 
         Raises:
@@ -202,6 +223,8 @@ class _Scheduler:
         while (found := sum(tiles) + sum(newlines_at(least)) + ends) > least:  # newlines grow with a budget
             least = found
         highest = sum(capacity) if self.config.newlines == "none" else most
+        if isinstance(budget, float):  # a share is met as far as it can be
+            budget = min(max(kept_by_ratio(self.stock_tokens, budget), least), highest)
         if not least <= budget <= highest:
             what, of = ("video", "frames") if self.layout.is_video else ("image", "tiles")
             stay = f", {sum(newlines_at(least)) + ends} newlines stay" if least > sum(tiles) else ""

@@ -150,7 +150,7 @@ class TokenCounts:
     """The token counts that follow from the fields of a MergeConfig, which inherits this class."""
 
     ratio: float | tuple[float, ...] | None
-    tokens: int | None
+    tokens: int | float | None
     tokens_per_tile: int | None
     tokens_per_frame: int | None
     tokens_per_video: int | None
@@ -283,6 +283,8 @@ class TokenCounts:
     def _budget(self, patches: int, layers: int) -> int | None:
         """Returns the tokens left by tower and prefix together; None where the ratio alone decides."""
         tokens = self.tokens if self.tokens is not None else self.tokens_per_tile  # the image is one tile
+        if isinstance(tokens, float):
+            return kept_by_ratio(patches, tokens)
         if tokens is not None or not self.prefix_share:
             return tokens
         return lengths(patches, self._ratios(layers))[-1]

@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 bash scripts/setup_vllm.sh
 # conftest.py needs packages that .venv.vllm does not have, and leaves these files out of the main suite
 exec .venv.vllm/bin/python -m pytest --noconftest --show-capture=no tests/test_vllm_offline.py \
-  tests/test_vllm_server.py "$@"
+  tests/test_vllm_tiles.py tests/test_vllm_server.py "$@"

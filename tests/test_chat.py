@@ -12,7 +12,7 @@ from llava_pitome import MergeConfig, load, merge_tokens
 from llava_pitome.api import applied
 from llava_pitome.cli.chat import terminal as terminals
 from llava_pitome.cli.chat.conversation import Conversation
-from llava_pitome.cli.chat.terminal import Terminal, with_amount
+from llava_pitome.cli.chat.terminal import Terminal, with_fields
 from llava_pitome.cli.main import main
 from llava_pitome.embedded import render, scenes
 from llava_pitome.embedded.questions import HINT, ask
@@ -154,7 +154,7 @@ def test_lines_ask_questions_and_change_the_config(terminal, tmp_path):
         ("/ratio 2", "ratio='2' is not allowed"), ("/ratio x", "'x' is not allowed"),
         ("/tokens 0", "tokens='0' is not allowed"), ("/tokens 500", "does not fit"),
         ("/image nothing.png", "nothing.png does not exist"), ("/image", "/image needs FILE"),
-        ("/ratio", "/ratio needs R"), ("/imag a.png", "/imag is no command; allowed are /image, /ratio"),
+        ("/ratio", "/ratio needs R"), ("/imag a.png", "/imag is no command; allowed are /image, /video"),
         ("/save", "/save needs FILE"), ("/save /none/x", "cannot be written"),
     ],
 )  # fmt: skip
@@ -192,8 +192,8 @@ def test_an_answer_that_is_interrupted_before_its_first_token_has_no_stats(termi
 def test_another_amount_keeps_the_rest_of_the_config():
     config = MergeConfig(ratio=0.8, method="tome", llm_proportional=True)
     changed = MergeConfig(tokens=20, method="tome", llm_proportional=True)
-    assert with_amount(config, "tokens", 20) == changed
-    assert with_amount(None, "ratio", 0.7) == MergeConfig(ratio=0.7)
+    assert with_fields(config, {"tokens": 20}) == changed
+    assert with_fields(None, {"ratio": 0.7}) == MergeConfig(ratio=0.7)
 
 
 def test_help_lists_every_command(terminal):

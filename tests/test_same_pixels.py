@@ -17,7 +17,7 @@ from llava_pitome.cli.chat.conversation import Conversation
 from llava_pitome.cli.chat.terminal import Terminal
 from llava_pitome.cli.draw import command as draw
 from llava_pitome.image_io import is_changed_by_convert, open_image, to_rgb
-from llava_pitome.integrations.lmms_eval_questions import as_rgb
+from llava_pitome.integrations.lmms_eval_questions import QuestionReader, as_rgb
 from llava_pitome.integrations.serve.images import open_images
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.tracing import trace_image
@@ -141,14 +141,14 @@ def evaluated(to_visual):
         rows = {"image": [{"bytes": path.read_bytes(), "path": None}]}
         split = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
         evaluator = object.__new__(LlavaPitome)  # without loading a checkpoint
-        evaluator.task_dict, evaluator.blank = {"a_task": {"val": split}}, False
-        evaluator.thumbnail_side = None
-        evaluator.processor, evaluator.model = processor, SimpleNamespace(dtype=torch.float32)
+        evaluator.task_dict = {"a_task": {"val": split}}
+        evaluator.reader = QuestionReader(processor, None, False, False)
+        evaluator.model = SimpleNamespace(dtype=torch.float32)
         evaluator.device = torch.device("cpu")
         visual = (lambda _: [str(path)]) if to_visual is Path else to_visual
         request = SimpleNamespace(args=("<image> what", {}, visual, 0, "a_task", "val"))
         processor.chat_template = "{{ messages[0]['content'][0]['text'] }}"
-        return evaluator.inputs([request])["pixel_values"]
+        return evaluator.inputs(evaluator.questions([request]))["pixel_values"]
 
     return evaluated
 

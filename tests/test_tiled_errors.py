@@ -222,7 +222,7 @@ def test_fields_of_videos_on_a_model_without_them_raise(fields):
 def test_what_tiles_do_not_support_raises_when_it_is_applied(kind):
     model = make_tiled(kind)
     for fields, message in (
-        ({"resize": (4, 4)}, r"resize=\(4, 4\) is not supported"),
+        ({"resize": (4, 5)}, r"resize=\(4, 5\) does not fit"),
         ({"ratio": 0.9, "method": "grid", "prefix_share": 0.5}, "grid"),
         ({"prefix": 0.5, "method": "grid", "tile_shares": "joint"}, "grid"),
         ({"prefix": 0.5, "method": "grid", "tile_shares": "attention"}, "grid|class token"),

@@ -127,6 +127,24 @@ def test_nouns_refer_to_the_thumbnail_with_one_head_and_to_the_tiles_with_the_ot
     assert (batch["labels"][rows, positions] == -100).all()
 
 
+def test_questions_without_a_noun_have_no_point_loss(processor, model):
+    options = {"device": "cpu"}
+    losses = NextLosses(model, processor.tokenizer, options)
+    batch = next_data.make_batch([scene(seed, (112, 224)) for seed in (1, 2)], 1, processor)
+    ids = torch.full_like(
+        batch["input_ids"], processor.tokenizer.encode(" many", add_special_tokens=False)[0]
+    )
+    ids[:, : len(batch["tile"])] = processor.image_token_id
+    packed = torch.zeros(2, len(batch["tile"]), len(next_data.LABELS), dtype=torch.long)
+    nouns = next_data.noun_referents(ids, batch["labels"], packed, processor.tokenizer)
+    assert nouns["nouns"].shape == (0, 2) and nouns["referents"].shape == (0, 2, len(batch["tile"]))
+    hidden = torch.randn(*ids.shape, 128, requires_grad=True)
+    rotary = model.model.language_model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    loss = losses.point_loss(hidden, rotary, {"input_ids": ids, **nouns})
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any()
+
+
 def test_every_word_of_the_questions_is_one_token(processor):
     known = (*WORDS, "sign", "says", "word", "digit", "letter", "cell", "grid", "object", "A", "B", "C")
     for word in known:

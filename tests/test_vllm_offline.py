@@ -1,20 +1,11 @@
 """vLLM with the plugin against transformers, in one process; run by scripts/test_vllm.sh."""
 
-import gc
-import os
-from contextlib import contextmanager
-
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, SiglipVisionConfig
-from vllm import LLM, EngineArgs, SamplingParams
-from vllm_reference import NEW_TOKENS, PATCHES, Reference, image, prompt, question
+from vllm import EngineArgs
+from vllm_engine import check, engine, generate
+from vllm_reference import PATCHES, Reference, image, prompt, question
 
 from llava_pitome import MergeConfig, embedded, load
 
@@ -35,52 +26,16 @@ CONFIGS = {
 }
 
 
-@contextmanager
-def engine(path=embedded.PATH, config=None, **options):
-    """vLLM in this process, small and without compilation."""
-    options = {"max_model_len": 1024, "dtype": "float32", "enforce_eager": True} | options
-    overrides = {} if config is None else {"hf_overrides": {"token_merging": config.to_dict()}}
-    llm = LLM(str(path), kv_cache_memory_bytes=2**28, **overrides, **options)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-
-
-def generate(llm, prompts):
-    requests = [
-        {"prompt": text, "multi_modal_data": {"image": images}} if images else {"prompt": text}
-        for text, images in prompts
-    ]
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, logprobs=0)
-    return llm.generate(requests, sampling, use_tqdm=False)
-
-
-def check(path, config, **options):
-    """Asserts that vLLM's answers, log-probabilities and prompt lengths equal those of transformers."""
-    with engine(path, config, **options) as llm:
-        outputs = generate(llm, PROMPTS)
-    reference = Reference(path, config)
-    for output, (text, images) in zip(outputs, PROMPTS):
-        expected, answer = reference(text, images), output.outputs[0]
-        assert len(output.prompt_token_ids) == expected.prompt_tokens
-        assert list(answer.token_ids) == expected.ids
-        logprobs = [step[i].logprob for step, i in zip(answer.logprobs, expected.ids)]
-        assert logprobs == pytest.approx(expected.logprobs, abs=1e-3)
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_answers_equal_those_of_transformers(config):
-    check(embedded.PATH, config)
+    check(embedded.PATH, config, PROMPTS)
 
 
 def test_a_model_saved_merging_merges_under_vllm(tmp_path):
     model, processor = load(embedded.NAME, MergeConfig(tokens=50))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    check(tmp_path, None)
+    check(tmp_path, None, PROMPTS)
 
 
 def test_a_siglip_tower_merges(tmp_path):
@@ -93,17 +48,17 @@ def test_a_siglip_tower_merges(tmp_path):
     processor = AutoProcessor.from_pretrained(embedded.PATH)
     processor.num_additional_image_tokens, processor.vision_feature_select_strategy = 0, "full"
     processor.save_pretrained(tmp_path)
-    check(tmp_path, MergeConfig(ratio=0.9, prefix=0.5))
+    check(tmp_path, MergeConfig(ratio=0.9, prefix=0.5), PROMPTS)
 
 
 def test_two_tensor_parallel_ranks_answer_as_one():
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    check(embedded.PATH, MergeConfig(ratio=0.9, prefix=0.8), **ranks)
+    check(embedded.PATH, MergeConfig(ratio=0.9, prefix=0.8), PROMPTS, **ranks)
 
 
 def test_merged_prompts_are_cached_by_their_images():
     text, block = prompt(question(0)), 32  # the cache holds complete blocks
-    with engine(config=MergeConfig(tokens=64), enable_prefix_caching=True, block_size=block) as llm:
+    with engine(embedded.PATH, MergeConfig(tokens=64), enable_prefix_caching=True, block_size=block) as llm:
         first, again, other = (generate(llm, [(text, [image(seed)])])[0] for seed in (0, 0, 1))
     unmerged = Reference(embedded.PATH, None)(text, [image(0)]).prompt_tokens
     assert len(first.prompt_token_ids) == unmerged - PATCHES + 64
@@ -134,5 +89,5 @@ def test_only_a_config_with_token_merging_selects_the_merging_class():
     ],
 )
 def test_options_for_vllms_own_classes_raise(option, message):
-    with pytest.raises(ValueError, match=message), engine(config=MergeConfig(ratio=0.9), **option):
+    with pytest.raises(ValueError, match=message), engine(embedded.PATH, MergeConfig(ratio=0.9), **option):
         pass

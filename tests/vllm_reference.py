@@ -41,7 +41,7 @@ class Reference:
 
     @torch.inference_mode()
     def __call__(self, text, images):
-        inputs = self.processor(images=images or None, text=text, return_tensors="pt")
+        inputs = self.processor(images=[images] if images else None, text=text, return_tensors="pt")
         options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         out = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, **options)
         length = inputs["input_ids"].shape[1]

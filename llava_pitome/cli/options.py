@@ -264,6 +264,7 @@ def folder(text: str) -> str:
 FIELD_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {  # by kind of field: its reader, and what it reads
     "shares": (shares, "a number in (0, 1], or one per layer with commas"),
     "count": (whole(1), validation.KINDS["count"].allowed),
+    "budget": (amount, validation.KINDS["budget"].allowed),
     "amount": (amount, "a share (0.5) or a number of tokens from 2 (64)"),
     "layers": (layers, "layer:share or layer:number with commas (8:0.5,16:64)"),
     "sides": (sides, "rows x columns (9x10)"),

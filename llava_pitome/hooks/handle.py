@@ -153,7 +153,11 @@ class MergeHandle(HookOwner):
         """The merges of the last forward pass from patches to what reached the language model, in order.
 
         See `merge.plan.trace`. What the language model merged is in `language_model.tokens`.
+
+        Raises:
+            ValueError: the model cuts images into tiles.
         """
+        self._check_single_tiles("plans")
         tower, projected = self._last()
         return projected.plans() if projected is not None else [] if tower is None else tower.plans()
 
@@ -185,15 +189,27 @@ class MergeHandle(HookOwner):
         return resize_images(pixels, self.config.resize, self.tower.patch_size)
 
     def sizes(self) -> Tensor | None:
-        """Patches (I, n) of each token that reached the language model; None where nothing merged."""
+        """Patches (I, n) of each token that reached the language model; None where nothing merged.
+
+        Raises:
+            ValueError: the model cuts images into tiles.
+        """
+        self._check_single_tiles("sizes")
         tower, projected = self._last()
         if not self.plans():
             return None
         return (tower.tokens[-1] if projected is None else projected.tokens).patch_sizes
 
     def patches(self) -> int:
-        """Patches of each image that the tower was last given; 0 before there was one."""
+        """Patches of each image, or tile, that the tower was last given; 0 before there was one."""
         return 0 if self.tower.last is None else self.tower.last.patches
+
+    def _check_single_tiles(self, name: str) -> None:
+        if self.packing is not None:
+            raise ValueError(
+                f"{name} of a {self.model_class} are not defined: the tokens of its tiles are packed with "
+                "newlines, and without padding. tracing.trace_image says which token each patch is in"
+            )
 
     def recognise(self, features: Tensor) -> None:
         """Takes features (B, N, C) for those that the tower has just computed, as from another rank."""

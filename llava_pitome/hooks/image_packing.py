@@ -36,8 +36,8 @@ from llava_pitome.hooks.temporal_merge import length_in_time, merge_neighbouring
 from llava_pitome.hooks.tile_call import TileCall
 from llava_pitome.hooks.tile_shares import divide_by_attention
 from llava_pitome.image_layout import ImageLayout
-from llava_pitome.image_schedule import merges, schedule
-from llava_pitome.merge.plan import gather_tokens, trace
+from llava_pitome.image_schedule import merges, resized, schedule
+from llava_pitome.merge.plan import MergePlan, gather_tokens, trace
 from llava_pitome.models.parts import ModelParts
 
 METHODS = ("get_image_features", "get_video_features")  # of a model, which encode and pack
@@ -66,7 +66,13 @@ class ImagePacking(HookOwner):
     Attributes:
         handle: the MergeHandle that it belongs to.
         step: what merges.
+        listener: None, or an object that is told what became of packed tokens, by their positions in the
+            sequence that the model packs without merging. Its method `merged` is given those before a merge
+            (B, A), those of the tokens that they merged into, and whether `step` recorded it; its method
+            `packed`, at the end of a call, the layouts of the images and the positions (M,) of their tokens.
     """
+
+    listener: Any = None
 
     def __init__(
         self, handle: Any, parts: ModelParts, config: MergeConfig, triton: bool, records_images: bool
@@ -142,25 +148,32 @@ class ImagePacking(HookOwner):
         for i, layout in enumerate(layouts):
             groups.setdefault(layout, []).append(i)
         if not merges(self.config, is_video):
-            out = self._encode(original, module, given, TileCall(layouts[0], schedules[0], len(layouts)))
+            out = self._encode(
+                original, module, given, TileCall(layouts[0], layouts[0], schedules[0], len(layouts))
+            )
             records = self._unmerged_records(out.pooler_output, layouts)
+            positions = [torch.arange(layout.tokens, device="cpu") for layout in layouts]
         else:
-            packed: list[Tensor] = [torch.empty(0)] * len(layouts)
+            positions = [torch.empty(0, device="cpu")] * len(layouts)
+            packed: list[Tensor] = [torch.empty(0, device="cpu")] * len(layouts)
             records = []
             for layout, images in groups.items():
-                call = TileCall(layout, schedules[images[0]], len(images))
+                encoded_as = resized(self.config, layout)
+                call = TileCall(layout, encoded_as, schedules[images[0]], len(images))
                 part = given if len(groups) == 1 else self._part(given, layouts, images)
                 out = self._encode(original, module, part, call)
                 tokens = self._merged(call, out.pooler_output)
-                for i, row in zip(images, tokens.x):
-                    packed[i] = row
+                for i, row, position in zip(images, tokens.x, tokens.position):
+                    packed[i], positions[i] = row, position
                 if self.records_images:
-                    records.append(record_packed(tokens.x, tokens.sizes, tokens.position, layout.tokens))
+                    records.append(record_packed(tokens.x, tokens.sizes, tokens.position, encoded_as.tokens))
             if len(groups) > 1:
                 out = type(out)()
             out.pooler_output = torch.stack(packed) if is_video else packed
         if self.records_images:
             self.handle.projector.add_records(records)
+        if self.listener is not None:
+            self.listener.packed(layouts, positions)
         return out.to_tuple() if wants_tuple else out
 
     def _layouts(self, given: dict[str, Any], is_video: bool) -> list[ImageLayout]:
@@ -267,8 +280,9 @@ class ImagePacking(HookOwner):
         tokens = unit_tokens(call, packed, found, units, by_keys, with_attention)
         merged = self._merge_units(call, units, tokens)
         newlines = newline_positions(call).to(packed.device).expand(call.images, -1)
+        last = torch.full_like(newlines, packed.shape[1] - 1)  # a newline wherever there is one
         ends = PackedTokens(
-            gather_tokens(packed, newlines), newlines, torch.ones(newlines.shape, device=packed.device)
+            gather_tokens(packed, last), newlines, torch.ones(newlines.shape, device=packed.device)
         )
         return joined([*merged, ends]).in_order()
 
@@ -311,7 +325,9 @@ class ImagePacking(HookOwner):
         metric = tokens.x if tokens.metric is None else tokens.metric
         length = length_in_time(metric.detach(), frames, total)
         if length < metric.shape[1]:
-            tokens = merge_neighbouring_frames(tokens, frames, length)
+            before = tokens
+            tokens, plan = merge_neighbouring_frames(tokens, frames, length)
+            self._report(before, tokens, plan, False)
         return self._merge(tokens, total, None)
 
     def _merge(self, tokens: PackedTokens, length: int, grid: tuple[int, int] | None) -> PackedTokens:
@@ -321,7 +337,14 @@ class ImagePacking(HookOwner):
         metric = tokens.x if tokens.metric is None else tokens.metric
         inputs = {"class_attention": lambda: tokens.attention, "grid": partial(_known, grid)}
         x, state = self.step.merge(tokens.x, metric, length, TokenState(tokens.sizes), self._point, inputs)
-        return PackedTokens(x, tokens.position.gather(1, state.merge.kept), state.sizes)
+        merged = PackedTokens(x, tokens.position.gather(1, state.merge.kept), state.sizes)
+        self._report(tokens, merged, state.merge, True)
+        return merged
+
+    def _report(self, before: PackedTokens, after: PackedTokens, plan: MergePlan, record: bool) -> None:
+        """Tells the listener of a merge; `record` says whether a MergeRecord of it was made."""
+        if self.listener is not None:
+            self.listener.merged(before.position, after.position.gather(1, plan.slot), record)
 
     def _unmerged_records(self, packed: Any, layouts: Sequence[ImageLayout]) -> list[ImageRecord]:
         """Records of images in which nothing merged."""

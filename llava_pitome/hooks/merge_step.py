@@ -199,7 +199,10 @@ class MergeStep:
         inputs = {"sizes": lambda: sizes[:, prefix:], **inputs}
         metric = self._without_prefix(metric)
 
+        needs = METHODS[point.method].needs
+
         def decide(metric: Tensor, remove: int, given: dict[str, Any]) -> MergeResult:
+            given = {name: given[name] for name in needs}
             return choose(
                 metric,
                 remove,
@@ -211,13 +214,12 @@ class MergeStep:
                 **point.parameters,
             )
 
-        needs = METHODS[point.method].needs
         with full_precision(metric.device.type):
             if padding is None:
                 given = {name: inputs[name]() for name in needs}
                 result = decide(metric, index(metric.shape[1]) - length, given)
             else:  # the grid is the group's own
-                given = {name: None if name == "grid" else inputs[name]() for name in needs}
+                given = {name: inputs[name]() for name in set(needs) - {"grid"}}
                 result = choose_in_groups(metric, padding, length, groups, point.layer, given, decide)
         result = _with_prefix(result, prefix)
         return result, make_plan(result.parent, length + prefix, result.order)

@@ -104,8 +104,9 @@ class ProjectorHooks(HookOwner):
     def images(self) -> list[ImageRecord]:
         """Records of the images that this thread encoded in its last calls, and any thread in the last."""
         own = kept("images", self.handle) or ()
-        calls = own if self.newest_images is None or self.newest_images in own else (*own, self.newest_images)
-        return [record for call in calls for record in call]
+        newest = self.newest_images
+        is_known = newest is None or any(newest is call for call in own)  # tensors have no truth value
+        return [record for call in (own if is_known else (*own, newest)) for record in call]
 
     def add_records(self, records: Sequence[ImageRecord]) -> None:
         """Keeps the records of one call's images, for the language model to recognise them."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava_pitome.hooks.packed_tokens import PackedTokens
-from llava_pitome.merge.plan import make_plan
+from llava_pitome.merge.plan import MergePlan, make_plan
 from llava_pitome.merge.reduce import MergeResult, average_tokens, reduce_tokens
 
 
@@ -60,8 +60,10 @@ def length_in_time(metric: Tensor, frames: int, total: int) -> int:
     return max(count - int((first < len(in_time)).sum()), of_frame)
 
 
-def merge_neighbouring_frames(tokens: PackedTokens, frames: int, length: int) -> PackedTokens:
-    """Tokens of videos (V, F * K, D) merged to (V, M, D), see `parents_in_time`."""
+def merge_neighbouring_frames(
+    tokens: PackedTokens, frames: int, length: int
+) -> tuple[PackedTokens, MergePlan]:
+    """Tokens of videos (V, F * K, D) merged to (V, M, D), see `parents_in_time`, and where each one went."""
     metric = tokens.x if tokens.metric is None else tokens.metric
     parent = parents_in_time(metric.detach(), frames, length)
     plan = make_plan(parent, length)
@@ -71,4 +73,4 @@ def merge_neighbouring_frames(tokens: PackedTokens, frames: int, length: int) ->
         metric = average_tokens(metric, tokens.sizes, plan)[0]
     if attention is not None:
         attention = torch.zeros_like(sizes).scatter_add(1, plan.slot, attention.to(sizes.dtype))
-    return PackedTokens(x, tokens.position.gather(1, plan.kept), sizes, metric, attention)
+    return PackedTokens(x, tokens.position.gather(1, plan.kept), sizes, metric, attention), plan

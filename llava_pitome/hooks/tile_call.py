@@ -15,7 +15,8 @@ class TileCall:
     """Images of one layout on their way through tower and projector.
 
     Attributes:
-        layout: of each image.
+        stock: the layout of each image in the model without merging.
+        layout: the same after `resize`, as the tower encodes it.
         schedule: its token counts.
         images: I.
         tiles: tiles of an image that are encoded; those after them do not reach the language model.
@@ -25,9 +26,9 @@ class TileCall:
         is_pooled: whether it did.
     """
 
-    def __init__(self, layout: ImageLayout, schedule: ImageSchedule, images: int):
+    def __init__(self, stock: ImageLayout, layout: ImageLayout, schedule: ImageSchedule, images: int):
         """Finds which tiles are encoded."""
-        self.layout, self.schedule, self.images = layout, schedule, images
+        self.stock, self.layout, self.schedule, self.images = stock, layout, schedule, images
         self.tiles = encoded_tiles(layout, schedule)
         is_part = self.tiles < layout.tiles
         self.groups: tuple[TileGroup, ...] = () if is_part else groups_of(layout, images, schedule.lengths)
@@ -45,7 +46,13 @@ class TileCall:
         return pixels.unflatten(0, (self.images, self.layout.tiles))[:, : self.tiles].flatten(0, 1)
 
     def all_tiles(self, x: Tensor) -> Tensor:
-        """Values (I * T, ...) of all tiles, where those that are not encoded repeat the last that is."""
+        """Values (I * T, N, D) of all tiles as the model packs them, of those (I * tiles, N', D) encoded.
+
+        Tiles that are not encoded repeat the last that is, and patches that `resize` joined share a value.
+        """
+        if self.layout.side != self.stock.side:
+            place = torch.arange(self.stock.side, device=x.device) * self.layout.side // self.stock.side
+            x = x[:, (place[:, None] * self.layout.side + place).flatten()]
         if self.tiles == self.layout.tiles:
             return x
         tile = torch.arange(self.layout.tiles, device=x.device).clamp_max(self.tiles - 1)

@@ -75,7 +75,7 @@ def choose_in_groups(
         length: M, tokens of a tile after the merge.
         groups: of the call.
         layer: of the tower.
-        inputs: what the method needs besides the metric: values (B, N) or the grid.
+        inputs: what the method needs besides the metric and the grid: values (B, N).
         choose: from a metric (b, R, C), tokens to remove and inputs (b, R) to the method's decision.
     """
     total = metric.shape[1]
@@ -89,10 +89,8 @@ def choose_in_groups(
         shown = (~hidden).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :before]
         result = None
         if before:
-            given = {
-                name: group.grid if name == "grid" else value[tiles].gather(1, shown)
-                for name, value in inputs.items()
-            }
+            given = {name: value[tiles].gather(1, shown) for name, value in inputs.items()}
+            given["grid"] = group.grid
             result = choose(gather_tokens(metric[tiles], shown), before - after, given)
             own = torch.empty_like(shown).copy_(shown.gather(1, result.parent))
             parent[tiles] = parent[tiles].scatter(1, shown, own)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from llava_pitome.config import MergeConfig
+from llava_pitome.image_layout import single_tile
+from llava_pitome.image_schedule import resized
 from llava_pitome.methods import METHODS
 from llava_pitome.models import (
     hf_language_model,
@@ -206,8 +208,6 @@ def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
             f"vision_feature_select_strategy={'full' if llava.reads_first_token else 'default'!r} does not "
             f"fit a {type(parts.tower).__name__} in a {name}: its features must be the patches alone"
         )
-    if config.resize is not None:
-        raise ValueError(f"resize={config.resize} is not supported for a {name}: its tiles have one size")
     if config.tile_shares == "attention" and not parts.num_prefix_tokens:
         raise ValueError(
             f"tile_shares='attention' needs a class token, which a {type(parts.tower).__name__} has not"
@@ -232,6 +232,7 @@ def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
                 f"a budget of tokens on a {name} needs a merge after the projector, for which method "
                 f"{config.method!r} is not defined; give ratio"
             )
+    resized(config, single_tile(llava.tiling.side))
     config.ratio_lengths(parts.patches, parts.num_feature_layers)
 
 
@@ -295,10 +296,18 @@ def stages(model: nn.Module) -> dict[str, nn.Module]:
     return {"tower": parts.tower, "projector": parts.llava.projector, "llm": parts.llava.llm}
 
 
-def encode(model: nn.Module, pixels: Tensor) -> None:
-    """Sends images (I, 3, H, W) through tower and projector."""
+def encode(model: nn.Module, pixels: Tensor, **sizes: Any) -> None:
+    """Sends images (I, 3, H, W) through tower and projector; tiles (I, T, 3, H, W) with `image_sizes`."""
     model = unwrap(model)
-    getattr(model, "model", model).get_image_features(pixel_values=pixels.to(model.device, model.dtype))
+    inner, pixels = getattr(model, "model", model), pixels.to(model.device, model.dtype)
+    inner.get_image_features(pixel_values=pixels, **sizes)
+
+
+def encode_video(model: nn.Module, pixels: Tensor) -> None:
+    """Sends videos (V, F, 3, H, W) through tower and projector."""
+    model = unwrap(model)
+    inner = getattr(model, "model", model)
+    inner.get_video_features(pixel_values_videos=pixels.to(model.device, model.dtype))
 
 
 def cached(cache: Any) -> list[Tensor]:

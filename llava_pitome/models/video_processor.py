@@ -36,9 +36,10 @@ class PilVideoProcessor(PushToHubMixin):
     the pixels. Frames are not sampled: a video is given as the frames
     that the model is to see, as `video_io.read_video` returns them.
 
+    Every one of SETTINGS is an attribute.
+
     Attributes:
         kind: name of the video processor of transformers whose settings these are.
-        settings: values of SETTINGS.
     """
 
     model_input_names = ("pixel_values_videos",)
@@ -61,9 +62,9 @@ class PilVideoProcessor(PushToHubMixin):
         values = {name: getattr(defaults, name, None) for name in SETTINGS}
         _check_sampling(settings)
         values |= {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
-        self.kind, self.settings = kind, values
-        flags = {name: bool(value) for name, value in values.items() if name.startswith("do_")}
-        self._frames = CLIPImageProcessorPil(**values | flags)
+        self.kind = kind
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def __call__(self, videos: Any, **options: Any) -> BatchFeature:
         """`pixel_values_videos`: for each video its frames (F, 3, H, W).
@@ -84,11 +85,17 @@ class PilVideoProcessor(PushToHubMixin):
                 f"allowed are {TENSORS}, input_data_format, {', '.join(SETTINGS)}"
             )
         given.pop("do_sample_frames", None)
-        batch = [self._prepared(video, given) for video in _videos(videos)]
+        flags = {name: bool(value) for name, value in self.settings.items() if name.startswith("do_")}
+        of_frames = CLIPImageProcessorPil(**self.settings | flags)
+        batch = [
+            of_frames(list(video), return_tensors="pt", **given)["pixel_values"] for video in _videos(videos)
+        ]
         return BatchFeature({self.model_input_names[0]: batch}, tensor_type=tensors)
 
-    def _prepared(self, video: Any, options: dict[str, Any]) -> Any:
-        return self._frames(list(video), return_tensors="pt", **options)["pixel_values"]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values of SETTINGS."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as transformers saves and loads them, also with torchvision."""

@@ -196,4 +196,8 @@ def noun_referents(ids: Tensor, labels: Tensor, packed: Tensor, tokenizer: Any) 
                     nouns.append((row, position))
                     referents.append(weights / weights.sum(-1, keepdim=True).clamp_min(1))
                 phrase = []
-    return {"nouns": torch.tensor(nouns, device=ids.device), "referents": torch.stack(referents)}
+    none = torch.zeros(0, 2, packed.shape[1], device=ids.device)
+    return {
+        "nouns": torch.tensor(nouns, dtype=torch.long, device=ids.device).view(-1, 2),
+        "referents": torch.stack(referents) if referents else none,
+    }

@@ -1,5 +1,6 @@
 """A conversation in a terminal or from a pipe: a question or a command a line, streamed answers."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -8,11 +9,13 @@ from typing import Any, NamedTuple, TextIO
 
 from llava_pitome.api import apply, remove
 from llava_pitome.cli.chat.conversation import Conversation
-from llava_pitome.cli.options import merge_options, parse
+from llava_pitome.cli.options import Option, merge_options, parse
 from llava_pitome.config import MergeConfig
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.image_io import open_image
 from llava_pitome.models import hf_llava as llava
+from llava_pitome.models.image_counts import counts_of
+from llava_pitome.video_io import FRAMES, read_video
 
 
 class Quit(Exception):
@@ -25,18 +28,27 @@ class Terminal:
     Attributes:
         conversation: with the model.
         config: how the model merges; None where it does not.
+        frames: that are read of a video, at most.
         record: every question and answer with its stats, as /save writes them.
     """
 
-    def __init__(self, conversation: Conversation, config: MergeConfig | None, out: TextIO | None = None):
+    def __init__(
+        self,
+        conversation: Conversation,
+        config: MergeConfig | None,
+        out: TextIO | None = None,
+        frames: int = FRAMES,
+    ):
         """Takes a conversation with a model that merges as `config` says.
 
         Args:
             conversation: a new one.
             config: how the model merges; None where it does not.
             out: where answers are written; None: standard output.
+            frames: that are read of a video, at most.
         """
         self.conversation, self.config, self.out = conversation, config, out or sys.stdout
+        self.frames = frames
         self._initial = config
         self.record: list[dict[str, Any]] = []
 
@@ -115,20 +127,36 @@ class Terminal:
         self.conversation.add_image(image)
         self.write(f"{file}: {image.width} x {image.height} pixels, for the next question\n")
 
-    def merge(self, name: str, text: str) -> None:
-        """Changes how far the model merges from the next answer on, which encodes all images again.
+    def add_video(self, file: str) -> None:
+        """Adds a video file to the next question."""
+        frames = read_video(file, self.frames)
+        self.conversation.add_video(frames)
+        size = f"{frames[0].width} x {frames[0].height} pixels"
+        self.write(f"{file}: {len(frames)} frames of {size}, for the next question\n")
+
+    def merge(self, words: list[str]) -> None:
+        """Changes how the model merges from the next answer on, which encodes all images again.
 
         Args:
-            name: ratio or tokens.
-            text: its new value.
+            words: fields of MergeConfig as key=value.
+
+        Raises:
+            ValueError: an unknown field or a bad value, or a config that does not fit the model or an image
+                of the conversation; nothing is changed then.
         """
-        conversation = self.conversation
-        config = with_amount(self._initial, name, parse([f"{name}={text}"], merge_options())[name])
+        conversation, options = self.conversation, fields_options()
+        given = {name: value for name, value in parse(words, options).items() if value is not None}
+        config = with_fields(self.config or self._initial, given)
+        tokens, unmerged = (conversation.count_tokens(c) for c in (config, None))
         apply(conversation.model, config, conversation.processor)
         self.config = config
-        parts = llava.find(conversation.model)
-        tokens = config.tokens_at(parts.patches, parts.num_feature_layers)
-        self.write(f"{tokens} image tokens of {parts.patches} an image from the next answer on\n")
+        of_model = counts_of(llava.find(conversation.model))
+        if of_model.tiling is None:
+            tokens, unmerged = (of_model.images(c, [None])[0] for c in (config, None))
+            counts = f"{tokens} image tokens of {unmerged} an image"
+        else:  # an image's depend on its size
+            counts = f"{tokens} image tokens of {unmerged}" if unmerged else " ".join(words)
+        self.write(f"{counts} from the next answer on\n")
 
     def remove_merging(self) -> None:
         """Merges nothing from the next answer on."""
@@ -159,10 +187,22 @@ class Terminal:
         raise Quit
 
 
-def with_amount(config: MergeConfig | None, name: str, value: Any) -> MergeConfig:
-    """The config with another amount (`name`: ratio or tokens) and everything else unchanged."""
-    fields = {k: v for k, v in config.to_dict().items() if k not in AMOUNTS} if config else {}
-    return MergeConfig.from_dict(fields | {name: value})
+def fields_options() -> dict[str, Option]:
+    """An option for every field of MergeConfig."""
+    names = {field.name for field in dataclasses.fields(MergeConfig)}
+    return {name: option for name, option in merge_options().items() if name in names}
+
+
+def with_fields(config: MergeConfig | None, given: dict[str, Any]) -> MergeConfig:
+    """The config with other fields; where one of them says how far to merge, none of the config's does.
+
+    Raises:
+        ValueError: the fields contradict each other, or nothing says how far to merge.
+    """
+    fields = config.to_dict() if config else {}
+    if given.keys() & set(AMOUNTS):
+        fields = {k: v for k, v in fields.items() if k not in AMOUNTS}
+    return MergeConfig.from_dict(fields | given)
 
 
 class Command(NamedTuple):
@@ -175,10 +215,16 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "/image": Command("FILE", "add an image to the next question", Terminal.add_image),
+    "/video": Command("FILE", "add a video to the next question", Terminal.add_video),
     "/ratio": Command(
-        "R", "share of the tokens that every tower layer keeps", lambda t, x: t.merge("ratio", x)
+        "R", "share of the tokens that every tower layer keeps", lambda t, x: t.merge([f"ratio={x}"])
     ),
-    "/tokens": Command("N", "image tokens at the input of the LLM", lambda t, x: t.merge("tokens", x)),
+    "/tokens": Command(
+        "N", "tokens of an image at the input of the LLM", lambda t, x: t.merge([f"tokens={x}"])
+    ),
+    "/merge": Command(
+        "K=V ...", "fields of MergeConfig: tokens_per_frame=16 temporal=true", lambda t, x: t.merge(x.split())
+    ),
     "/plain": Command("", "no merging", lambda t, _: t.remove_merging()),
     "/reset": Command("", "start a new conversation", lambda t, _: t.reset()),
     "/save": Command("FILE", "write questions, answers and stats as JSON", Terminal.save),

@@ -13,12 +13,14 @@ from llava_pitome.cli.model_options import MODEL_OPTIONS, check_model, load
 from llava_pitome.cli.options import Option, add_flags, merge_options, one_of, several, whole
 from llava_pitome.config import MergeConfig
 from llava_pitome.image_io import open_image
-from llava_pitome.models import checkpoints
+from llava_pitome.image_layout import ImageLayout
+from llava_pitome.video_io import read_video
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from llava_pitome.cli.draw.panels import Point
+    from llava_pitome.models.image_counts import ImageCounts
     from llava_pitome.tracing import ImageTrace
 
 SEED = 11  # of the scene "embedded"
@@ -33,6 +35,10 @@ OPTIONS = {
         "own", one_of("own", "all", "none"), "own | all | none",
         "energy maps of the methods that have an energy, of all methods, or none",
     ),
+    "frames": Option(
+        None, whole(1), "a whole number from 1", "reads the file as a video (needs PyAV) and draws at most "
+        "as many of its frames",
+    ),
     "question": Option("What is in the picture?", str, "text", "for methods that merge in the LLM"),
     "size": Option(224, whole(64, 1024), "a whole number from 64 to 1024", "pixels of each panel"),
     **merge_options(methods=True),
@@ -44,11 +50,13 @@ def describe(subparsers: Any, name: str) -> None:
     """Adds the command's parser."""
     parser = subparsers.add_parser(
         name,
-        description="Draws an image's tokens after several tower layers, and the energies of tokens, a row "
-        "per method.",
+        description="Draws the tokens of an image, or of a video's frames, after several tower layers, and "
+        "the energies of tokens, a row per method.",
     )
     parser.add_argument(
-        "image", help="an image file; embedded or embedded:SEED is a scene of the embedded benchmark"
+        "image",
+        help="an image file, or with --frames a video; embedded or embedded:SEED is a scene of the embedded "
+        "benchmark",
     )
     add_flags(parser, OPTIONS)
 
@@ -57,17 +65,20 @@ def run(options: argparse.Namespace) -> int:
     """Draws the figure; everything that can be refused is refused before the model is loaded.
 
     Raises:
-        ValueError: options that contradict each other or do not fit the model, an image that cannot be
-            opened, or an output that cannot be written.
+        ValueError: options that contradict each other or do not fit the model, an image or video that cannot
+            be opened, or an output that cannot be written.
     """
     from llava_pitome.api import remove
     from llava_pitome.cli.draw import figure, panels
-    from llava_pitome.tracing import trace_image
+    from llava_pitome.models.image_counts import counts_of_checkpoint
+    from llava_pitome.tracing import trace_image, trace_video
 
     _check_output(options.output)
-    image = _image(options.image)
+    image = read_video(options.image, options.frames) if options.frames else _image(options.image)
     check_model(options)
-    sizes = checkpoints.patches_and_layers(options.model)
+    counts = counts_of_checkpoint(options.model)
+    layout = _layout(counts, image, options.model)
+    sizes = counts.patches, counts.layers, layout
     configs = method_configs(options, *sizes)
     layers = shown_layers(options.layers, configs, *sizes)
     in_language_model = [config.method for config in configs.values() if config.decoder]
@@ -78,9 +89,9 @@ def run(options: argparse.Namespace) -> int:
         )
     model, processor = load(options, MergeConfig(ratio=1.0))  # however it was saved to merge
     remove(model)
+    trace = trace_video if options.frames else trace_image
     traces = {
-        name: trace_image(model, processor, image, config, options.question)
-        for name, config in configs.items()
+        name: trace(model, processor, image, config, options.question) for name, config in configs.items()
     }
     points = _points(list(traces.values()), layers)
     rows = [
@@ -88,14 +99,15 @@ def run(options: argparse.Namespace) -> int:
         for name, traced in traces.items()
         for row in panels.rows(name, traced, points, options.size, options.energy)
     ]
-    titles = ["input of the tower", *(point.title for point in points)]
+    titles = ["tiles" if layout else "input of the tower", *(point.title for point in points)]
     try:
         figure.save(figure.figure(titles, rows, panels.legend(list(traces.values()), rows)), options.output)
     except OSError as error:
         raise ValueError(f"--output {options.output} cannot be written: {error}") from error
     for name, traced in traces.items():
-        counts = [f"{point.title} {traced.trace.after(point.place, point.layer).tokens}" for point in points]
-        line = ", ".join([f"{traced.trace.patches} patches", *counts])
+        after = [f"{point.title} {traced.trace.after(point.place, point.layer).tokens}" for point in points]
+        newlines = [f"of which {traced.newlines} newlines"] if traced.newlines else []
+        line = ", ".join([f"{traced.trace.patches} patches", *after, *newlines])
         sys.stdout.write(f"{name}, {panels.describe(traced.config)}: {line}\n")
     sys.stdout.write(f"{options.output}\n")
     return 0
@@ -108,10 +120,23 @@ def _points(traces: "Sequence[ImageTrace]", layers: list[int]) -> "list[Point]":
     points = [Point(f"after layer {n}", "tower", n - 1) for n in layers]
     last = layers[-1] - 1 if layers else -1
     found = [traced.trace for traced in traces]
-    if any(t.after("prefix").tokens < t.after("tower", last).tokens for t in found):
+    if any(t.after("prefix").tokens != t.after("tower", last).tokens for t in found):
         points.append(Point("to the LLM", "prefix", 0))
     merging = {m.layer for t in found for m in t.merges if m.place == "decoder"}
     return points + [Point(f"in the LLM, decoder {n}", "decoder", n) for n in sorted(merging)]
+
+
+def _layout(counts: "ImageCounts", image: Any, model: str) -> ImageLayout | None:
+    """How a model cuts an image, or a list of frames, into tiles; None where an image is one tile.
+
+    Raises:
+        ValueError: frames are given for a model that takes no videos.
+    """
+    if not isinstance(image, list):
+        return None if counts.tiling is None else counts.tiling.image(image.height, image.width)
+    if not counts.takes_videos:
+        raise ValueError(f"--frames is not allowed with --model {model}, which takes no videos")
+    return counts.tiling.video(len(image))
 
 
 def _image(name: str) -> "Image.Image":

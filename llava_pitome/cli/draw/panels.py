@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from llava_pitome.cli.draw import overlay as overlays
 from llava_pitome.cli.draw.heat import heat, value_range
-from llava_pitome.cli.draw.overlay import overlay
+from llava_pitome.cli.draw.overlay import Outside, overlay
 from llava_pitome.config import MergeConfig
 from llava_pitome.tracing import ImageTrace
 
@@ -15,6 +16,7 @@ TOKENS = (
     "its own shows the image."
 )
 DROPPED = "Dark patches were dropped."
+PADDING = "Hatched patches show padding, which is in no token that reaches the language model."
 ENERGY = (
     "Energy (equation 4 of the paper, or the recipe's variant) is that of the tokens before a layer's merge: "
     "high for tokens that are similar to many others, which merge; low for distinct tokens, which are "
@@ -59,16 +61,19 @@ class Row(NamedTuple):
 
 
 def plain(traced: ImageTrace, size: int) -> Panel:
-    """The image without merges, at most `size` pixels high and wide."""
-    rows, columns = (n * _step(traced, size) for n in traced.grid)
-    image = traced.image.resize((columns, rows), Image.Resampling.BICUBIC)
+    """The image without merges, about `size` pixels high and wide."""
+    image = overlays.plain(traced.image, _step(traced, size), traced.grid, _outside(traced))
     return Panel(image, f"{traced.trace.patches} patches")
 
 
 def tokens(traced: ImageTrace, point: Point, size: int) -> Panel:
     """The tokens after a point of the model."""
     state = traced.trace.after(point.place, point.layer)
-    image = overlay(traced.image, state.slot, _step(traced, size), traced.grid, state.dropped)
+    step, outside = _step(traced, size), _outside(traced)
+    image = overlay(traced.image, state.slot, step, traced.grid, state.dropped, outside)
+    if point.place == "prefix" and traced.newlines:
+        newlines = f"{traced.newlines} newline{'s' * (traced.newlines > 1)}"
+        return Panel(image, f"{state.tokens - traced.newlines} tokens, {newlines}")
     return Panel(image, f"{state.tokens} tokens")
 
 
@@ -79,13 +84,13 @@ def energy(traced: ImageTrace, point: Point, size: int, fallback: bool = False) 
     for PiToMe's.
     """
     merge = traced.trace.merge(point.place, point.layer)
-    if merge is None:
+    if merge is None or not merge.compared:
         return Panel(None, "nothing merges here")
     values = merge.energy(fallback)
     if values is None:
         return Panel(None, f"{merge.record.method} has no energy")
     slot, dropped, count = merge.before
-    image = heat(values, slot, _step(traced, size), traced.grid, dropped)
+    image = heat(values, slot, _step(traced, size), traced.grid, dropped, _outside(traced))
     return Panel(image, f"before: {count} tokens", value_range(values, dropped))
 
 
@@ -117,13 +122,16 @@ def rows(
 def legend(traces: Sequence[ImageTrace], rows: Sequence[Row]) -> str:
     """The text below a figure."""
     any_dropped = any(bool(t.trace.merges and t.trace.merges[-1].after.dropped.any()) for t in traces)
+    any_padding = any(t.padding is not None and bool(t.padding.any()) for t in traces)
     any_energy = any(panel.values for row in rows for panel in row.panels)
-    return " ".join([TOKENS] + [DROPPED] * any_dropped + [ENERGY] * any_energy)
+    return " ".join([TOKENS] + [DROPPED] * any_dropped + [PADDING] * any_padding + [ENERGY] * any_energy)
 
 
 def describe(config: MergeConfig) -> str:
     """How far a config merges, and where."""
     parts = [f"{config.tokens} tokens"] if config.tokens is not None else []
+    names = {"tokens_per_tile": "a tile", "tokens_per_frame": "a frame", "tokens_per_video": "a video"}
+    parts += [f"{n} tokens {of}" for name, of in names.items() if (n := getattr(config, name)) is not None]
     if isinstance(config.ratio, tuple):
         parts.append("a ratio per layer")
     elif config.ratio is not None:
@@ -138,6 +146,11 @@ def describe(config: MergeConfig) -> str:
 
 def _kept(keep: float | int) -> str:
     return f"{keep} tokens" if isinstance(keep, int) else f"ratio {keep:g}"
+
+
+def _outside(traced: ImageTrace) -> Outside | None:
+    """The cells of the grid that no token stands for."""
+    return None if traced.blank is None else Outside(traced.padding, traced.blank)
 
 
 def _step(traced: ImageTrace, size: int) -> int:

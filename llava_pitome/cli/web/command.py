@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
             port = sock.getsockname()[1]
         model, processor = model_options.load(options, given)
         session = Session(model, processor, options.max_new_tokens)
-        initial = initial_choices(options.ratio, applied(model), session.patches, session.layers)
+        sizes = session.patches, session.layers, session.has_tiles
+        initial = initial_choices(options.ratio, applied(model), *sizes)
         launch(build(session, write_examples(folder), initial), HOST, port, options.max_upload_mb)
     return 0
 

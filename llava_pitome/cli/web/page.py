@@ -185,13 +185,13 @@ class Callbacks:
         """Returns how many tokens the choices leave."""
         with gradio_errors():
             config = self._config(Merging(method=method, ratio=ratio))
-        tokens = config.tokens_at(self._session.patches, self._session.layers)
-        tokens = min([tokens, *config.decoder.values()])
-        place = METHODS[config.method].places[0]
-        return f"{tokens} image tokens of {self._session.patches}, merged in the {place}"
+            amount = self._session.amount(config)
+        return f"{amount}, merged in the {METHODS[config.method].places[0]}"
 
     def _config(self, choices: Merging) -> MergeConfig:
-        return merge_config(choices.method, choices.ratio, self._session.patches, self._session.layers)
+        session = self._session
+        sizes = session.patches, session.layers, session.has_tiles
+        return merge_config(choices.method, choices.ratio, *sizes)
 
     def _answer(self, image: Image.Image | None, choices: Question) -> Iterator[tuple]:
         """Yields as `ask` does."""
@@ -227,10 +227,10 @@ def _draw(trace: ImageTrace, point: Point | None) -> tuple[Any, Any, str]:
         return panels.plain(trace, SIZE).image, None, f"the image: {patches} patches"
     tokens = panels.tokens(trace, point, SIZE)
     energy = panels.energy(trace, point, SIZE, fallback=True)
-    before = trace.trace.merge(point.place, point.layer).before.tokens
-    caption = (
-        f"{point.title}: **{tokens.caption}** of {patches} patches; energy of the {before} tokens before"
-    )
+    caption = f"{point.title}: **{tokens.caption}** of {patches} patches"
+    if energy.image is not None:
+        before = trace.trace.merge(point.place, point.layer).before.tokens
+        caption += f"; energy of the {before} tokens before"
     return tokens.image, energy.image, caption
 
 

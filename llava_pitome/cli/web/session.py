@@ -13,8 +13,10 @@ from llava_pitome.api import apply, remove
 from llava_pitome.cli.chat.conversation import AnswerStats, Conversation
 from llava_pitome.cli.draw.configs import amount_in_own_place
 from llava_pitome.config import MergeConfig
-from llava_pitome.flops import closed_form
+from llava_pitome.flops import closed_form, closed_form_of_layouts
 from llava_pitome.models import hf_llava
+from llava_pitome.models.image_counts import counts_of
+from llava_pitome.token_schedule import kept_tokens
 from llava_pitome.tracing import ImageTrace, trace_image
 
 if TYPE_CHECKING:
@@ -39,15 +41,16 @@ class InitialChoices(NamedTuple):
 
 
 def initial_choices(
-    ratio: float | None, saved: MergeConfig | None, patches: int, layers: int
+    ratio: float | None, saved: MergeConfig | None, patches: int, layers: int, has_tiles: bool = False
 ) -> InitialChoices:
     """Returns the ratio of the command, or else what was saved with the model where the page can express it.
 
     Args:
         ratio: of the command, if any.
         saved: config of the model, if any.
-        patches: of an image.
+        patches: of an image or tile.
         layers: of the vision tower, up to the feature layer.
+        has_tiles: whether the model cuts images into tiles.
     """
     if ratio is not None:
         return InitialChoices(ratio=ratio)
@@ -55,7 +58,7 @@ def initial_choices(
         return InitialChoices()
     steps = [round(1 - RATIO_STEP * i, 3) for i in range(round(1 / RATIO_STEP))]
     for candidate in [saved.ratio] if isinstance(saved.ratio, int | float) else steps:
-        if merge_config(saved.method, candidate, patches, layers) == saved:
+        if merge_config(saved.method, candidate, patches, layers, has_tiles) == saved:
             return InitialChoices(saved.method, candidate)
     return InitialChoices(
         note=f"This model was saved to merge with `{json.dumps(saved.changes())}`, which a method and a "
@@ -64,16 +67,20 @@ def initial_choices(
     )
 
 
-def merge_config(method: str, ratio: float, patches: int, layers: int) -> MergeConfig:
+def merge_config(
+    method: str, ratio: float, patches: int, layers: int, has_tiles: bool = False
+) -> MergeConfig:
     """Returns a config that merges where the method's paper does, down to the tokens that the ratio leaves.
 
     Args:
         method: a name in METHODS.
         ratio: share of tokens that each layer of the vision tower keeps.
-        patches: of an image.
+        patches: of an image or tile.
         layers: of the vision tower, up to the feature layer.
+        has_tiles: whether the model cuts images into tiles.
     """
-    return MergeConfig(method=method, **amount_in_own_place(method, {"ratio": ratio}, patches, layers))
+    amount = amount_in_own_place(method, {"ratio": ratio}, patches, layers, has_tiles)
+    return MergeConfig(method=method, **amount)
 
 
 class Answer(NamedTuple):
@@ -94,15 +101,17 @@ class Session:
     """Runs a model in one thread, so that no user's merging reaches the answer of another.
 
     Attributes:
-        patches: of an image.
+        counts: of the model.
+        patches: of an image or tile.
         layers: of the vision tower, up to the feature layer.
     """
 
     def __init__(self, model: nn.Module, processor: Any, max_new_tokens: int):
         """Takes over a model, merging or not, and its processor."""
         self._model, self._processor, self._max_new_tokens = model, processor, max_new_tokens
-        parts = hf_llava.find(model)
-        self.patches, self.layers = parts.patches, parts.num_feature_layers
+        self.counts = counts_of(hf_llava.find(model))
+        self.patches, self.layers, tiling = self.counts
+        self.has_tiles = tiling is not None
         self._pool = ThreadPoolExecutor(1)
 
     def answer(
@@ -141,7 +150,7 @@ class Session:
                 text += piece
                 yield Answer(text)
             stats = work.result()
-            yield Answer(text, stats, self._gflops(stats, config))
+            yield Answer(text, stats, self._gflops(stats, config, image))
         finally:
             closed.set()
             work.cancel()  # where it has not begun
@@ -150,10 +159,24 @@ class Session:
         """Returns which patch of the image went into which token."""
         return self._pool.submit(trace_image, self._model, self._processor, image, config, question).result()
 
-    def _gflops(self, stats: AnswerStats, config: MergeConfig | None) -> float:
+    def amount(self, config: MergeConfig) -> str:
+        """Returns how many tokens a config leaves of an image, of the nominal size where that matters."""
+        tokens, unmerged = (self.counts.images(c, [None])[0] for c in (config, None))
+        for layer, keep in config.decoder.items():
+            tokens = kept_tokens(tokens, keep, f"decoder[{layer}]")
+        line = f"{tokens} image tokens of {unmerged}"
+        if not self.has_tiles:
+            return line
+        height, width = self.counts.tiling.nominal_size
+        return f"{line} for an image of {width} x {height} pixels"
+
+    def _gflops(self, stats: AnswerStats, config: MergeConfig | None, image: "Image.Image | None") -> float:
         """Returns the GFLOPs of the prompt by formula."""
         config = config or MergeConfig(ratio=1.0)
         text = stats.prompt_tokens - stats.image_tokens
+        if self.has_tiles:
+            layouts = [] if image is None else [self.counts.tiling.image(image.height, image.width)]
+            return closed_form_of_layouts(self._model, layouts, text, config).total / 1e9
         layers = hf_llava.shapes(self._model).llm_layers
         if not stats.patches:
             nothing = (0,) * (self.layers + 1)

@@ -6,11 +6,12 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from llava_pitome.api import image_tokens
+from llava_pitome.api import applied
 from llava_pitome.cli import model_options
 from llava_pitome.cli.options import Option, add_flags, boolean, merge_config, merge_options, whole
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.models import hf_llava
+from llava_pitome.models.image_counts import counts_of
 
 SHUTDOWN_SECONDS = 30  # within which the token that is being generated must come
 MEGABYTE = 2**20
@@ -80,7 +81,11 @@ def run(options: argparse.Namespace) -> int:
         model, processor = model_options.load(options, config)
         app = build(options.name or options.model, model, processor, limits)
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
-        tokens = f"{image_tokens(model)} image tokens of {hf_llava.find(model).patches} an image"
+        counts = counts_of(hf_llava.find(model))
+        tokens = "image tokens depend on the sizes of images"
+        if counts.tiling is None:
+            merged, patches = (counts.images(config, [None])[0] for config in (applied(model), None))
+            tokens = f"{merged} image tokens of {patches} an image"
         with suppress(KeyboardInterrupt):  # which uvicorn raises again after the shutdown
             sys.stdout.write(f"http://{address(sock)}/v1 serves {options.model}, {tokens}\n")
             sys.stdout.flush()

@@ -6,9 +6,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState
 
-from llava_pitome.api import image_tokens
+from llava_pitome.api import applied
 from llava_pitome.cli.chat.streaming import StopOnEvent
 from llava_pitome.integrations.serve.images import Fetch, fetch_images, image_urls, is_remote, open_images
 from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.integrations.serve.remote import fetch
 from llava_pitome.integrations.serve.requests import SHORT, ChatRequest, Message
+from llava_pitome.models import hf_llava
+from llava_pitome.models.image_counts import Size, counts_of
 
 FETCH_THREADS = 8  # requests whose images are fetched at a time
 STREAM_ERROR = 'data: {"error": "'  # of transformers; the text after it is not escaped
@@ -37,6 +40,7 @@ ERROR_TYPES = {
     503: "server_error",
 }
 SHUTTING_DOWN = "the server is shutting down"
+Count = int | Callable[[Sequence[Size]], list[int]]
 log = logging.getLogger(__name__)
 
 
@@ -107,31 +111,32 @@ class Prompts:
     own, so that a slow URL delays no request that brings its images along.
     """
 
-    def __init__(self, processor: Any, tokens_per_image: int, limits: Limits, fetch: Fetch = fetch):
+    def __init__(self, processor: Any, image_tokens: Count, limits: Limits, fetch: Fetch = fetch):
         """Prepares within limits.
 
         Args:
             processor: of the model, which `apply` was given where it merges.
-            tokens_per_image: after merging.
+            image_tokens: the tokens of each image of a prompt, after merging, from their heights and widths;
+                a number where they do not matter.
             limits: of requests.
             fetch: returns what a URL holds.
         """
-        self._processor, self._tokens_per_image = processor, tokens_per_image
+        self._processor, self._image_tokens = processor, image_tokens
         self._limits, self._fetch = limits, fetch
         self._prepare_pool = ThreadPoolExecutor(1, "prepare")
         self._fetch_pool = ThreadPoolExecutor(FETCH_THREADS, "fetch")
 
     async def inputs(self, messages: list[Message]) -> Any:
-        """Returns `input_ids` and `attention_mask` (1, T), with images `pixel_values` (images, 3, H, W).
+        """Returns `input_ids` and `attention_mask` (1, T), and what the model takes with images.
 
         Raises:
             HTTPException: too many tokens, or an image that cannot be fetched or opened.
         """
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._prepare_pool, self._count, messages)
+        text_tokens = await loop.run_in_executor(self._prepare_pool, self._count, messages)
         urls = image_urls(messages)
         files = await self._fetched(urls) if any(map(is_remote, urls)) else {}
-        return await loop.run_in_executor(self._prepare_pool, self._process, messages, files)
+        return await loop.run_in_executor(self._prepare_pool, self._process, messages, files, text_tokens)
 
     async def _fetched(self, urls: list[str]) -> dict[str, bytes]:
         seconds = self._limits.seconds
@@ -145,8 +150,12 @@ class Prompts:
                 raise HTTPException(503, reason) from error
             raise HTTPException(400, f"fetching the images took more than {seconds} s") from error
 
-    def _count(self, messages: list[Message]) -> None:
-        """Raises HTTPException for a prompt that is too long, before any of its images is opened."""
+    def _count(self, messages: list[Message]) -> int:
+        """The tokens of a prompt without those of its images.
+
+        Raises:
+            HTTPException: the prompt is too long, as far as is known before its images are opened.
+        """
         try:
             text = self._processor.apply_chat_template(_turns(messages), add_generation_prompt=True)
         except TemplateError as error:  # some templates refuse an order of roles
@@ -156,8 +165,13 @@ class Prompts:
             raise HTTPException(
                 400, f"text with {placeholder} is not allowed: send images as image_url parts"
             )
-        tokens = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.check_length(len(tokens) + images * (self._tokens_per_image - 1))
+        video = getattr(self._processor, "video_token", None)
+        if video and video in text:
+            raise HTTPException(400, f"text with {video} is not allowed: this server takes no videos")
+        tokens = len(self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]) - images
+        fixed = self._image_tokens if isinstance(self._image_tokens, int) else 1
+        self.check_length(tokens + images * fixed)
+        return tokens
 
     def check_length(self, tokens: int) -> None:
         """Raises HTTPException for a prompt of too many tokens."""
@@ -167,10 +181,17 @@ class Prompts:
                 400, f"the prompt has {tokens} tokens, image tokens included; at most {most} are allowed"
             )
 
-    def _process(self, messages: list[Message], files: dict[str, bytes]) -> Any:
+    def _process(self, messages: list[Message], files: dict[str, bytes], text_tokens: int) -> Any:
         turns = _turns(messages)
         parts = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
-        for part, image in zip(parts, open_images(image_urls(messages), files, self._limits)):
+        images = open_images(image_urls(messages), files, self._limits)
+        if not isinstance(self._image_tokens, int):
+            try:
+                counts = self._image_tokens([(image.height, image.width) for image in images])
+            except ValueError as error:  # a budget that does not fit one
+                raise HTTPException(400, str(error)) from error
+            self.check_length(text_tokens + sum(counts))
+        for part, image in zip(parts, images):
             part["image"] = image
         return self._processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -198,7 +219,10 @@ class ChatGenerator:
         if not processor.chat_template:
             raise ValueError(f"{name} has no chat template, which chat requests need")
         self.name, self.model, self._processor, self._limits = name, model, processor, limits
-        self._prompts = Prompts(processor, image_tokens(model), limits)
+        counts, config = counts_of(hf_llava.find(model)), applied(model)
+        is_fixed = counts.tiling is None
+        of_images = counts.images(config, [None])[0] if is_fixed else partial(counts.images, config)
+        self._prompts = Prompts(processor, of_images, limits)
         self._state = GenerationState()
 
     async def answer(self, chat: ChatRequest, model: RequestModel) -> Response:

@@ -68,7 +68,9 @@ class ImageURL(Schema):
     """An http, https or data URL."""
 
     url: Text
-    detail: Literal["auto", "low", "high"] = "auto"  # without effect: the vision tower has one input size
+    detail: Literal["auto", "low", "high"] = (
+        "auto"  # without effect: the model's config says how images are cut
+    )
 
 
 class TextPart(Schema):
@@ -210,6 +212,9 @@ def validation_message(error: ValidationError) -> str:
     reason = re.sub("^(Input|String|List) should", "it should", first["msg"]).removeprefix("Value error, ")
     if first["type"].startswith("union_tag"):  # the message of pydantic repeats a tag of any length
         reason = "it should be of type 'text' or 'image_url'"
+        kind = first["input"].get("type") if isinstance(first["input"], dict) else None
+        if isinstance(kind, str) and "video" in kind:
+            reason = f"this server takes no videos; {reason}, such as frames of the video"
     if first["type"] == "missing":
         return f"{path} is required"
     if isinstance(first["input"], dict) and first["type"] == "value_error":

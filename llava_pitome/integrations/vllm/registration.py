@@ -1,8 +1,9 @@
-"""Registers the merging class with vLLM, for LLaVAs whose config carries `token_merging` and for no others.
+"""Registers the merging classes with vLLM, for LLaVAs whose config carries `token_merging` and for no others.
 
 vLLM selects a model's class by the `architectures` of its config, which it reads through a convertor selected
-by model type. The convertor registered here checks `token_merging`, whether it comes from the checkpoint or
-from --hf-overrides, in the process that the user started, before there is an engine.
+by model type. The convertors registered here check `token_merging`, whether it comes from the checkpoint or
+from --hf-overrides, in the process that the user started, before there is an engine. Models that merge in
+transformers alone have one too, which raises where their config carries `token_merging`.
 """
 
 from typing import Any
@@ -14,26 +15,33 @@ from vllm.transformers_utils.model_arch_config_convertor import (
 )
 
 from llava_pitome.integrations.vllm import validation
+from llava_pitome.models.checkpoints import MODELS
 
-ARCHITECTURE = "LlavaPitomeForConditionalGeneration"
-MODEL_TYPE = "llava"
+MODULES = {"llava": "model"}  # of this package, by model type; other classes are in tiled_models
 
 
-class LlavaPitomeConfigConvertor(MODEL_ARCH_CONFIG_CONVERTORS.get(MODEL_TYPE, ModelArchConfigConvertorBase)):
-    """Reads a LLaVA's config as vLLM does, and selects the merging class where it carries `token_merging`."""
+def convertor(model_type: str) -> type[ModelArchConfigConvertorBase]:
+    """The convertor of a model type that vLLM has, extended to select the merging class."""
 
-    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any):
-        """Replaces `architectures` in a config that carries `token_merging`.
+    class Convertor(MODEL_ARCH_CONFIG_CONVERTORS.get(model_type, ModelArchConfigConvertorBase)):
+        """Reads a config as vLLM does, and replaces `architectures` where it carries `token_merging`.
 
         Raises:
             ValueError: a `token_merging` that vLLM cannot do, or that does not fit the model.
         """
-        super().__init__(hf_config, *args, **kwargs)
-        if validation.merge_config(hf_config) is not None:
-            hf_config.architectures = [ARCHITECTURE]
+
+        def __init__(self, hf_config: Any, *args: Any, **kwargs: Any):
+            super().__init__(hf_config, *args, **kwargs)
+            if validation.merge_config(hf_config) is not None:
+                hf_config.architectures = [validation.CLASSES[hf_config.model_type]]
+
+    return Convertor
 
 
 def register() -> None:
-    """Registers convertor and class; vLLM calls it once in each of its processes."""
-    MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = LlavaPitomeConfigConvertor
-    ModelRegistry.register_model(ARCHITECTURE, f"llava_pitome.integrations.vllm.model:{ARCHITECTURE}")
+    """Registers convertors and classes; vLLM calls it once in each of its processes."""
+    for model_type in MODELS:
+        MODEL_ARCH_CONFIG_CONVERTORS[model_type] = convertor(model_type)
+    for model_type, name in validation.CLASSES.items():
+        module = MODULES.get(model_type, "tiled_models")
+        ModelRegistry.register_model(name, f"llava_pitome.integrations.vllm.{module}:{name}")

