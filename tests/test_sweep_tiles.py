@@ -166,6 +166,7 @@ def test_a_sweep_reports_the_means_over_images(finished):
     assert all(row.times["prefill"][1] > 0 for row in rows.values())
     assert report([f"input={finished}", "draws=100"]) == 0
     text = (finished / "report" / "report.md").read_text()
+    assert "are means over the images that were evaluated" in text
     assert "thumbnail only" in text and "| 30 % |" in text and "30 % of tokens" in text
 
 

@@ -65,7 +65,7 @@ def _write(prepared: tuple[dict[str, Any], SweepResults]) -> None:
     page = {
         "heading": f"PiToMe and its peers: {sweep.facts['model']} on {', '.join(tasks)}",
         "sections": sections,
-        "how": _how(options["draws"]),
+        "how": _how(options["draws"], sweep.has_shares),
         "facts": _facts(sweep),
     }
     (output / "report.csv").write_text(tables.csv(tasks))
@@ -105,15 +105,21 @@ def _html(page: dict[str, Any], examples: list, about_examples: str) -> str:
     return template.render(inside) + "\n"
 
 
-def _how(resamples: int) -> str:
-    """How the numbers were computed."""
+def _how(resamples: int, has_shares: bool) -> str:
+    """How the numbers were computed; `has_shares` where images have different numbers of tokens."""
+    costs = "GFLOPs are counted in the task's first prompt; milliseconds are medians with quartiles."
+    if has_shares:
+        costs = (
+            "Tokens and GFLOPs (by formula) are means over the images that were evaluated; milliseconds are "
+            "those of an image of the model's nominal size, medians with quartiles."
+        )
     return (
         f"Brackets are {LEVEL:.0%} intervals from {resamples} bootstrap resamples of images, with "
         "all questions about each. Differences are the method's accuracy minus PiToMe's (recipe paper; best "
         f"where the heading says so), on the same questions; p values are two-sided, from {resamples} random "
         "signs of the images' differences. p (Holm) is adjusted for all comparisons in one place; "
         f'"better" and "worse" mean p < {ALPHA} without adjustment. Random methods are averaged over their '
-        "seeds. GFLOPs are counted in the task's first prompt; milliseconds are medians with quartiles."
+        f"seeds. {costs}"
     )
 
 

@@ -71,6 +71,11 @@ class SweepResults(NamedTuple):
         """The embedded model whose questions were evaluated; None for other questions."""
         return next((name for name, task in EMBEDDED_TASKS.items() if task in self.tasks), None)
 
+    @property
+    def has_shares(self) -> bool:
+        """Whether methods are compared at shares of an image's tokens."""
+        return any(isinstance(c["tokens"], float) for c in self.facts["combinations"])
+
 
 def read_sweep(folder: Path) -> SweepResults:
     """The results in a sweep's folder.
