@@ -15,7 +15,7 @@ from llava_pitome.hooks.hook_owner import remove_hooks
 from llava_pitome.hooks.vision_tower import KERNELS
 from llava_pitome.image_schedule import tokens_of_image
 from llava_pitome.kernels import has_triton, supports_triton
-from llava_pitome.models import adapters, checkpoints, hf_language_model, hf_llava, processors
+from llava_pitome.models import adapters, checkpoints, config_checks, hf_language_model, hf_llava, processors
 from llava_pitome.models.image_counts import counts_of
 from llava_pitome.models.parts import ModelParts
 from llava_pitome.saved_config import KEY
@@ -56,7 +56,7 @@ def apply(
         if saved is None:
             raise ValueError(f"give a config: the model was not saved with one (its config has no {KEY!r})")
         config = MergeConfig.from_dict(saved)
-    hf_llava.check(parts, config)
+    config_checks.check(parts, config)
     _check_kernels(parts, kernels)
     if processor is not None:
         _check_processor(parts, processor)

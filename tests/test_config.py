@@ -137,10 +137,12 @@ def test_a_saved_config_comes_back(tmp_path):
 def test_the_defaults_of_a_version_stay_as_they_are():
     """Tags of model cards leave them out: another default is another version, which `from_dict` converts."""
     assert MergeConfig(tokens=9).to_dict() == {
-        "version": 2, "ratio": None, "tokens": 9, "prefix": None, "decoder": {}, "resize": None,
+        "version": 2, "ratio": None, "tokens": 9, "tokens_per_tile": None, "tokens_per_frame": None,
+        "tokens_per_video": None, "prefix": None, "decoder": {}, "resize": None,
         "method": "pitome", "parameters": {}, "early_method": None, "early_depth": 0.0, "metric": "keys",
         "size_weighted": True, "order": "raster", "site": "attention", "proportional": True,
-        "depths": [0.0, 1.0], "prefix_share": 0.0, "prefix_metric": None, "llm_proportional": False,
+        "depths": [0.0, 1.0], "prefix_share": 0.0, "prefix_metric": None, "newlines": "rows",
+        "tile_shares": "area", "across_tiles": True, "temporal": False, "llm_proportional": False,
         "positions": "packed",
     }  # fmt: skip
 

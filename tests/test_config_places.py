@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parents[1] / "eval" / "results"
         ({"prefix": 0.5, "prefix_metric": "values"}, "prefix_metric='values' is unknown.*features, keys"),
         *(({"ratio": 0.9, "llm_proportional": v}, f"llm_proportional={v!r} .*True or False")
           for v in (1, None, "yes")),
-        ({}, "give one of ratio, tokens, prefix, decoder, resize"),
+        ({}, "give one of ratio, tokens, tokens_per_tile, .*, resize"),
         ({"decoder": {}}, "nothing says how far"),
     ],
 )  # fmt: skip

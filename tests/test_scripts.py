@@ -14,6 +14,8 @@ MODULES = {
     "train_lora.sh": "train.run",
     "table3.sh": "eval.recipe",
     "field.sh": "eval.recipe",
+    "next.sh": "eval.recipe",
+    "onevision.sh": "eval.recipe",
 }
 
 

@@ -35,6 +35,12 @@ def folder(tmp_path_factory) -> Path:
     return save_all(tmp_path_factory.mktemp("tiled"))
 
 
+OTHERS = (
+    "ratio=0.7",
+    'merging={"ratio": 0.9, "decoder": {"1": 0.5}}',
+    'merging={"prefix": 0.6, "llm_proportional": true, "positions": "original"}',
+)
+
 # Placeholders and labels
 
 
@@ -154,7 +160,8 @@ def test_training_at_ratio_1_is_stock_training_bit_for_bit(kind, folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "amount"), [(kind, "tokens=30") for kind in ALL] + [(kind, "ratio=0.7") for kind in SOME]
+    ("kind", "amount"),
+    [(kind, "tokens=30") for kind in ALL] + [(kind, words) for kind in SOME for words in OTHERS],
 )
 def test_the_loss_of_a_batch_is_the_mean_of_its_rows(kind, amount, folder, tmp_path):
     trainer = trainer_of(words_of(folder, kind, tmp_path, amount))

@@ -44,7 +44,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         runs: contents of training.json by the name of the run.
     """
     counts = sorted({row["tokens"] for facts in runs.values() for row in facts["accuracy"]}, reverse=True)
-    lines = [f"| run | steps | minutes | {' | '.join(f'{n} tokens' for n in counts)} |"]
+    lines = [f"| run | steps | minutes | {' | '.join(f'{n:.6g} tokens' for n in counts)} |"]
     lines.append(f"|{' --- |' * (3 + len(counts))}")
     for name, facts in runs.items():
         cells = {

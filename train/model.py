@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from llava_pitome import MergeConfig, embedded
-from llava_pitome.models import checkpoints
+from llava_pitome.models import checkpoints, config_checks
 from llava_pitome.models import hf_llava as llava
 
 LLAMA_PROJECTIONS = (  # Mistral and Qwen2 use the same names
@@ -39,7 +39,7 @@ def load_model(
     model, processor = checkpoints.load(path, options["quantization"], dtype=dtype, **device)
     parts = llava.find(model)
     for config in configs:
-        llava.check(parts, config)
+        config_checks.check(parts, config)
     return model, processor
 
 

@@ -114,7 +114,7 @@ def _accuracy(rows: list[dict[str, Any]]) -> str:
         before, after = (
             f"{row[side]['mean']:.1f} ± {row[side]['stderr']:.1f}" for side in ("before", "after")
         )
-        lines.append(f"| {row['tokens']} | {before} | {after} |")
+        lines.append(f"| {row['tokens']:.6g} | {before} | {after} |")
     method = "In per cent ± standard error, by eval.run with the model and with this folder as model=."
     return "\n".join([*lines, "", method])
 

@@ -14,7 +14,7 @@ from llava_pitome.config import MergeConfig
 from llava_pitome.flops import Flops, closed_form, closed_form_of_layouts
 from llava_pitome.image_layout import ImageLayout
 from llava_pitome.image_schedule import tokens_of_image
-from llava_pitome.models import checkpoints
+from llava_pitome.models import checkpoints, config_checks
 from llava_pitome.models import hf_llava as llava
 from llava_pitome.models.parts import ModelParts
 
@@ -104,7 +104,7 @@ class ModelShapes(NamedTuple):
         """
         patches, layers = self.parts.patches, self.parts.num_feature_layers
         config = MergeConfig(ratio=1.0) if config is None else config
-        llava.check(self.parts, config)
+        config_checks.check(self.parts, config)
         layout = self.layout(frames)
         if layout is not None:
             return layouts_cost(self.parts, [layout], text, config)

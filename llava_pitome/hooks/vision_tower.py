@@ -40,7 +40,7 @@ from llava_pitome.hooks.merge_step import MergePoint, MergeStep
 from llava_pitome.hooks.tile_call import TileCall
 from llava_pitome.hooks.tower_state import EncodedImages, TowerPass, TowerState
 from llava_pitome.merge.plan import MergePlan, gather_tokens
-from llava_pitome.models.hf_llava import check_tower_attention
+from llava_pitome.models.config_checks import check_tower_attention
 from llava_pitome.models.parts import ModelParts, trained_copies
 
 KERNELS = (True, False, "triton")  # values of `kernels`: the faster ones, plain PyTorch alone, Triton too

@@ -6,7 +6,7 @@ from typing import Any
 from llava_pitome.config import MergeConfig
 from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.integrations.vllm.tiled_counts import TILED, TiledCounts, empty_model
-from llava_pitome.models import hf_llava
+from llava_pitome.models import config_checks, hf_llava
 from llava_pitome.models.checkpoints import vision_counts
 from llava_pitome.saved_config import KEY
 
@@ -74,6 +74,6 @@ def check(merging: MergeConfig, config: Any) -> None:
     if merging.decoder:  # layers that merge nothing
         others = any(getattr(merging, name) is not None for name in AMOUNTS if name != "decoder")
         merging = dataclasses.replace(merging, decoder={}, **{} if others else {"ratio": 1.0})
-    hf_llava.check(hf_llava.find(empty_model(config)), merging)
+    config_checks.check(hf_llava.find(empty_model(config)), merging)
     if config.model_type in TILED:
         TiledCounts.of(config, merging).largest_image()
