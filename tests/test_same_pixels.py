@@ -110,7 +110,7 @@ def asked_on_the_page(path, _processor):
         found.append(image)
         return iter(())
 
-    session = SimpleNamespace(patches=PATCHES, layers=7, answer=answer, trace=None)
+    session = SimpleNamespace(patches=PATCHES, layers=7, has_tiles=False, answer=answer, trace=None)
     running = Callbacks(session).ask({"path": str(path)}, "what is this", "pitome", 0.9, False)
     next(running)
     with pytest.raises(TypeError):  # the trace, which comes after the answer
