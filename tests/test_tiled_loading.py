@@ -195,9 +195,7 @@ def test_an_older_transformers_is_named_where_videos_merge(kind, monkeypatch):
         model.model.get_video_features(pixels)
     with (
         merge_tokens(model, MergeConfig(ratio=0.8), processor),
-        pytest.raises(
-            ValueError, match="merging the tokens of videos needs a newer transformers"
-        ),
+        pytest.raises(ValueError, match="merging the tokens of videos needs a newer transformers"),
     ):
         model.model.get_video_features(pixels)
 
