@@ -23,6 +23,7 @@ from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.tracing import trace_image
 from train.conversation import BrokenRow
 from train.data import ConversationDataset
+from train.image_counts import ImageCounts
 from train.rows import BrokenRows, JsonRows, TooManyBrokenRows
 
 RNG = np.random.default_rng(0)
@@ -127,7 +128,7 @@ def trained(path, processor):
         "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
     )
     rows = JsonRows(path.parent / "rows.json")
-    return ConversationDataset(rows, path.parent, processor, PATCHES, 100, broken)[0]["pixel_values"]
+    return ConversationDataset(rows, path.parent, processor, ImageCounts(PATCHES, 7), 100, broken)[0]["pixel_values"]
 
 
 def evaluated(to_visual):
