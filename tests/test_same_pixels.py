@@ -128,7 +128,8 @@ def trained(path, processor):
         "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
     )
     rows = JsonRows(path.parent / "rows.json")
-    return ConversationDataset(rows, path.parent, processor, ImageCounts(PATCHES, 7), 100, broken)[0]["pixel_values"]
+    counts = ImageCounts(PATCHES, 7)
+    return ConversationDataset(rows, path.parent, processor, counts, 100, broken)[0]["pixel_values"]
 
 
 def evaluated(to_visual):
