@@ -1,8 +1,9 @@
-"""One setting of the paper's recipe changed at a time: python -m eval.ablate [pictures=N] [output=FOLDER].
+"""One setting of a recipe changed at a time: python -m eval.ablate [model=embedded-next] [key=value ...].
 
-Evaluated on training images, so that settings are not chosen on the validation questions. Writes
-ablations.json and ablations.md: accuracy, and the difference to the paper's recipe on the same questions,
-with the half-width of its 95 % confidence interval over images.
+With the embedded LLaVA-1.5, settings of the paper's recipe; with embedded-next, how the tokens of an image
+are divided among its tiles and newlines. Evaluated on images outside of the validation questions, so that
+settings are not chosen on these. Writes ablations.json and ablations.md: accuracy, and the difference to the
+recipe on the same questions, with the half-width of its 95 % confidence interval over images.
 """
 
 import json
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from eval.command import count, run_command
-from eval.embedded_accuracy import BUDGETS, QUESTIONS, TRAINING, evaluate_all
+from eval.embedded_accuracy import BUDGETS, QUESTIONS, TILED_BUDGETS, TRAINING, evaluate_all
 from eval.evaluation.results import commit
-from llava_pitome import MergeConfig
+from eval.naming import amount_phrase
+from llava_pitome import MergeConfig, embedded
 from llava_pitome.cli.bench.environment import machine
 from llava_pitome.cli.options import Option
 from llava_pitome.config import RECIPES
+from llava_pitome.models import checkpoints
 
 FIRST_SEED = TRAINING + 1_000_000  # of images on which no setting was chosen
 PAPER = "the paper"
@@ -77,8 +80,33 @@ ROWS: dict[str, dict[str, dict]] = {  # by dimension and name of the change
         "with random merging": {**RECIPES["best"], "parameters": {}, "method": "random"},
     },
 }
+TILES: dict[str, dict] = {  # changes to any recipe, by name
+    "newlines: scaled": {"newlines": "scaled"},
+    "newlines: none": {"newlines": "none"},
+    "shares of tiles: equal": {"tile_shares": "equal"},
+    "shares of tiles: joint": {"tile_shares": "joint"},
+    "shares of tiles: by the thumbnail's attention": {"tile_shares": "attention"},
+    "shares of tiles: the thumbnail alone": {"tile_shares": "thumbnail"},
+    "no merging across tiles": {"across_tiles": False},
+}
+TILED_RECIPES: dict[str, dict] = {
+    PAPER: {},
+    "the recipe best": RECIPES["best"],
+}
+WHOLE = "newlines: rows, shares of tiles: area, merging across tiles"
+TILED_ROWS = {
+    name: {WHOLE: recipe} | {change: recipe | fields for change, fields in TILES.items()}
+    for name, recipe in TILED_RECIPES.items()
+}
+BASES = (PAPER, WHOLE)  # changes to which those after them are compared
 OPTIONS = {
-    "pictures": count(2048, "training images, three questions each"),
+    "model": Option(
+        embedded.NAME,
+        str,
+        "embedded | embedded-next | a folder with a model that was trained like one of them",
+        "what to evaluate",
+    ),
+    "pictures": count(2048, "images, three questions each"),
     "jobs": count(os.cpu_count() or 1, "processes"),
     "output": Option("output/ablations", str, "a folder", "where the table is written"),
 }
@@ -86,27 +114,40 @@ OPTIONS = {
 
 def main(words: list[str]) -> int:
     """Evaluates every change; returns the command's exit status."""
-    return run_command("ablate", __doc__, OPTIONS, words, lambda options: options, _execute)
+    return run_command("ablate", __doc__, OPTIONS, words, _prepare, _execute)
 
 
-def _execute(options: dict[str, Any]) -> None:
+def _prepare(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, dict]], tuple]:
+    """The options, what is changed in a model of this kind, and at how many tokens.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if checkpoints.cuts_into_tiles(checkpoints.read_config(options["model"])):
+        return options, TILED_ROWS, TILED_BUDGETS
+    return options, ROWS, BUDGETS
+
+
+def _execute(prepared: tuple[dict[str, Any], dict[str, dict[str, dict]], tuple]) -> None:
     """Evaluates, prints every row when it is known, and writes the table."""
-    named = [(dimension, name) for dimension, changes in ROWS.items() for name in changes]
-    configs = [MergeConfig(tokens=t, **ROWS[d][n]) for d, n in named for t in BUDGETS]
-    found = evaluate_all(configs, FIRST_SEED, options["pictures"], options["jobs"])
-    paper: list[np.ndarray] = []
+    options, changed, budgets = prepared
+    named = [(dimension, name) for dimension, changes in changed.items() for name in changes]
+    configs = [MergeConfig(tokens=t, **changed[d][n]) for d, n in named for t in budgets]
+    found = evaluate_all(configs, FIRST_SEED, *(options[key] for key in ("pictures", "jobs", "model")))
+    base: list[np.ndarray] = []
     rows = []
     for dimension, name in named:
-        right = [next(found) for _ in BUDGETS]
-        paper = paper or right
-        cells = {str(t): compare(*pair) for t, *pair in zip(BUDGETS, right, paper)}
+        right = [next(found) for _ in budgets]
+        base = right if name in BASES else base
+        cells = {str(t): compare(*pair) for t, *pair in zip(budgets, right, base)}
         rows.append(
-            {"dimension": dimension, "change": name, "config": ROWS[dimension][name], "tokens": cells}
+            {"dimension": dimension, "change": name, "config": changed[dimension][name], "tokens": cells}
         )
         print(_line(rows[-1]), flush=True)
     output = Path(options["output"])
     output.mkdir(parents=True, exist_ok=True)
     facts = {
+        "model": options["model"],
         "pictures": options["pictures"],
         "questions": options["pictures"] * QUESTIONS,
         "commit": commit(),
@@ -127,14 +168,15 @@ def compare(right: np.ndarray, base: np.ndarray) -> dict[str, float]:
 
 def markdown(rows: list[dict]) -> str:
     """The table as Markdown."""
-    head = f"| setting | changed to | {' | '.join(f'{t} tokens' for t in BUDGETS)} |\n"
-    return head + f"|{'---|' * (len(BUDGETS) + 2)}\n" + "\n".join(map(_line, rows)) + "\n"
+    budgets = [float(text) if "." in text else int(text) for text in rows[0]["tokens"]]
+    head = f"| setting | changed to | {' | '.join(map(amount_phrase, budgets))} |\n"
+    return head + f"|{'---|' * (len(budgets) + 2)}\n" + "\n".join(map(_line, rows)) + "\n"
 
 
 def _line(row: dict) -> str:
     """A row of the Markdown table."""
     cells = [f"{c['accuracy']:.1f}" for c in row["tokens"].values()]
-    if row["dimension"] != PAPER:
+    if row["change"] not in BASES:
         differences = (f" ({c['difference']:+.1f} ± {c['half']:.1f})" for c in row["tokens"].values())
         cells = [cell + difference for cell, difference in zip(cells, differences)]
     return f"| {row['dimension']} | {row['change']} | {' | '.join(cells)} |"

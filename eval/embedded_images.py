@@ -5,13 +5,15 @@ import io
 
 from PIL import Image
 
+from llava_pitome.embedded import NAME
+from llava_pitome.embedded.dataset import SCENES
 from llava_pitome.embedded.render import render
-from llava_pitome.embedded.scenes import scene
 
 
-def embedded_image(seed: int) -> Image.Image:
-    """The image of the embedded scene of a seed."""
-    return Image.fromarray(render(scene(seed)))
+def embedded_image(seed: int, model: str = NAME) -> Image.Image:
+    """The image of the scene of a seed, of those for one of the embedded models."""
+    make_scene, _ = SCENES[model]
+    return Image.fromarray(render(make_scene(seed)))
 
 
 def data_url(image: Image.Image) -> str:

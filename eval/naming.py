@@ -9,8 +9,14 @@ from llava_pitome.config_validation import AMOUNTS
 from llava_pitome.methods import METHODS
 
 PITOME, UNMERGED, BEST = "pitome", "unmerged", "best"  # the recipe paper is called pitome
-RESIZE, INPUT, TOWER = "resize", "input", "tower"  # the control that resizes images, and two places
-TITLES = {PITOME: "PiToMe", "released": "PiToMe (released)", BEST: "PiToMe (best)"}
+RESIZE, THUMBNAIL = "resize", "thumbnail"  # controls: smaller images, and only the thumbnail of tiled ones
+INPUT, TOWER = "input", "tower"  # places
+TITLES = {
+    PITOME: "PiToMe",
+    "released": "PiToMe (released)",
+    BEST: "PiToMe (best)",
+    THUMBNAIL: "thumbnail only",
+}
 MAX_LENGTH = 150  # characters of a label in a file name; systems allow 255
 
 
@@ -47,17 +53,17 @@ def home_place(method: str) -> str:
     """The place of a method's own paper or recipe: tower, prefix, tower+prefix, decoder, input; "" if none.
 
     Args:
-        method: as a sweep names it: in METHODS or RECIPES, RECIPE:METHOD, "resize" or "unmerged".
+        method: as a sweep names it: in METHODS or RECIPES, RECIPE:METHOD, or a control, or "unmerged".
     """
     recipe = method.partition(":")[0]
     if recipe in RECIPES:
         return place_of(MergeConfig.recipe(recipe, tokens=1))
-    return METHODS[method].places[0] if method in METHODS else {RESIZE: INPUT}.get(method, "")
+    return METHODS[method].places[0] if method in METHODS else INPUT if method in (RESIZE, THUMBNAIL) else ""
 
 
 def place_phrase(place: str) -> str:
     """A place as part of a sentence."""
-    phrases = {TOWER: "in the tower", "prefix": "at the prefix", INPUT: "on smaller images"}
+    phrases = {TOWER: "in the tower", "prefix": "at the prefix", INPUT: "at the input"}
     parts = [phrases.get(part) or f"at LLM layer {part.partition(':')[2]}" for part in place.split("+")]
     return " and ".join(parts)
 
@@ -66,6 +72,16 @@ def method_title(method: str) -> str:
     """A method's name in tables and sentences."""
     recipe, colon, other = method.partition(":")
     return f"{other} (with the settings of {recipe})" if colon else TITLES.get(method, method)
+
+
+def amount(tokens: float) -> str:
+    """Tokens that are kept: a number, or as a percentage where they are a share of an image's own."""
+    return f"{100 * tokens:.6g} %" if isinstance(tokens, float) else str(tokens)
+
+
+def amount_phrase(tokens: float) -> str:
+    """Tokens that are kept as part of a sentence: "39 tokens", "10 % of tokens"."""
+    return f"{amount(tokens)} of tokens" if isinstance(tokens, float) else f"{tokens} tokens"
 
 
 def file_name(label: str) -> str:

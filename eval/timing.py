@@ -101,7 +101,7 @@ def _inputs(folder: Path, time_settings: TimingSettings) -> tuple[dict[str, Any]
 
 def _sides(inputs: dict[str, Any]) -> list:
     """A benchmark side for every config, all sharing one model; the unmerged model first."""
-    path = str(embedded.PATH) if inputs["model"] == embedded.NAME else inputs["model"]
+    path = str(embedded.PATHS.get(inputs["model"], inputs["model"]))
     model, _ = checkpoints.load(path, None, dtype=inputs["dtype"], attn_implementation=inputs["attention"])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     target = target_of(inputs["model"], model)

@@ -56,7 +56,13 @@ def place_of(name: str) -> str:
     return "" if name == "unmerged" else name.split("-")[1].replace("decoder", "decoder:1")
 
 
-def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, with_images: bool = True) -> dict:
+def write(
+    folder: Path,
+    task: str = "embedded_vqa",
+    scored: bool = True,
+    with_images: bool = True,
+    model: str = "embedded",
+) -> dict:
     """A sweep as eval.sweep writes it, with made-up answers; returns the scores by name."""
     rng = np.random.default_rng(0)
     made, listed = {}, []
@@ -95,7 +101,7 @@ def write(folder: Path, task: str = "embedded_vqa", scored: bool = True, with_im
         "tokens": 39,
         "skipped": "not defined there",
     }
-    facts = {"model": "made up", "patches": 196, "fingerprint": "f", "limit": None, "dtype": "auto"}
+    facts = {"model": model, "patches": 196, "fingerprint": "f", "limit": None, "dtype": "auto"}
     (folder / "sweep.json").write_text(json.dumps(facts | {"combinations": [*listed, skipped]}))
     return made
 
@@ -223,10 +229,7 @@ def test_sentences_agree_with_the_numbers(sweep):
     assert "own place, PiToMe (best) in the tower and at the prefix (" in best
     assert re.search(r"is better than .*tome \(with the settings of best\) in the tower and at the pre", best)
     assert "PiToMe in the tower (+" in best and "PiToMe (best) in the tower (" not in best
-    assert "fastv at LLM layer 1 (" in cross and "grid at the prefix (" in cross
-    rows = by_name(found)
-    rows["fastv-decoder-1-39"].image_tokens = 196
-    assert "fastv at LLM layer 1* (" in next(summary.across_places(found, "cross"))
+    assert "fastv at LLM layer 1* (" in cross and "grid at the prefix (" in cross
 
 
 def test_markdown_csv_and_html_have_the_same_numbers(sweep, capsys):

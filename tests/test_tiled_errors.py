@@ -226,6 +226,7 @@ def test_what_tiles_do_not_support_raises_when_it_is_applied(kind):
         ({"ratio": 0.9, "method": "grid", "prefix_share": 0.5}, "grid"),
         ({"prefix": 0.5, "method": "grid", "tile_shares": "joint"}, "grid"),
         ({"prefix": 0.5, "method": "grid", "tile_shares": "attention"}, "grid|class token"),
+        ({"decoder": {1: 0.5}, "method": "grid"}, "method 'grid' works on the grid"),
         ({"prefix": 0.5, "method": "grid", "temporal": True}, "grid|takes no videos"),
         ({"ratio": (0.9, 0.5)}, "ratio holds 2 shares"),
     ):

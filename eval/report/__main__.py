@@ -10,12 +10,14 @@ from typing import Any
 
 from eval.command import count, run_command
 from eval.embedded_images import png_url
+from eval.evaluation.tasks import EMBEDDED_TASKS
 from eval.report import plots, tables
 from eval.report.examples import find_examples
 from eval.report.rows import make_rows
 from eval.report.significance import LEVEL, RESAMPLES
 from eval.report.summary import ALPHA, sentences
 from eval.report.sweep_results import SweepResults, read_sweep
+from llava_pitome import embedded
 from llava_pitome.cli.options import Option
 from llava_pitome.methods import METHODS
 
@@ -68,7 +70,7 @@ def _write(prepared: tuple[dict[str, Any], SweepResults]) -> None:
     }
     (output / "report.csv").write_text(tables.csv(tasks))
     (output / "report.md").write_text(_markdown(**page))
-    rows = tasks.get("embedded_vqa", next(iter(tasks.values())))
+    rows = tasks.get(EMBEDDED_TASKS.get(sweep.embedded_data), next(iter(tasks.values())))
     (output / "report.html").write_text(_html(page, *find_examples(sweep, rows, options["examples"])))
     for section in sections:
         print(*section["sentences"], sep="\n")
@@ -138,7 +140,7 @@ def _facts(sweep: SweepResults) -> list[str]:
         for task, results in sweep.tasks.items()
         if results[0].images() is None
     ]
-    if sweep.facts["model"] == "embedded":
+    if sweep.facts["model"] in embedded.PATHS:
         methods = ", ".join(name for name, method in METHODS.items() if "class_attention" in method.needs)
         facts.append(
             f"{methods} use the class token's attention. CLIP's was trained to represent the image, the "

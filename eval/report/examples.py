@@ -8,12 +8,15 @@ import torch
 from PIL import Image
 
 from eval.embedded_images import data_url, embedded_image
-from eval.naming import PITOME, TOWER, UNMERGED, method_title, place_phrase
+from eval.evaluation.tasks import EMBEDDED_TASKS
+from eval.naming import PITOME, TOWER, UNMERGED, amount_phrase, method_title, place_phrase
 from eval.report.rows import Row
-from eval.report.sweep_results import EMBEDDED, Result, SweepResults
+from eval.report.sweep_results import Result, SweepResults
 from llava_pitome import MergeConfig, load, merge_tokens
-from llava_pitome.cli.draw.overlay import overlay
-from llava_pitome.tracing import record_merges
+from llava_pitome.cli.draw.overlay import Outside, overlay
+from llava_pitome.image_schedule import resized
+from llava_pitome.models import hf_llava
+from llava_pitome.tracing import record_merges, trace_image
 
 SCALE = 2  # screen pixels per image pixel
 CORRECT = 0.5  # score from which an answer counts as right
@@ -39,9 +42,9 @@ class Example(NamedTuple):
 
 def find_examples(sweep: SweepResults, rows: Sequence[Row], count: int) -> tuple[list[Example], str]:
     """Examples at the median number of tokens, each method in its own place, and a sentence about them."""
-    if EMBEDDED not in sweep.tasks:
+    if (data := sweep.embedded_data) is None:
         return [], "Example images are shown for the embedded benchmark only, whose images need no download."
-    results = {result.name: result for result in sweep.tasks[EMBEDDED]}
+    results = {result.name: result for result in sweep.tasks[EMBEDDED_TASKS[data]]}
     home = [row for row in rows if row.is_at_home and row.tokens is not None]
     counts = sorted({row.tokens for row in home})
     if not count or not counts:
@@ -51,10 +54,11 @@ def find_examples(sweep: SweepResults, rows: Sequence[Row], count: int) -> tuple
     found = [results[row.name] for row in shown]
     chosen = _choose(found, shown, count)
     if not chosen:
-        return [], f"No example images: at {tokens} tokens all methods answer every question alike."
-    images = [embedded_image(found[0].images()[i]) for i in chosen]
-    model, processor = load("embedded", dtype=sweep.facts["dtype"])
-    drawn = [_draw_tokens(row, images, sweep.facts["patches"], model, processor) for row in shown]
+        return [], f"No example images: at {amount_phrase(tokens)} all methods answer every question alike."
+    images = [embedded_image(found[0].images()[i], data) for i in chosen]
+    model, processor = load(sweep.facts["model"], dtype=sweep.facts["dtype"])
+    draw = _draw_tokens if hf_llava.find(model).llava.tiling is None else _draw_tiled_tokens
+    drawn = [draw(row, images, model, processor) for row in shown]
     examples = []
     for n, i in enumerate(chosen):
         question = found[0].answers[i]
@@ -62,10 +66,10 @@ def find_examples(sweep: SweepResults, rows: Sequence[Row], count: int) -> tuple
         truth = str(question.get("multiple_choice_answer", ""))
         examples.append(Example(data_url(_enlarge(images[n])), question["question"], truth, answers))
     return examples, (
-        f"Questions on which the methods differ most, at {tokens} tokens, each method in its own paper's "
-        "place; alternately such that PiToMe answers right and wrong. The patches of a token have their mean "
-        "colour, with white lines between tokens; dark patches are dropped. Of random methods, the first "
-        "seed is shown."
+        f"Questions on which the methods differ most, at {amount_phrase(tokens)}, each method in its own "
+        "paper's place; alternately such that PiToMe answers right and wrong. The patches of a token have "
+        "their mean colour, with white lines between tokens; dark patches are dropped, hatched ones are "
+        "padding. Of random methods, the first seed is shown."
     )
 
 
@@ -91,16 +95,17 @@ def _answer(row: Row, result: Result, question: int, image: Image.Image) -> Answ
     """A method's answer to one question."""
     text, score = (result.answers[question][key] for key in ("answer", "exact_match"))
     text = ", ".join(map(str, text)) if isinstance(text, list) else str(text)
-    where = f" {place_phrase(row.place)}, {row.tokens}" if row.place else f", {row.image_tokens}"
-    return Answer(f"{method_title(row.method)}{where} tokens", text, score >= CORRECT, data_url(image))
+    place = f" {place_phrase(row.place)}" if row.place else ""
+    kept = f"{row.image_tokens:.4g} tokens" if row.tokens is None else amount_phrase(row.tokens)
+    return Answer(f"{method_title(row.method)}{place}, {kept}", text, score >= CORRECT, data_url(image))
 
 
 def _draw_tokens(
-    row: Row, images: Sequence[Image.Image], patches: int, model: torch.nn.Module, processor: Any
+    row: Row, images: Sequence[Image.Image], model: torch.nn.Module, processor: Any
 ) -> list[Image.Image]:
     """The tokens of each image at the language model's input; the plain image where that is every patch."""
     config = None if row.config is None else MergeConfig.from_dict(row.config)
-    patch = images[0].width // round(patches**0.5)
+    patch = processor.patch_size
     if config is not None and config.resize is not None:
         rows, columns = config.resize
         small = [i.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC) for i in images]
@@ -112,6 +117,32 @@ def _draw_tokens(
         model.model.get_image_features(pixel_values=pixels.to(model.dtype))
         states = [recorder.trace(i).after("prefix") for i in range(len(images))]
     return [overlay(i, state.slot, patch * SCALE, dropped=state.dropped) for i, state in zip(images, states)]
+
+
+def _draw_tiled_tokens(
+    row: Row, images: Sequence[Image.Image], model: torch.nn.Module, processor: Any
+) -> list[Image.Image]:
+    """As `_draw_tokens`, where the model cuts images into tiles: these put together, and the thumbnail."""
+    config = None if row.config is None else MergeConfig.from_dict(row.config)
+    if config is not None and config.resize is not None:
+        return [_resized(image, config, model, processor) for image in images]
+    if config is None or not (config.merges_in_tower or config.merges_in_prefix):
+        return list(images)
+    drawn = []
+    for image in images:
+        traced = trace_image(model, processor, image, config)
+        state, outside = traced.trace.after("prefix"), Outside(traced.padding, traced.blank)
+        step = processor.patch_size
+        drawn.append(overlay(traced.image, state.slot, step, traced.grid, state.dropped, outside))
+    return drawn
+
+
+def _resized(image: Image.Image, config: MergeConfig, model: torch.nn.Module, processor: Any) -> Image.Image:
+    """The detail that an image has in resized tiles, at its own size."""
+    tiling = hf_llava.find(model).llava.tiling
+    grid = resized(config, tiling.image(image.height, image.width)).regions[-1]
+    small = (max(grid.width, 1) * processor.patch_size, max(grid.height, 1) * processor.patch_size)
+    return image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.NEAREST)
 
 
 def _enlarge(image: Image.Image) -> Image.Image:

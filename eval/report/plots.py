@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.evaluation.results import ANSWER_TYPES
-from eval.naming import BEST, INPUT, PITOME, RESIZE, UNMERGED, method_title, place_phrase
+from eval.naming import BEST, INPUT, PITOME, UNMERGED, method_title, place_phrase
 from eval.report.rows import Row, unmerged_row
 
 VERMILION = "#D55E00"
@@ -25,10 +25,7 @@ HOME = "each in its own place"
 DPI, PALETTE = 110, 128
 Number = Callable[[Row], float | None]
 AXES: dict[str, tuple[str, Number]] = {
-    "tokens": (
-        "image tokens that are kept",
-        lambda r: r.image_tokens if r.place in ("", INPUT) else r.tokens,
-    ),
+    "tokens": ("image tokens that are kept", lambda r: r.kept_tokens),
     "flops": ("GFLOPs of a prompt, counted", lambda r: r.gflops.get("total")),
     "milliseconds": ("prefill in milliseconds, median", lambda r: r.times.get("prefill", (None, None))[1]),
 }
@@ -68,11 +65,11 @@ def _styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows per panel: every place, the first with the control of smaller images; each method at home."""
+    """Rows per panel: every place, the first with the controls at the input; each method at home."""
     places = [p for p in dict.fromkeys(row.place for row in rows) if p not in ("", INPUT)]
     found = {place: [row for row in rows if row.place == place] for place in places}
     if places:
-        found[places[0]] += [row for row in rows if row.method == RESIZE]
+        found[places[0]] += [row for row in rows if row.place == INPUT]
     home = [row for row in rows if row.is_at_home and row.method != UNMERGED]
     if len({row.place for row in home}) > 1 or not places:
         found[HOME] = home

@@ -33,10 +33,10 @@ class Row:
         name: of its first combination.
         method: as in sweep.json.
         place: where it merges.
-        tokens: at which it is compared.
+        tokens: at which it is compared: a number, or a share of an image's own.
         seeds: how many are averaged.
         config: of its first combination.
-        image_tokens: at the input of the language model.
+        image_tokens: at the input of the language model; where images differ, the mean.
         llm_tokens: at the input of one of its layers, on average.
         score: accuracy in per cent, or the task's own metric where answers have no scores.
         metrics: everything that lmms-eval reports.
@@ -55,10 +55,10 @@ class Row:
     name: str
     method: str
     place: str
-    tokens: int | None
+    tokens: int | float | None
     seeds: int
     config: dict[str, Any] | None
-    image_tokens: int
+    image_tokens: float
     llm_tokens: float
     score: float
     metrics: dict[str, float]
@@ -81,7 +81,14 @@ class Row:
     @property
     def merges_late(self) -> bool:
         """Whether all image tokens pass the first layers of the language model."""
-        return self.tokens is not None and self.image_tokens > self.tokens
+        return "decoder" in self.place
+
+    @property
+    def kept_tokens(self) -> float:
+        """Image tokens that are kept at last; where images differ, the mean."""
+        if self.tokens is None or not self.merges_late:
+            return self.image_tokens
+        return self.tokens * self.image_tokens if isinstance(self.tokens, float) else self.tokens
 
 
 def make_rows(sweep: SweepResults, task: str, resamples: int = RESAMPLES, seed: int = 0) -> list[Row]:
@@ -157,7 +164,7 @@ def _compare(rows: list[Row], sums: np.ndarray, counts: np.ndarray, resamples: i
         resamples: for intervals and p values.
         seed: of the resampling.
     """
-    index: dict[tuple[str, str, int | None], int] = {}
+    index: dict[tuple[str, str, float | None], int] = {}
     for i, row in enumerate(rows):
         index.setdefault((row.method, row.place, row.tokens), i)
     pairs = [("same", i, index.get((PITOME, row.place, row.tokens))) for i, row in enumerate(rows)]

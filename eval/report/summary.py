@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from eval.naming import PITOME, method_title, place_phrase
+from eval.naming import PITOME, amount_phrase, method_title, place_phrase
 from eval.report.rows import REFERENCES, Difference, Row
 
 ALPHA = 0.05  # below which a difference counts as one
@@ -49,7 +49,8 @@ def same_place(rows: list[Row]) -> Iterator[str]:
             if others:
                 verdict = _verdict({method_title(r.method): r.same for r in others})
                 score = _score(reference)
-                yield f"At {reference.tokens} tokens, all {place_phrase(place)}, PiToMe ({score}) {verdict}."
+                kept = amount_phrase(reference.tokens)
+                yield f"At {kept}, all {place_phrase(place)}, PiToMe ({score}) {verdict}."
 
 
 def across_places(rows: list[Row], kind: str) -> Iterator[str]:
@@ -70,7 +71,7 @@ def across_places(rows: list[Row], kind: str) -> Iterator[str]:
         }
         if others:
             name = f"{reference_title(kind)} ({_score(references[tokens])})"
-            yield f"At {tokens} tokens, each in its own place, {name} {_verdict(others)}."
+            yield f"At {amount_phrase(tokens)}, each in its own place, {name} {_verdict(others)}."
 
 
 def _score(row: Row) -> str:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.evaluation.tasks import EMBEDDED_TASKS
 from eval.naming import file_name
 from eval.sweep.runs import SWEEP_FILE
 
-EMBEDDED = "embedded_vqa"
 IMAGE_KEYS = ("image_id", "imageId")  # of a question, where its task has them
 QUESTIONS_PER_IMAGE = 1000  # ids that are reserved for each embedded image
 
@@ -40,7 +40,7 @@ class Result(NamedTuple):
         ids = [next((a[key] for key in IMAGE_KEYS if a.get(key) is not None), None) for a in self.answers]
         if None not in ids:
             return ids
-        if self.row["task"] == EMBEDDED:
+        if self.row["task"] in EMBEDDED_TASKS.values():
             return [a["question_id"] // QUESTIONS_PER_IMAGE for a in self.answers]
         return None
 
@@ -65,6 +65,11 @@ class SweepResults(NamedTuple):
     outdated: list[str]
     timing: dict[str, dict[str, Any]]
     timing_facts: dict[str, Any]
+
+    @property
+    def embedded_data(self) -> str | None:
+        """The embedded model whose questions were evaluated; None for other questions."""
+        return next((name for name, task in EMBEDDED_TASKS.items() if task in self.tasks), None)
 
 
 def read_sweep(folder: Path) -> SweepResults:

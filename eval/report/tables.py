@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pandas
 
 from eval.evaluation.results import ANSWER_TYPES
-from eval.naming import method_title
+from eval.naming import amount, amount_phrase, method_title
 from eval.report.rows import REFERENCES, Difference, Row
 from eval.report.summary import p_value, points, reference_title
 
@@ -37,8 +37,8 @@ def full_table(rows: Sequence[Row]) -> pandas.DataFrame:
     columns: Columns = {
         "method": lambda r: method_title(r.method) + (f" ({r.seeds} draws)" if r.seeds > 1 else ""),
         "place": _place,
-        "tokens": lambda r: "" if r.tokens is None else str(r.tokens),
-        "tokens at the LLM": lambda r: str(r.image_tokens),
+        "tokens": lambda r: "" if r.tokens is None else amount(r.tokens),
+        "tokens at the LLM": lambda r: f"{r.image_tokens:.4g}",
         "mean over its layers": lambda r: f"{r.llm_tokens:.4g}",
     }
     if paired:
@@ -65,7 +65,7 @@ def full_table(rows: Sequence[Row]) -> pandas.DataFrame:
 def reference_table(rows: Sequence[Row], kind: str) -> pandas.DataFrame:
     """Every method in its own place against one of REFERENCES."""
     columns: Columns = {
-        "tokens": lambda r: str(r.tokens),
+        "tokens": lambda r: amount(r.tokens),
         "method": lambda r: method_title(r.method),
         "place": _place,
         "mean over the LLM's layers": lambda r: f"{r.llm_tokens:.4g}",
@@ -81,13 +81,13 @@ def reference_table(rows: Sequence[Row], kind: str) -> pandas.DataFrame:
 def short_table(rows: Sequence[Row]) -> pandas.DataFrame:
     """Every method in its own place, one column per number of tokens, the best method first."""
     at_home = [row for row in rows if row.is_at_home and row.tokens is not None]
-    scores: dict[tuple[str, str], dict[int, float]] = {}
+    scores: dict[tuple[str, str], dict[float, float]] = {}
     for row in at_home:
         scores.setdefault((method_title(row.method), _place(row)), {})[row.tokens] = row.score
     tokens = sorted({row.tokens for row in at_home}, reverse=True)
     best_first = sorted(scores.items(), key=lambda item: -sum(item[1].values()) / len(item[1]))
-    lines = [[*key, *(_number(line.get(count), ".1f") for count in tokens)] for key, line in best_first]
-    return pandas.DataFrame(lines, columns=["method", "place", *(f"{count} tokens" for count in tokens)])
+    lines = [[*key, *(_number(line.get(kept), ".1f") for kept in tokens)] for key, line in best_first]
+    return pandas.DataFrame(lines, columns=["method", "place", *map(amount_phrase, tokens)])
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:

@@ -1,7 +1,8 @@
 """Every method in every place at every number of tokens: python -m eval.sweep key=value ...
 
-Each combination is one `python -m eval.run` in its own process; the unmerged model runs once. At the end all
-of them are timed, interleaved. Finished runs are not repeated: the same command resumes a stopped sweep.
+A model that cuts images into tiles is compared at shares of each image's own tokens. Each combination is one
+`python -m eval.run` in its own process; the unmerged model runs once. At the end all of them are timed,
+interleaved. Finished runs are not repeated: the same command resumes a stopped sweep.
 Writes sweep.json, timing.json and a folder per combination, which `python -m eval.report` reads.
 """
 
@@ -12,30 +13,32 @@ from typing import Any, NamedTuple
 
 from eval import timing
 from eval.command import run_command
-from eval.naming import RESIZE, UNMERGED
+from eval.naming import RESIZE, THUMBNAIL, UNMERGED
 from eval.run import OPTIONS as RUN_OPTIONS
 from eval.run import make_plan
-from eval.sweep.combinations import PLACES, SHARES, Combination, combinations
+from eval.sweep.combinations import PLACES, SHARES, TILED_SHARES, Combination, combinations
 from eval.sweep.processes import environments
 from eval.sweep.runs import EXECUTION_OPTIONS, Run, print_runs, print_skipped, run_all
-from llava_pitome.cli.options import Option, folder, listed, parse, several, whole
+from llava_pitome.cli.options import Option, amount, folder, listed, parse, several, whole
 from llava_pitome.config import RECIPES
 from llava_pitome.methods import METHODS
+from llava_pitome.models.config_checks import check_tiles
+from llava_pitome.models.parts import ModelParts
 
-NAMES = (*METHODS, *(name for name in RECIPES if name != "paper"), RESIZE)
+NAMES = (*METHODS, *(name for name in RECIPES if name != "paper"), RESIZE, THUMBNAIL)
 SHARED = ("model", "tasks", "data", "limit", "batch_size", "dtype", "attention", "text")  # with eval.run
 OPTIONS = {
     "methods": Option(
         NAMES,
         listed,
-        "methods, recipes, RECIPE:METHOD or resize, with commas; NAME@PLACE runs in that place only",
+        "methods, recipes, RECIPE:METHOD, resize, thumbnail, with commas; NAME@PLACE runs there only",
         "what to compare",
     ),
     "tokens": Option(
         None,
-        several(whole(0), distinct=True),
-        "whole numbers, with commas",
-        "image tokens to keep; by default 50, 30, 20 and 10 %",
+        several(amount, distinct=True),
+        "whole numbers, or shares in (0, 1) for a model that cuts images into tiles, with commas",
+        "image tokens to keep; by default 50, 30, 20 and 10 %, with tiles also 5 %",
     ),
     "places": Option(
         PLACES,
@@ -98,16 +101,32 @@ def make_runs(options: dict[str, Any], output: Path) -> list[Run]:
     def run(combination: Combination) -> Run:
         if combination.skipped:
             return Run(combination)
+        if shapes is not None and (reason := _refusal(combination, shapes.parts)):
+            return Run(combination._replace(fields=None, skipped=reason))
         merging = ["ratio=1"]
         if combination.fields is not None:
             merging = [f"recipe={combination.recipe}", f"merging={json.dumps(combination.fields)}"]
         words = (*shared, *merging, f"output={output / combination.name}")
         return Run(combination, words, make_plan(parse(words, RUN_OPTIONS) | {"dry_run": options["dry_run"]}))
 
-    patches = run(Combination(UNMERGED, UNMERGED)).plan.shapes.parts.patches
-    tokens = options["tokens"] or tuple(round(patches * share) for share in SHARES)
-    found = combinations(options["methods"], options["places"], tokens, options["seeds"], patches)
+    shapes = None
+    shapes = run(Combination(UNMERGED, UNMERGED)).plan.shapes
+    patches, is_tiled = shapes.parts.patches, shapes.parts.llava.tiling is not None
+    default = TILED_SHARES if is_tiled else tuple(round(patches * share) for share in SHARES)
+    tokens = options["tokens"] or default
+    found = combinations(options["methods"], options["places"], tokens, options["seeds"], patches, is_tiled)
     return [run(combination) for combination in found]
+
+
+def _refusal(combination: Combination, parts: ModelParts) -> str | None:
+    """Why a model that cuts images into tiles cannot merge by a method in a place; None where it can."""
+    if combination.config is None or parts.llava.tiling is None:
+        return None
+    try:
+        check_tiles(parts, combination.config)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _as_word(value: object) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from eval import timing
 from eval.command import count, switch, write_whole
 from eval.evaluation.plan import EvaluationPlan
+from eval.naming import amount, amount_phrase
 from eval.sweep.combinations import Combination
 from eval.sweep.processes import Job, identity, run_jobs
 
@@ -108,8 +109,9 @@ def print_runs(runs: list[Run]) -> None:
 
 def print_skipped(runs: list[Run]) -> None:
     """Prints what does not run, one line per method and place."""
-    skipped: dict[tuple[str, str, str], list[str]] = {}
+    skipped: dict[tuple[str, str, str], list[int | float]] = {}
     for c in (run.combination for run in runs if run.combination.skipped):
-        skipped.setdefault((c.method, c.place, c.skipped), []).append(str(c.tokens))
+        skipped.setdefault((c.method, c.place, c.skipped), []).append(c.tokens)
     for (method, place, why), tokens in skipped.items():
-        print(f"skipped {method} in {place} at {', '.join(tokens)} tokens: {why}")
+        kept = ", ".join([*map(amount, tokens[:-1]), amount_phrase(tokens[-1])])
+        print(f"skipped {method} in {place} at {kept}: {why}")

@@ -81,6 +81,11 @@ def check_tiles(parts: ModelParts, config: MergeConfig) -> None:
                 f"{field}={value!r} merges tokens of several tiles or frames together, which are no grid; "
                 f"method {config.method!r} works on one"
             )
+    if method.needs_grid and config.merging_layers:
+        raise ValueError(
+            f"method {config.method!r} works on the grid of patches; in the language model of a {name} "
+            "there are tokens of several tiles, which are no grid"
+        )
     after_projector = config.prefix is not None or config.prefix_share or not config.merges_by_ratio
     if config.merges_in_tower and config.prefix_share < 1:
         if method.needs_grid and after_projector:
