@@ -80,7 +80,7 @@ TILES_LIMIT = "not supported under vLLM, where images merge and videos do not"
         ({"tokens": 10**4}, "no image fits: tokens=10000 does not fit"),
         ({"tokens": 1}, "no image fits: tokens=1 does not fit"),
         ({"ratio": (0.9, 0.8)}, "ratio holds 2 shares"),
-        ({"resize": (3, 3)}, "resize="),
+        ({"resize": (3, 4)}, "resize="),
     ],
 )
 def test_what_vllm_cannot_merge_in_images_of_tiles_raises(kind, fields, message):
