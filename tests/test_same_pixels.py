@@ -23,6 +23,7 @@ from llava_pitome.integrations.serve.limits import Limits
 from llava_pitome.tracing import trace_image
 from train.conversation import BrokenRow
 from train.data import ConversationDataset
+from train.image_counts import ImageCounts
 from train.rows import BrokenRows, JsonRows, TooManyBrokenRows
 
 RNG = np.random.default_rng(0)
@@ -110,7 +111,7 @@ def asked_on_the_page(path, _processor):
         found.append(image)
         return iter(())
 
-    session = SimpleNamespace(patches=PATCHES, layers=7, answer=answer, trace=None)
+    session = SimpleNamespace(patches=PATCHES, layers=7, has_tiles=False, answer=answer, trace=None)
     running = Callbacks(session).ask({"path": str(path)}, "what is this", "pitome", 0.9, False)
     next(running)
     with pytest.raises(TypeError):  # the trace, which comes after the answer
@@ -127,7 +128,8 @@ def trained(path, processor):
         "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
     )
     rows = JsonRows(path.parent / "rows.json")
-    return ConversationDataset(rows, path.parent, processor, PATCHES, 100, broken)[0]["pixel_values"]
+    counts = ImageCounts(PATCHES, 7)
+    return ConversationDataset(rows, path.parent, processor, counts, 100, broken)[0]["pixel_values"]
 
 
 def evaluated(to_visual):

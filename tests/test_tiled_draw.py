@@ -116,7 +116,7 @@ def test_the_frames_of_a_video_are_drawn(kind, film, saved, tmp_path, capsys):  
         (["--tokens", "3"], "tokens=3 does not fit: this image has "),
         (["--tokens", "9999"], "tokens=9999 does not fit: this image has "),
         (["--temporal", "true", "--ratio", "0.9"], "temporal=True is not allowed"),
-        (["--resize", "3x4"], "resize=(3, 4) is not supported"),
+        (["--resize", "3x4"], "resize=(3, 4) does not fit"),
         (["--layers", "7"], "--layers 7 is not allowed"),
     ],
 )

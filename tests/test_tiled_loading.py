@@ -182,6 +182,25 @@ def test_videos_that_cannot_be_prepared_raise(given, options, reason):
 
 
 @pytest.mark.parametrize("kind", OF_VIDEOS)
+def test_an_older_transformers_is_named_where_videos_merge(kind, monkeypatch):
+    model, processor = make_tiled(kind), processor_of(kind)
+    features = type(model.model).get_video_features
+
+    def older(self, pixel_values, **kwargs):
+        return features(self, pixel_values, **kwargs)
+
+    pixels = processor.video_processor([clip()], return_tensors="pt")["pixel_values_videos"]
+    monkeypatch.setattr(type(model.model), "get_video_features", older)
+    with merge_tokens(model, MergeConfig(ratio=1.0), processor):
+        model.model.get_video_features(pixels)
+    with (
+        merge_tokens(model, MergeConfig(ratio=0.8), processor),
+        pytest.raises(ValueError, match="merging the tokens of videos needs a newer transformers"),
+    ):
+        model.model.get_video_features(pixels)
+
+
+@pytest.mark.parametrize("kind", OF_VIDEOS)
 def test_a_processor_is_checked_copied_and_pickled_as_any_other(kind):
     processor = processor_of(kind)
     assert "check_argument_for_proper_class" not in vars(processor)

@@ -10,6 +10,7 @@ from tiled import KINDS, make_tiled, noise, takes_videos, tile_side
 
 from llava_pitome import METHODS, MergeConfig, merge_tokens
 from llava_pitome.image_layout import tiled, video
+from llava_pitome.image_schedule import resized
 from llava_pitome.models import hf_llava
 from llava_pitome.models.image_counts import counts_of
 from llava_pitome.tracing import record_merges, trace_image, trace_video
@@ -27,6 +28,8 @@ CONFIGS = [
     MergeConfig(ratio=0.85, prefix=0.5, order="method"),
     MergeConfig(ratio=0.9, prefix=0.5, tile_shares="joint"),
     MergeConfig(ratio=0.9, tile_shares="thumbnail"),
+    MergeConfig(resize=(3, 3)),
+    MergeConfig(resize=(4, 4), prefix=0.5),
     MergeConfig(prefix=0.4, method="divprune"),
     MergeConfig(prefix=0.4, decoder={0: 0.5, 1: 5}),
 ]
@@ -45,7 +48,8 @@ def features(model, processor, config, image=None, frames=None):
     with merge_tokens(model, config, processor), torch.no_grad():
         if frames is not None:
             pixels = processor.video_processor([frames], return_tensors="pt")["pixel_values_videos"]
-            return model.model.get_video_features(pixels, return_dict=True).pooler_output[0]
+            found = model.model.get_video_features(pixels, return_dict=True).pooler_output[0]
+            return found.reshape(-1, found.shape[-1])
         given = processor.image_processor(image, return_tensors="pt")
         names = [name for name in ("pixel_values", "image_sizes", "batch_num_images") if name in given]
         out = model.model.get_image_features(**{name: given[name] for name in names}, return_dict=True)
@@ -81,7 +85,7 @@ def check_states(found, pools=False):
 def test_states_are_partitions_of_the_counted_tokens(kind, config, size):
     model, processor = make(kind)
     found = trace_image(model, processor, noise(*size), config, "what is this")
-    layout = counts_of(hf_llava.find(model)).tiling.image(*size)
+    layout = resized(config, counts_of(hf_llava.find(model)).tiling.image(*size))
     check_states(found, any(region.is_pooled for region in layout.regions))
     final = found.trace.after("prefix")
     assert final.tokens == counts_of(hf_llava.find(model)).images(config, [size])[0]

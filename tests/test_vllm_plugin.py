@@ -1,16 +1,19 @@
 """The parts of the vLLM plugin that need no vLLM: what is refused, the server's arguments, weight names."""
 
+import itertools
 import json
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_vip_llava
 from safetensors.torch import load_file
+from tiled import make_tiled, make_tiled_processor, noise
 
-from llava_pitome import MergeConfig, embedded
+from llava_pitome import MergeConfig, embedded, merge_tokens
 from llava_pitome.cli.options import parse
 from llava_pitome.integrations.vllm import validation, weight_names
 from llava_pitome.integrations.vllm.serve_command import OPTIONS, chat_template, main, server_arguments
+from llava_pitome.integrations.vllm.tiled_counts import TiledCounts
 from llava_pitome.models.checkpoints import read_config
 
 
@@ -58,6 +61,103 @@ def test_merging_before_the_language_model_is_supported(config):
 def test_a_config_that_vllm_cannot_merge_by_or_that_does_not_fit_raises(fields, message):
     with pytest.raises(ValueError, match=message):
         validation.check(MergeConfig(**fields), read_config(embedded.NAME))
+
+
+TILES_LIMIT = "not supported under vLLM, where images merge and videos do not"
+
+
+@pytest.mark.parametrize("kind", ["next-vicuna", "onevision"])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"decoder": {1: 0.5}}, "decoder="),
+        ({"ratio": 0.9, "llm_proportional": True}, "llm_proportional=True"),
+        ({"ratio": 0.9, "positions": "original"}, "positions='original'"),
+        ({"ratio": 0.9, "temporal": True}, f"temporal=True is {TILES_LIMIT}"),
+        ({"ratio": 0.9, "tokens_per_video": 9}, f"tokens_per_video=9 is {TILES_LIMIT}"),
+        ({"tokens_per_frame": 9}, f"tokens_per_frame=9 is {TILES_LIMIT}"),
+        ({"tokens_per_tile": 37}, "tokens_per_tile=37 does not fit"),
+        ({"tokens": 10**4}, "no image fits: tokens=10000 does not fit"),
+        ({"tokens": 1}, "no image fits: tokens=1 does not fit"),
+        ({"ratio": (0.9, 0.8)}, "ratio holds 2 shares"),
+        ({"resize": (3, 4)}, "resize="),
+    ],
+)
+def test_what_vllm_cannot_merge_in_images_of_tiles_raises(kind, fields, message):
+    with pytest.raises(ValueError, match=message):
+        validation.check(MergeConfig(**fields), make_tiled(kind).config)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: make_tiled("next-video"), "'llava_next_video' is not supported under vLLM"),
+        (make_vip_llava, "'vipllava' is not supported under vLLM"),
+        (
+            lambda: make_tiled("next-vicuna", vision_feature_layer=[-2, -3]),
+            r"vision_feature_layer=\[-2, -3\]",
+        ),
+        (lambda: make_tiled("onevision", vision_aspect_ratio="pad"), "vision_aspect_ratio='pad'"),
+    ],
+)
+def test_a_model_that_vllm_cannot_merge_raises(make, message):
+    with pytest.raises(ValueError, match=message):
+        validation.check(MergeConfig(ratio=0.9), make().config)
+
+
+@pytest.mark.parametrize("name, value", [("newlines", "none"), ("tile_shares", "equal"), ("temporal", True)])
+def test_fields_for_tiles_raise_for_a_model_without_them(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not allowed"):
+        validation.check(MergeConfig(ratio=0.9, **{name: value}), read_config(embedded.NAME))
+
+
+SIZES = [
+    (1, 1),
+    (2000, 300),
+    (300, 2000),
+    (1, 900),
+    (900, 1),
+    (48, 48),
+    *((n, 211 - n) for n in range(7, 205, 6)),
+]
+
+
+@pytest.mark.parametrize("kind", ["next-vicuna", "next-mistral", "onevision", "onevision-odd"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ratio": 1.0},
+        {"ratio": 0.9},
+        {"tokens": 30},
+        {"tokens_per_tile": 5, "newlines": "scaled"},
+        {"prefix": 0.3},
+    ],
+)
+def test_placeholders_of_tiles_are_those_of_transformers(kind, fields):
+    model, processor, config = make_tiled(kind), make_tiled_processor(kind), MergeConfig(**fields)
+    counts, several = TiledCounts.of(model.config, config), kind.startswith("onevision")
+    images = [noise(*size) for size in SIZES]
+    rows = [[image] for image in images] + [images[:3]]
+    with merge_tokens(model, config, processor):
+        ids = processor(images=rows, text=["<image>" * len(row) for row in rows], padding=True)["input_ids"]
+    written = [row.count(model.config.image_token_id) for row in ids]
+    assert [counts.tokens(*size) for size in SIZES] == written[:-1]
+    assert sum(counts.tokens(*size, is_alone=not several) for size in SIZES[:3]) == written[-1]
+
+
+@pytest.mark.parametrize("kind", ["next-vicuna", "onevision", "onevision-odd"])
+@pytest.mark.parametrize("fields", [{"ratio": 1.0}, {"ratio": 0.9}, {"prefix": 0.3}, {"tokens_per_tile": 7}])
+def test_no_image_has_more_placeholders_than_the_largest(kind, fields):
+    counts = TiledCounts.of(make_tiled(kind).config, MergeConfig(**fields))
+    sizes = itertools.product(range(1, 400, 9), range(1, 400, 13))
+    assert max(counts.tokens(*size) for size in sizes) <= counts.tokens(*counts.largest_image())
+
+
+def test_the_largest_image_is_one_that_the_budget_fits():
+    counts = TiledCounts.of(make_tiled("onevision").config, MergeConfig(tokens=100))
+    with pytest.raises(ValueError, match="tokens=100 does not fit"):
+        counts.tokens(1, 900)
+    assert counts.tokens(*counts.largest_image()) == 100
 
 
 def test_an_unknown_tower_raises():
@@ -159,6 +259,15 @@ def test_chat_templates_write_the_bos_token(tmp_path):
     processor.chat_template = template
     processor.save_pretrained(tmp_path)
     assert chat_template(str(tmp_path)) is None  # it writes the token already
+
+
+def test_a_model_of_tiles_is_served_merging(tmp_path):
+    make_tiled("next-vicuna").save_pretrained(tmp_path)
+    make_tiled_processor("next-vicuna").save_pretrained(tmp_path)
+    assert (
+        merge_fields(f"model={tmp_path}", "tokens=30", "tile_shares=equal")
+        == MergeConfig(tokens=30, tile_shares="equal").to_dict()
+    )
 
 
 # Weight names

@@ -113,7 +113,7 @@ def test_given_features_need_no_vision_tower(kind, tmp_path):
         (features,) = reference.model.get_image_features(**given, return_dict=True).pooler_output
     options = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0}}
     with engine(tmp_path, config, **options) as llm:
-        outputs = generate(llm, [("what is <image> red", features.unsqueeze(0))])
+        outputs = generate(llm, [("what is <image> red", [features])])
     compare(outputs, reference, [("what is <image> red", IMAGES[:1])])
 
 

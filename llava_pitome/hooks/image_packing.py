@@ -69,7 +69,8 @@ class ImagePacking(HookOwner):
         listener: None, or an object that is told what became of packed tokens, by their positions in the
             sequence that the model packs without merging. Its method `merged` is given those before a merge
             (B, A), those of the tokens that they merged into, and whether `step` recorded it; its method
-            `packed`, at the end of a call, the layouts of the images and the positions (M,) of their tokens.
+            `packed`, at the end of a call, the layouts of the images as they were encoded and the positions
+            (M,) of their tokens.
     """
 
     listener: Any = None
@@ -173,7 +174,7 @@ class ImagePacking(HookOwner):
         if self.records_images:
             self.handle.projector.add_records(records)
         if self.listener is not None:
-            self.listener.packed(layouts, positions)
+            self.listener.packed([resized(self.config, layout) for layout in layouts], positions)
         return out.to_tuple() if wants_tuple else out
 
     def _layouts(self, given: dict[str, Any], is_video: bool) -> list[ImageLayout]:
@@ -183,7 +184,14 @@ class ImagePacking(HookOwner):
             ValueError: their pixels are not those of these layouts.
         """
         if is_video:
-            pixels = given["pixel_values_videos"]
+            pixels = given.get("pixel_values_videos")
+            if pixels is None:  # the method's name for them before it packed newlines
+                pixels = given["pixel_values"]
+                if merges(self.config, True) or self.records_images:
+                    raise ValueError(
+                        "merging the tokens of videos needs a newer transformers, such as 5.23: this one "
+                        "packs them outside of get_video_features"
+                    )
             if pixels.ndim != 5:
                 raise ValueError(
                     f"pixel_values_videos has shape {tuple(pixels.shape)}; it must be "

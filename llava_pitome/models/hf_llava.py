@@ -194,7 +194,7 @@ def encode_video(model: nn.Module, pixels: Tensor) -> None:
     """Sends videos (V, F, 3, H, W) through tower and projector."""
     model = unwrap(model)
     inner = getattr(model, "model", model)
-    inner.get_video_features(pixel_values_videos=pixels.to(model.device, model.dtype))
+    inner.get_video_features(pixels.to(model.device, model.dtype))
 
 
 def cached(cache: Any) -> list[Tensor]:

@@ -90,7 +90,7 @@ def _videos(model: nn.Module, inputs: dict[str, Any]) -> Any:
     first, which = distinct(pixels)
     if len(first) == len(which):
         return None
-    return _repeated(model.get_video_features(pixel_values_videos=pixels[first], return_dict=True), which)
+    return _repeated(model.get_video_features(pixels[first], return_dict=True), which)
 
 
 def _repeated(output: Any, which: list[int]) -> Any:

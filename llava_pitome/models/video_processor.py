@@ -10,7 +10,10 @@ import inspect
 from typing import Any
 
 import transformers
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil
+from transformers import AutoTokenizer, BatchFeature, CLIPImageProcessorPil
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # 5.17's own name needs torchvision
 from transformers.processing_utils import VideosKwargs
 from transformers.utils import PushToHubMixin, is_torchvision_available
 from transformers.video_utils import make_batched_videos

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llava_pitome.api import merge_tokens
 from llava_pitome.config import MergeConfig
+from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.image_io import to_rgb
 from llava_pitome.models import hf_llava
 from llava_pitome.tracing.recorder import MergeRecorder, record_merges
@@ -72,7 +73,7 @@ def trace_image(
             names = ("image_sizes", "batch_num_images")
             hf_llava.encode(model, pixels, **{name: prepared[name] for name in names if name in prepared})
         if recorder.layout is not None:
-            return _put_together(processor.image_processor, config, recorder, pixels[0])
+            return _put_together(processor.image_processor, handle, recorder, pixels[0])
         pixels = handle.resized(pixels)
         grid = tuple(side // processor.patch_size for side in pixels.shape[-2:])
         return ImageTrace(config, as_image(processor, pixels[0]), grid, recorder.trace())
@@ -112,7 +113,7 @@ def trace_video(
             model(**inputs.to(model.device, model.dtype), logits_to_keep=1)
         else:
             hf_llava.encode_video(model, pixels)
-        return _put_together(processor.video_processor, config, recorder, pixels[0])
+        return _put_together(processor.video_processor, handle, recorder, pixels[0])
 
 
 def _reads_question(config: MergeConfig, question: str | None) -> bool:
@@ -125,14 +126,14 @@ def _reads_question(config: MergeConfig, question: str | None) -> bool:
     return in_language_model
 
 
-def _put_together(settings: Any, config: MergeConfig, recorder: MergeRecorder, tiles: Tensor) -> ImageTrace:
+def _put_together(settings: Any, handle: MergeHandle, recorder: MergeRecorder, tiles: Tensor) -> ImageTrace:
     """The trace of an image whose tiles are (T, 3, H, W), prepared by a processor with these settings."""
     canvas, trace = canvas_of(recorder.layout), recorder.trace()
     packed = trace.after("prefix")
     patches = packed.slot[packed.slot >= 0].unique()
-    pictures = [_as_image(settings, tile) for tile in tiles[: len(canvas.cell)]]
+    pictures = [_as_image(settings, tile) for tile in handle.resized(tiles[: len(canvas.cell)])]
     return ImageTrace(
-        config, canvas.image(pictures), canvas.grid, trace, canvas.padding, canvas.blank,
+        handle.config, canvas.image(pictures), canvas.grid, trace, canvas.padding, canvas.blank,
         newlines=packed.tokens - len(patches),
     )  # fmt: skip
 

@@ -257,5 +257,5 @@ def _share_layers(layers: nn.ModuleList) -> None:
     first = dict(layers[0].named_modules())
     for layer in layers[1:]:
         for name, module in layer.named_modules():
-            for key in module._parameters:
+            for key, _ in list(module.named_parameters(recurse=False)):
                 setattr(module, key, getattr(first[name], key))

@@ -33,7 +33,7 @@ MERGE_OPTIONS = merge_options(
 )
 MERGE_OPTIONS["recipe"] = MERGE_OPTIONS["recipe"]._replace(default=None)  # not given differs from "paper"
 OPTIONS = {
-    "model": MODEL_OPTIONS["model"]._replace(help="a LLaVA"),
+    "model": MODEL_OPTIONS["model"]._replace(help="a LLaVA, LLaVA-NeXT or LLaVA-OneVision"),
     "dtype": MODEL_OPTIONS["dtype"],
     "plain": Option(
         False, boolean, "true | false", "serve vLLM's own LLaVA without merging, to compare with"
@@ -102,7 +102,7 @@ def server_arguments(options: dict[str, Any]) -> list[str]:
 
 
 def _config(path: str) -> Any:
-    """The LlavaConfig of a full model; ValueError for an adapter, an original checkpoint or no LLaVA."""
+    """The config of a full model; ValueError for an adapter, an original checkpoint or no LLaVA."""
     if path != embedded.NAME and adapters.base_model(path) is not None:
         raise ValueError(f"model={path!r} is an adapter; merge it into its base model first, and serve that")
     config = checkpoints.read_config(path)

@@ -90,8 +90,8 @@ class LlavaOnevisionPitomeProcessingInfo(_MergedCounts, LlavaOnevisionProcessing
     """vLLM's token counts of LLaVA-OneVision, after merging."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Images without limit, no videos."""
-        return {"image": None, "video": 0}
+        """Images without limit, and no videos."""
+        return {"image": None}
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
         """Raises ValueError for videos, and for more images than the server allows."""

@@ -65,7 +65,7 @@ def check(merging: MergeConfig, config: Any) -> None:
                 "projector (ratio, tokens, prefix), or serve with `llava-pitome serve`"
             )
     if config.model_type in TILED:
-        for name in hf_llava.OF_VIDEOS:
+        for name in config_checks.OF_VIDEOS:
             if value := getattr(merging, name):
                 raise ValueError(
                     f"{name}={value!r} is not supported under vLLM, where images merge and videos do not; "
