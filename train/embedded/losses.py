@@ -21,6 +21,7 @@ class Losses:
     """The losses of a model, with the patch classifiers that only training needs."""
 
     inputs = ("input_ids", "pixel_values")  # of the model, in a batch
+    auxiliary = ("point", "align", "patches")  # names of the losses beside that of the answers
 
     def __init__(self, model: LlavaForConditionalGeneration, tokenizer: Any, options: dict[str, Any]):
         """Takes the options `point_loss`, `align_loss`, `patches_loss` (weights) and `device`."""
@@ -28,12 +29,13 @@ class Losses:
         self.heads = nn.Linear(WIDTH, sum(CLASSES)).to(model.device)
         self.words = data.label_tokens(tokenizer, model.device)
         self.sides = data.side_tokens(tokenizer, model.device)
-        # the attention whose first two heads learn to attend from a noun to the patches it refers to
-        self.attention = model.model.language_model.layers[1].self_attn
+        # the layer whose attention's first two heads learn to attend from a noun to the patches it refers to
+        self.pointing = model.model.language_model.layers[1]
+        self.attention = self.pointing.self_attn
 
     def tower(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """First stage: the patch loss of the tower's features."""
-        pixels = batch["pixel_values"].to(self.model.device)
+        pixels = batch["pixel_values"].to(self.model.device).flatten(0, -4)
         with self.autocast():
             features = self.model.model.vision_tower(pixels).last_hidden_state
         loss, accuracy = self.patch_loss(features[:, 1:], batch["patches"].to(self.model.device))
@@ -49,21 +51,30 @@ class Losses:
             self.attention.register_forward_pre_hook(
                 lambda _m, _a, inputs: outputs.update(attention=inputs), with_kwargs=True
             ),
+            self.pointing.register_forward_hook(lambda _m, _a, out: outputs.update(hidden=out)),
         ):
             logits, targets = self.answer_logits(batch)
-        labels = batch["patches"].to(self.model.device)
-        loss = F.cross_entropy(logits, targets)
-        attended = outputs["attention"]
-        losses = {
-            "loss": loss,
+        losses = {"loss": F.cross_entropy(logits, targets)} | self.auxiliary_losses(outputs, batch)
+        loss = losses["loss"]
+        for name in self.auxiliary:
+            loss = loss + self.options[f"{name}_loss"] * losses[name]
+        accuracy = (logits.argmax(-1) == targets).float().mean().item()
+        return loss, {name: value.item() for name, value in losses.items()} | {"right": accuracy}
+
+    def auxiliary_losses(self, outputs: dict[str, Any], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses named by `auxiliary`.
+
+        Args:
+            outputs: of parts of the model: "features" of the tower, "projected" ones, "hidden" states after
+                the layer that points, and the keyword arguments of its "attention".
+            batch: that they were computed from.
+        """
+        labels, attended = batch["patches"].to(self.model.device), outputs["attention"]
+        return {
             "point": self.point_loss(attended["hidden_states"], attended["position_embeddings"], batch),
             "align": self.align_loss(outputs["projected"], labels),
             "patches": self.patch_loss(outputs["features"][:, 1:], labels)[0],
         }
-        for name in ("point", "align", "patches"):
-            loss = loss + self.options[f"{name}_loss"] * losses[name]
-        accuracy = (logits.argmax(-1) == targets).float().mean().item()
-        return loss, {name: value.item() for name, value in losses.items()} | {"right": accuracy}
 
     def patch_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of each patch's labels, row and column, and the accuracy of each label on objects.

@@ -33,6 +33,7 @@ class NextLosses(Losses):
     """The losses of a LLaVA-NeXT, with the classifiers that only training needs."""
 
     inputs = ("input_ids", "pixel_values", "image_sizes")
+    auxiliary = ("point", "place", "align", "patches")
 
     def __init__(self, model: LlavaNextForConditionalGeneration, tokenizer: Any, options: dict[str, Any]):
         """Takes the options `point_loss`, `align_loss`, `patches_loss`, `place_loss` and `device`."""
@@ -46,41 +47,9 @@ class NextLosses(Losses):
         self.pointing = model.model.language_model.layers[1]
         self.attention = self.pointing.self_attn
 
-    def tower(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """First stages: the patch loss of the tower's features."""
-        pixels = batch["pixel_values"].to(self.model.device).flatten(0, 1)
-        with self.autocast():
-            features = self.model.model.vision_tower(pixels).last_hidden_state
-        loss, accuracy = self.patch_loss(features[:, 1:], batch["patches"].to(self.model.device))
-        return loss, {"loss": loss.item()} | accuracy
-
-    def answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Last stage: next-token loss on the answers about each picture, plus the auxiliary losses."""
-        outputs: dict[str, Any] = {}
-        tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
-        with (
-            tower.register_forward_hook(lambda _m, _a, out: outputs.update(features=out.last_hidden_state)),
-            projector.register_forward_hook(lambda _m, _a, out: outputs.update(projected=out)),
-            self.attention.register_forward_pre_hook(
-                lambda _m, _a, inputs: outputs.update(attention=inputs), with_kwargs=True
-            ),
-            self.pointing.register_forward_hook(lambda _m, _a, out: outputs.update(hidden=out)),
-        ):
-            logits, targets = self.answer_logits(batch)
-        labels = batch["patches"].to(self.model.device)
-        loss = F.cross_entropy(logits, targets)
-        attended = outputs["attention"]
-        losses = {
-            "loss": loss,
-            "point": self.point_loss(attended["hidden_states"], attended["position_embeddings"], batch),
-            "place": self.place_loss(outputs["hidden"], batch),
-            "align": self.align_loss(outputs["projected"], labels),
-            "patches": self.patch_loss(outputs["features"][:, 1:], labels)[0],
-        }
-        for name in ("point", "place", "align", "patches"):
-            loss = loss + self.options[f"{name}_loss"] * losses[name]
-        accuracy = (logits.argmax(-1) == targets).float().mean().item()
-        return loss, {name: value.item() for name, value in losses.items()} | {"right": accuracy}
+    def auxiliary_losses(self, outputs: dict[str, Any], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses named by `auxiliary`, see Losses."""
+        return super().auxiliary_losses(outputs, batch) | {"place": self.place_loss(outputs["hidden"], batch)}
 
     def patch_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of each patch's labels, row and column, and the accuracy of each label on objects.
