@@ -18,14 +18,13 @@ from vllm.model_executor.models.llava import (
     LlavaMultiModalProcessor,
     LlavaProcessingInfo,
 )
-from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.model_executor.models.vision import get_num_selected_vision_tokens
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from llava_pitome.config import MergeConfig
 from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.integrations.vllm import validation
-from llava_pitome.integrations.vllm.vision_tower import WEIGHT_NAMES, broadcast, check_options, empty_tower
+from llava_pitome.integrations.vllm.vision_tower import WEIGHT_NAMES, broadcast, replace_tower
 from llava_pitome.models import hf_llava
 from llava_pitome.models.checkpoints import vision_counts
 from llava_pitome.models.parts import LlavaParts, ModelParts
@@ -66,12 +65,8 @@ class LlavaPitomeForConditionalGeneration(LlavaForConditionalGeneration):
                 cannot do.
         """
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        check_options(vllm_config)
-        merging = validation.merge_config(self.config)
-        with self._mark_tower_model(vllm_config, "image"):
-            self.vision_tower = empty_tower(self.config.vision_config)
-            self.multi_modal_projector = self.multi_modal_projector  # marked together with the tower
-        if not isinstance(self.vision_tower, StageMissingLayer):  # as with --limit-mm-per-prompt.image 0
+        merging = replace_tower(self, vllm_config)
+        if merging is not None:
             parts = _model_parts(self.vision_tower, self.multi_modal_projector, self.config)
             self.merging = MergeHandle(parts, merging, True, None)
             self.merging.install(parts)

@@ -27,7 +27,6 @@ from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionMultiModalProcessor,
     LlavaOnevisionProcessingInfo,
 )
-from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, ImageSize
 from vllm.multimodal.processing import PromptReplacement
@@ -35,7 +34,7 @@ from vllm.multimodal.processing import PromptReplacement
 from llava_pitome.hooks.handle import MergeHandle
 from llava_pitome.integrations.vllm import validation
 from llava_pitome.integrations.vllm.tiled_counts import TiledCounts, empty_model
-from llava_pitome.integrations.vllm.vision_tower import WEIGHT_NAMES, broadcast, check_options, empty_tower
+from llava_pitome.integrations.vllm.vision_tower import WEIGHT_NAMES, broadcast, replace_tower
 from llava_pitome.models import hf_llava, processors
 
 IN_ONE_PROMPT = "several_images"  # a processor option of this file: the images share a prompt
@@ -159,13 +158,9 @@ class _MergingImages:
                 cannot do.
         """
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        check_options(vllm_config)
-        merging = validation.merge_config(self.config)
-        with self._mark_tower_model(vllm_config, "image"):
-            self.vision_tower = empty_tower(self.config.vision_config)
-            self.multi_modal_projector = self.multi_modal_projector  # marked together with the tower
+        merging = replace_tower(self, vllm_config)
         self.encoder: ImageEncoder | None = None
-        if not isinstance(self.vision_tower, StageMissingLayer):  # as with --limit-mm-per-prompt.image 0
+        if merging is not None:
             counts = TiledCounts.of(self.config, merging)
             self.encoder = ImageEncoder(self.config, counts, self.vision_tower, self.multi_modal_projector)
 

@@ -19,7 +19,10 @@ from transformers import AutoModel
 from transformers.initialization import no_init_weights
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
+
+from llava_pitome.config import MergeConfig
+from llava_pitome.integrations.vllm import validation
 
 WEIGHT_NAMES = WeightsMapper(
     orig_to_new_prefix={
@@ -30,7 +33,24 @@ WEIGHT_NAMES = WeightsMapper(
 )
 
 
-def check_options(vllm_config: VllmConfig) -> None:
+def replace_tower(model: nn.Module, vllm_config: VllmConfig) -> MergeConfig | None:
+    """Gives a model of vLLM transformers' vision tower, and returns how it merges.
+
+    None where this stage of the model has no tower, as with --limit-mm-per-prompt.image 0.
+
+    Raises:
+        ValueError: vLLM options for its own vision tower or for LoRA, or a `token_merging` that vLLM cannot
+            do.
+    """
+    _check_options(vllm_config)
+    merging = validation.merge_config(model.config)
+    with model._mark_tower_model(vllm_config, "image"):
+        model.vision_tower = empty_tower(model.config.vision_config)
+        model.multi_modal_projector = model.multi_modal_projector  # marked together with the tower
+    return None if isinstance(model.vision_tower, StageMissingLayer) else merging
+
+
+def _check_options(vllm_config: VllmConfig) -> None:
     """Raises ValueError for options that vLLM's own vision tower takes and transformers' does not."""
     if vllm_config.lora_config is not None:
         raise ValueError(
