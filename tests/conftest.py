@@ -26,7 +26,7 @@ VISION = {
 collect_ignore = [  # run by other scripts/test_*.sh, which name these files
     "test_kernels_triton.py", "test_lora_processes.py", "test_vllm_offline.py", "test_vllm_server.py",
     "test_vllm_docs.py", "test_vllm_tiles.py", "test_web_page.py", "test_docs.py", "test_trl.py",
-    "test_compile.py",
+    "test_compile.py", "test_bench.py", "test_sweep.py",
 ]  # fmt: skip
 collect_ignore_glob = [
     "test_tile*.py", "test_*_tiles.py", "test_feature_layer*.py", "test_kin.py", "test_video_io.py",
